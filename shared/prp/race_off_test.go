@@ -1,0 +1,5 @@
+//go:build !race
+
+package prp
+
+const raceDetector = false
