@@ -1,0 +1,82 @@
+package dbbuf
+
+import "sync/atomic"
+
+// Poller is the device's half of one doorbell. It belongs to the worker that owns the
+// queue. The device writes event indices only; the doorbell is the driver's (R18).
+type Poller struct {
+	word *atomic.Uint32
+	ei   *atomic.Uint32 // nil: there is no event index, every doorbell write is a message
+	size uint32         // entries of the ring
+	lap  uint32         // consumed index at which ei was last published
+
+	fence atomic.Uint32 // private: an operation on it is a full barrier
+
+	// Armed counts Arm calls that said yes, and Lost those that said no.
+	Armed, Lost uint64
+}
+
+// NewPoller returns a Poller of a ring of size entries over a doorbell word and, where the
+// page is shared, its event index.
+func NewPoller(word, ei *atomic.Uint32, size uint32) *Poller {
+	return &Poller{word: word, ei: ei, size: size}
+}
+
+// Load returns the doorbell's value as it stands, unchecked. Entries below a tail may be read after it (R4).
+func (p *Poller) Load() uint32 { return p.word.Load() }
+
+// Shared reports whether the doorbell has an event index.
+func (p *Poller) Shared() bool { return p.ei != nil }
+
+// Behind keeps the driver from ringing while the device polls: it publishes one
+// behind the consumed index, which the driver cannot reach before it laps the
+// ring. It stores only when a quarter of the ring has gone by since the last time, so that the
+// driver keeps the line of its event index; once a lap would be enough (R14).
+func (p *Poller) Behind(consumed uint32) {
+	if p.ei == nil {
+		return
+	}
+	gone := consumed - p.lap
+	if consumed < p.lap {
+		gone += p.size
+	}
+	if gone*4 >= p.size {
+		p.BehindNow(consumed)
+	}
+}
+
+// BehindNow is Behind without the quarter: for the moment when a queue begins to be polled.
+func (p *Poller) BehindNow(consumed uint32) {
+	if p.ei == nil {
+		return
+	}
+	p.lap = consumed
+	behind := consumed - 1
+	if consumed == 0 {
+		behind = p.size - 1
+	}
+	p.ei.Store(behind)
+}
+
+// Arm asks the driver to ring for the next value and reports whether the doorbell
+// still stood at consumed afterwards. Only on true may the device sleep (R2, R3);
+// pairs with Publish in driver.go.
+func (p *Poller) Arm(consumed uint32) bool {
+	if p.ei != nil {
+		p.ei.Store(consumed)
+	}
+	if p.word.Load()&^QuietBit == consumed {
+		p.Armed++
+		return true
+	}
+	p.Lost++
+	return false
+}
+
+// Quiet reports whether the driver polls and wants no interrupt for the CQEs that have been stored
+// before the call. Those stores are no barrier, so Quiet begins with one; pairs with
+// SetQuiet in driver.go.
+func (p *Poller) Quiet() bool {
+	p.fence.Add(1)
+	return p.word.Load()&QuietBit != 0
+}
