@@ -1,0 +1,116 @@
+// Package backend is where a namespace's bytes are: nowhere (null), in this
+// process's memory (mem), or in a file (file). It is what a worker of hostmed hands a
+// batch of requests to, and what gives them back when they are done.
+//
+// A request comes with its range checked and its guest memory translated to host
+// addresses; the backend moves the data straight between the two. The package knows
+// nothing of queues, PRPs or controllers, holds no lock on the way of a request,
+// and allocates nothing for one.
+package backend
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Op is what a Request asks for.
+type Op uint8
+
+// The operations. What each does to Request's fields is said at Request.
+const (
+	OpRead        Op = iota // Off, Len, Vec
+	OpWrite                 // Off, Len, Vec, FUA
+	OpFlush                 // nothing: all writes that were completed before it become durable
+	OpWriteZeroes           // Off, Len, FUA, Dealloc
+	OpDiscard               // Off, Len; a hint, except that Info.DiscardZeroes says what is read afterwards
+)
+
+func (o Op) String() string {
+	names := [...]string{"read", "write", "flush", "write zeroes", "discard"}
+	if int(o) < len(names) {
+		return names[o]
+	}
+	return "unknown operation"
+}
+
+// Seg is a piece of guest memory at its address in this process.
+type Seg = unix.Iovec
+
+// Request is one operation on a namespace. From Submit until Submit or Reap gives it
+// back it is the backend's, and so is the memory that Vec points to. Requests
+// that are with a backend at the same time have no order among them.
+type Request struct {
+	Op      Op
+	FUA     bool   // durable before it is done (write, write zeroes)
+	Dealloc bool   // write zeroes: may give the blocks back (DEAC)
+	Off     uint64 // byte offset, a multiple of the LBA size, already checked against the size
+	Len     uint64 // bytes, a multiple of the LBA size
+	Vec     []Seg  // guest memory, Len bytes in all (read, write); the slice must not be on a stack
+
+	Status nvme.Status // the result
+	Owner  uint64      // the caller's; the backend leaves it alone
+	Priv   [2]uint64   // the backend's while the request is with it
+}
+
+// Info describes a namespace's medium. It does not change while the backend is open.
+type Info struct {
+	Name          string // for people and logs: the spec without its defaults, "file:/srv/a.img"
+	Blocks        uint64 // size in LBAs
+	LBAShift      uint8  // log2 of the LBA size in bytes, 9 to 16
+	ReadOnly      bool   // writes are refused
+	Discard       bool   // OpDiscard gives space back
+	DiscardZeroes bool   // after OpDiscard the range reads as zeroes
+	WriteZeroes   bool   // OpWriteZeroes is better than writing zeroes
+	VolatileCache bool   // OpFlush and FUA mean something
+	OptimalBlocks uint32 // LBAs that a discard should be a multiple of and aligned to; 0: not known
+	NGUID         [16]byte
+	UUID          [16]byte // both stable: derived from the spec, for a file from its path
+}
+
+// LBASize is the size of a block in bytes.
+func (i Info) LBASize() uint64 { return 1 << i.LBAShift }
+
+// Size is the size of the medium in bytes.
+func (i Info) Size() uint64 { return i.Blocks << i.LBAShift }
+
+// Backend is an open medium. It may be used by any number of queues at once.
+type Backend interface {
+	Info() Info
+	// NewQueue returns a way in for one worker.
+	NewQueue() (Queue, error)
+	// Close gives the medium back. Every queue must be closed before.
+	Close() error
+}
+
+// Queue is one worker's way into a Backend. All its methods are called by one
+// goroutine at a time. None of them waits for the medium, except Close, and
+// none allocates in the steady state.
+type Queue interface {
+	// Submit starts all of reqs as one batch. Those that are finished at once, and earlier ones that have
+	// finished meanwhile, are put in done, whose length must be at least len(reqs), in any
+	// order; Submit returns how many. The rest come out of Reap. Guest memory that has gone away is the status of its request, not a panic.
+	Submit(reqs []*Request, done []*Request) int
+
+	// Reap puts up to len(done) finished requests in done and returns how many. Where there is nothing to
+	// reap it costs a few loads.
+	Reap(done []*Request) int
+
+	// Inflight is the number of requests that Submit took and neither call gave back yet.
+	Inflight() int
+
+	// EventFD is a non-blocking eventfd that becomes readable when Reap has something, or
+	// -1 if the queue never finishes a request later. Its counter is the caller's to read away; call Reap after
+	// that, and sleep only when Reap has nothing.
+	EventFD() int
+
+	// AddMemory says that b, a whole mapping of guest memory, is about to be used in
+	// requests; RemoveMemory that it is not any more, with nothing in flight on it. Both are hints by
+	// which a queue may register memory with the kernel; neither is needed for a request to work.
+	// RemoveMemory must be called before b is unmapped if AddMemory was.
+	AddMemory(b []byte)
+	RemoveMemory(b []byte)
+
+	// Close waits for what is in flight, drops the results, and gives the queue's resources back.
+	Close() error
+}

@@ -1,0 +1,54 @@
+package backend
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// check refuses what a caller should not have let through, so that no range error of its can become
+// an access outside the medium.
+func (i *Info) check(r *Request) nvme.Status {
+	if r.Op == OpFlush {
+		return nvme.StatusSuccess
+	}
+	if r.Op > OpDiscard {
+		return nvme.StatusInvalidOpcode.WithDNR()
+	}
+	if size := i.Size(); r.Off > size || r.Len > size-r.Off {
+		return nvme.StatusLBAOutOfRange.WithDNR()
+	}
+	if (r.Off|r.Len)&(i.LBASize()-1) != 0 {
+		return nvme.StatusInvalidField.WithDNR()
+	}
+	if i.ReadOnly && r.Op != OpRead {
+		return nvme.StatusReadOnly.WithDNR()
+	}
+	return nvme.StatusSuccess
+}
+
+// statusOf maps the errno of a file operation to what the guest is told. Do Not Retry is set where
+// the same command would meet the same fate.
+func statusOf(op Op, e unix.Errno) nvme.Status {
+	switch e {
+	case 0:
+		return nvme.StatusSuccess
+	case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+		return nvme.StatusCapacityExceeded.WithDNR()
+	case unix.EFAULT:
+		return nvme.StatusDataTransferError
+	case unix.EROFS:
+		return nvme.StatusReadOnly.WithDNR()
+	case unix.EACCES, unix.EPERM:
+		return nvme.StatusAccessDenied.WithDNR()
+	case unix.ENOMEM, unix.EAGAIN, unix.ECANCELED, unix.EINTR, unix.EBUSY:
+		return nvme.StatusInternalError
+	case unix.EINVAL, unix.EBADF, unix.EOPNOTSUPP, unix.ENOSYS:
+		return nvme.StatusInternalError.WithDNR()
+	}
+	// EIO, ENODATA, EILSEQ, EUCLEAN, EREMOTEIO, ETIMEDOUT, ENXIO, ...: the medium.
+	if op == OpRead {
+		return nvme.StatusUnrecoveredRead
+	}
+	return nvme.StatusWriteFault
+}
