@@ -1,0 +1,146 @@
+package hostmed
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+	"github.com/shadowbell/shadowbell/shared/vfiouser"
+)
+
+// device is the PCI function that a session's client sees. Its methods run on the session's goroutine.
+type device struct{ *session }
+
+var _ vfiouser.Device = (*device)(nil)
+
+func (d *device) Info() vfiouser.DeviceInfo {
+	return vfiouser.DeviceInfo{
+		Flags: vfiouser.DeviceReset | vfiouser.DevicePCI, NumRegions: vfiouser.NumRegions, NumIRQs: vfiouser.NumIRQs,
+	}
+}
+
+func (d *device) RegionInfo(i uint32) (vfiouser.RegionInfo, bool) {
+	r := vfiouser.RegionInfo{Index: i, Flags: vfiouser.RegionRead | vfiouser.RegionWrite, FD: -1}
+	switch i {
+	case vfiouser.RegionBAR0:
+		r.Size = d.cfg.BARSize(pci.BARRegisters)
+		if bar := d.data.Doorbells(); bar != nil {
+			r.Flags |= vfiouser.RegionMmap
+			r.FD = bar.FD()
+			r.Areas = []vfiouser.MmapArea{{Offset: nvme.DoorbellBase, Size: bar.Len() - nvme.DoorbellBase}}
+		}
+	case vfiouser.RegionConfig:
+		r.Size = pci.ConfigSize
+	case pci.BARTable, pci.BARPBA:
+		r.Size = d.cfg.BARSize(int(i))
+	default:
+		return r, false
+	}
+	return r, true
+}
+
+func (d *device) IRQInfo(i uint32) (vfiouser.IRQInfo, bool) {
+	if i != vfiouser.IRQMSIX {
+		return vfiouser.IRQInfo{}, false
+	}
+	return vfiouser.IRQInfo{Index: i, Flags: vfiouser.IRQEventFD, Count: uint32(d.cfg.Vectors())}, true
+}
+
+// SetIRQs takes MSI-X eventfds; without fds, it takes those of the vectors away.
+func (d *device) SetIRQs(r vfiouser.SetIRQs, fds []int) error {
+	if r.Index != vfiouser.IRQMSIX || r.Flags&vfiouser.IRQSetTrigger == 0 {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return fmt.Errorf("interrupt index %d flags %#x: only MSI-X triggers are supported: %w", r.Index, r.Flags, unix.EINVAL)
+	}
+	switch {
+	case r.DisableAll():
+		d.data.SetVectors(0, nil, int(d.cfg.Vectors()))
+	case r.Flags&vfiouser.IRQSetDataEventFD != 0:
+		d.data.SetVectors(int(r.Start), fds, int(r.Count))
+	default: // a test of the wiring: fire these
+		for i := range r.Count {
+			if r.Flags&vfiouser.IRQSetDataBool == 0 || r.Bools[i] != 0 {
+				d.data.Interrupt(uint16(r.Start + i))
+			}
+		}
+	}
+	return nil
+}
+
+func (d *device) DMAMap(m vfiouser.DMAMap, fd int) error {
+	if fd >= 0 && shm.CanShrink(fd) && d.log.IsDebug() {
+		d.log.Debug("client memory is not sealed against shrinking", "iova", fmt.Sprintf("%#x", m.IOVA))
+	}
+	return d.mem.Map(m.IOVA, m.Size, m.Offset, fd, m.Flags&vfiouser.DMAWrite != 0)
+}
+
+// DMAUnmap takes the ranges out, makes everybody let go of them, and only then unmaps them and answers (R25, R35).
+func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
+	if flags&vfiouser.UnmapAll != 0 {
+		iova, size = 0, 0
+	}
+	gone, err := d.mem.Unmap(iova, size)
+	if err != nil || len(gone) == 0 {
+		return err
+	}
+	for i := range gone {
+		d.ctl.MemoryLost(gone[i].IOVA, gone[i].Size)
+	}
+	d.data.Revoke(gone)
+	d.data.Quiesce()
+	return d.mem.Release(gone)
+}
+
+func (d *device) RegionRead(i uint32, off uint64, p []byte) error {
+	switch {
+	case i == vfiouser.RegionConfig:
+		return d.cfg.Read(off, p)
+	case i == pci.BARTable:
+		return d.msix.ReadTable(off, p)
+	case i == pci.BARPBA:
+		return d.msix.ReadPBA(off, p)
+	case i == vfiouser.RegionBAR0 && off < nvme.DoorbellBase:
+		return d.ctl.ReadReg(off, p)
+	case i == vfiouser.RegionBAR0:
+		clear(p) // reading a doorbell is undefined: NVMe PCIe Transport 1.0c 3.1.2
+		return nil
+	}
+	return fmt.Errorf("region %d: %w", i, unix.EINVAL)
+}
+
+func (d *device) RegionWrite(i uint32, off uint64, p []byte) error {
+	switch {
+	case i == vfiouser.RegionConfig:
+		ev, err := d.cfg.Write(off, p)
+		if ev.FLR {
+			d.reset()
+		}
+		return err
+	case i == pci.BARTable:
+		return d.msix.WriteTable(off, p)
+	case i == pci.BARPBA:
+		return nil // read-only
+	case i == vfiouser.RegionBAR0 && off < nvme.DoorbellBase:
+		return d.ctl.WriteReg(off, p)
+	case i == vfiouser.RegionBAR0:
+		return fmt.Errorf("doorbell write of %d bytes at %#x: doorbells are written as 4 aligned bytes: %w", len(p), off, unix.EINVAL)
+	}
+	return fmt.Errorf("region %d: %w", i, unix.EINVAL)
+}
+
+// Reset is DEVICE_RESET.
+func (d *device) Reset() error {
+	d.cfg.Reset()
+	d.reset()
+	return nil
+}
+
+func (d *device) reset() {
+	d.ctl.Reset()
+	d.msix.Reset()
+}

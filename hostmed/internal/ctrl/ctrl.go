@@ -1,0 +1,273 @@
+// Package ctrl is a virtual NVMe controller without its data path: registers, enable,
+// disable, shutdown, the admin queue and its commands, features, log pages and asynchronous
+// events (NVMe Base 2.0c, NVM Command Set 1.0c, NVMe PCIe Transport 1.0c). It says of itself that it is NVMe 1.4.
+//
+// What it does not do: it fetches no I/O command, and knows no socket and no PCI configuration
+// space. I/O queues are made and unmade through [DataPath], guest memory is reached through [Memory].
+// All methods are called from one goroutine, the session's, except InterruptMask. Only the flush of
+// a shutdown has a goroutine of its own, which Close waits for.
+//
+// The flow: WriteReg(CC.EN) maps the admin queues (enable.go); a doorbell of queue 0 becomes AdminKick, which
+// fetches, runs and completes admin commands (admin.go, doorbells.go); those are in queues.go, identify.go, features.go and
+// logs.go; what happens without a command becomes an event (events.go). Every failed command leaves
+// an entry in the error log.
+package ctrl
+
+import (
+	"cmp"
+	"math/bits"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// Limits of any controller, and what Config's zeroes mean.
+const (
+	MaxIOQueues = 64 // of each kind
+
+	defaultMaxDepth = 4096
+	defaultMDTS     = 1 << 20
+	minPageSize     = 4096
+)
+
+// DoorbellMode is how a driver's doorbells reach the data path.
+type DoorbellMode uint8
+
+const (
+	Shadow DoorbellMode = iota // Doorbell Buffer Config and its forerunner of 2014 work
+	Trap                       // every doorbell is a message
+	Mmap                       // the doorbell page of BAR0 is mapped into the client
+)
+
+func (m DoorbellMode) String() string {
+	switch m {
+	case Shadow:
+		return "shadow"
+	case Trap:
+		return "trap"
+	case Mmap:
+		return "mmap"
+	}
+	return "unknown"
+}
+
+// Namespace is a medium under a namespace id, which is 1 or more and the only one of its kind.
+type Namespace struct {
+	NSID    uint32
+	Backend backend.Backend
+	Info    backend.Info
+}
+
+// CQParams describes an I/O completion queue that passed every check of Create I/O CQ.
+type CQParams struct {
+	QID    uint16
+	Size   uint32      // entries
+	Mem    *shm.Region // Size * 16 bytes
+	Vector uint16
+	IEN    bool
+}
+
+// SQParams describes an I/O submission queue that passed every check of Create I/O SQ.
+type SQParams struct {
+	QID, CQID uint16
+	Size      uint32      // entries
+	Mem       *shm.Region // Size * 64 bytes
+	Prio      uint8       // QPRIO
+}
+
+// DataPath is what the I/O queues are in. Its methods are called from the session's goroutine and may wait
+// for the workers.
+type DataPath interface {
+	CreateCQ(CQParams) error
+	DeleteCQ(qid uint16)
+	CreateSQ(SQParams) error
+	// DeleteSQ returns when every command fetched from the queue is completed.
+	DeleteSQ(qid uint16)
+	// Abort reports whether the command will be completed with Command Abort Requested.
+	Abort(sqid, cid uint16) bool
+	// SetDoorbellPages puts the doorbells of all I/O queues on the pages; nil, nil takes them off. It
+	// quiesces, seeds both pages from the current values, switches and wakes all (R23). An error leaves everything as
+	// it was (R26).
+	SetDoorbellPages(shadow, ei *shm.Region) error
+	SetQuiet(on bool)
+	SetCoalescing(thresholdZ uint8, time100us uint8)
+	SetVectorConfig(vector uint16, coalescingDisabled bool)
+	// Stop drains and deletes every I/O queue and drops the doorbell pages. When it returns nothing touches guest
+	// memory for them any more (R21).
+	Stop()
+	// Flush makes every namespace durable. It is called from a goroutine of its own, since it may take long and the
+	// session must answer meanwhile; other methods, Stop among them, may be called before it returns.
+	Flush() error
+	Interrupt(vector uint16)
+	// AdminDoorbells returns where queue 0's doorbells are written by MMIO, or the mapped
+	// doorbell page's first two words. Shadow pages are not its business (R16).
+	AdminDoorbells() (sqTail, cqHead *atomic.Uint32)
+}
+
+// Memory is guest memory by IOVA.
+type Memory interface {
+	// View returns n bytes that lie in one mapping.
+	View(iova, n uint64) (*shm.Region, error)
+	ReadIOVA(iova uint64, p []byte) bool
+	WriteIOVA(iova uint64, p []byte) bool
+}
+
+// IOStats is what the SMART log says about I/O, counted since the controller was made.
+type IOStats struct {
+	ReadBytes, WriteBytes       uint64
+	ReadCommands, WriteCommands uint64
+	MediaErrors                 uint64
+	Busy                        time.Duration // with at least one command outstanding
+}
+
+// Config is one controller. Zeroes take the default in brackets.
+type Config struct {
+	CNTLID                          uint16
+	SubNQN, Serial, Model, Firmware string
+	Namespaces                      []Namespace
+	MaxIOQueues                     uint16 // of each kind [64, which is also the most]
+	MaxDepth                        uint32 // entries of an I/O queue [4096]
+	MDTSBytes                       uint32 // longest transfer, a power of two of at least two pages [1 MiB]
+	Vectors                         uint16 // interrupt vectors [MaxIOQueues + 1]
+	Mode                            DoorbellMode
+	DSTRD                           uint8 // doorbell stride 4 << DSTRD bytes
+	VID, SSVID                      uint16
+	Logger                          hclog.Logger   // [none]
+	Stats                           func() IOStats // [nothing was done]
+}
+
+// Controller is one virtual NVMe controller.
+type Controller struct {
+	cfg Config
+	dp  DataPath
+	mem Memory
+	log limiter
+	now func() time.Time
+
+	regs     registers
+	intMask  atomic.Uint32
+	ready    bool // CSTS.RDY without CSTS.CFS: the admin queue is served
+	pageSize uint32
+
+	admin  adminQueue
+	pages  doorbellPages
+	queues queueTable
+	feat   features
+	events events
+	errors errorLog
+	health health
+
+	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
+	flush        flusher
+}
+
+// New returns a controller that is disabled, as after power-on. What cfg asks for beyond the limits is cut to them.
+func New(cfg Config, dp DataPath, mem Memory) *Controller {
+	c := &Controller{cfg: cfg, dp: dp, mem: mem, now: time.Now, pageSize: minPageSize}
+	cfgp := &c.cfg
+	cfgp.DSTRD &= 0xf
+	cfgp.MaxIOQueues = limit(cfgp.MaxIOQueues, MaxIOQueues)
+	if cfgp.Mode == Shadow {
+		// The slots of every queue must lie in one page (R29).
+		slots := minPageSize / nvme.DoorbellStride(cfgp.DSTRD)
+		cfgp.MaxIOQueues = min(cfgp.MaxIOQueues, uint16(max(slots/2, 2)-1))
+	}
+	if cfgp.MaxDepth == 0 {
+		cfgp.MaxDepth = defaultMaxDepth
+	}
+	cfgp.MaxDepth = min(max(cfgp.MaxDepth, 2), 1<<16)
+	if cfgp.MDTSBytes == 0 {
+		cfgp.MDTSBytes = defaultMDTS
+	}
+	// One page cannot be said in Identify: MDTS 0 is no limit.
+	cfgp.MDTSBytes = 1 << (bits.Len32(max(cfgp.MDTSBytes, 2*minPageSize)) - 1)
+	if cfgp.Vectors == 0 {
+		cfgp.Vectors = cfgp.MaxIOQueues + 1
+	}
+	if cfgp.Logger == nil {
+		cfgp.Logger = hclog.NewNullLogger()
+	}
+	if cfgp.Stats == nil {
+		cfgp.Stats = func() IOStats { return IOStats{} }
+	}
+	cfgp.Namespaces = sortedNamespaces(cfgp.Namespaces)
+	c.log = limiter{log: cfgp.Logger}
+	c.health.start = c.now()
+	c.regs = newRegisters(cfgp)
+	c.queues = newQueueTable(cfgp.MaxIOQueues)
+	c.feat = c.defaultFeatures()
+	return c
+}
+
+func limit(v, most uint16) uint16 {
+	if v == 0 || v > most {
+		return most
+	}
+	return v
+}
+
+func sortedNamespaces(in []Namespace) []Namespace {
+	ns := slices.Clone(in)
+	slices.SortFunc(ns, func(a, b Namespace) int { return cmp.Compare(a.NSID, b.NSID) })
+	return ns
+}
+
+// findNamespace returns nsid of the sorted ns, or nil.
+func findNamespace(ns []Namespace, nsid uint32) *Namespace {
+	i, ok := slices.BinarySearchFunc(ns, nsid, func(n Namespace, id uint32) int { return cmp.Compare(n.NSID, id) })
+	if !ok {
+		return nil
+	}
+	return &ns[i]
+}
+
+// namespace returns the active namespace nsid, or nil.
+func (c *Controller) namespace(nsid uint32) *Namespace {
+	return findNamespace(c.cfg.Namespaces, nsid)
+}
+
+// Close waits for a shutdown's flush, after which the backends may be closed. The controller is not used
+// afterwards.
+func (c *Controller) Close() { c.flush.wait.Wait() }
+
+// highestNSID is NN of Identify Controller.
+func (c *Controller) highestNSID() uint32 {
+	if n := len(c.cfg.Namespaces); n > 0 {
+		return c.cfg.Namespaces[n-1].NSID
+	}
+	return 1
+}
+
+// Enabled reports whether the controller takes admin commands: CSTS.RDY and not CSTS.CFS.
+func (c *Controller) Enabled() bool { return c.ready }
+
+// Shutdown reports whether the driver has asked for a shutdown and it is complete.
+func (c *Controller) Shutdown() bool { return c.status().SHST() == nvme.SHSTComplete }
+
+// State is a word for logs: disabled, enabled, shut down or failed.
+func (c *Controller) State() string {
+	switch {
+	case c.regs.csts.CFS():
+		return "failed"
+	case c.Shutdown():
+		return "shut down"
+	case c.ready:
+		return "enabled"
+	}
+	return "disabled"
+}
+
+// MaxIOQueues is how many I/O queues of each kind there can be, after R29's limit.
+func (c *Controller) MaxIOQueues() uint16 { return c.cfg.MaxIOQueues }
+
+// PageSize is the memory page in bytes, from CC.MPS.
+func (c *Controller) PageSize() uint32 { return c.pageSize }
+
+// InterruptMask returns INTMS: the vectors that pin interrupts are masked for. Any goroutine may call it.
+func (c *Controller) InterruptMask() uint32 { return c.intMask.Load() }

@@ -1,0 +1,153 @@
+package ctrl
+
+import (
+	"sync/atomic"
+
+	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// Queue 0's doorbells, and the command that configures the doorbell pages.
+//
+// Drivers do not agree on queue 0 (R16): Linux and SPDK ring its registers and leave its slots alone; libvfn
+// writes the slot and rings when the event index says so; some read the slot back. So, with a page:
+//
+//  1. A slot that holds anything but what was put there by this side was written by the driver. From then on the
+//     slot is the one truth, and a register write is a kick without a value: it may be late, and would move the tail
+//     back (R17).
+//  2. Until then the register is the one truth, and each value of it is mirrored to the slot. The mirror is a
+//     compare-and-swap, so that it cannot overwrite a driver that begins to use the slot.
+//  3. Before AdminKick returns, both event indices are set to the values taken, and both doorbells
+//     read once more. So a driver that looks at them rings for each value, and none is lost.
+//
+// Without a page, or after it was lost (R25), only step 2's first half is left.
+
+// adminDoorbell is one doorbell of queue 0.
+type adminDoorbell struct {
+	value    uint32 // as last taken
+	register uint32 // as last seen
+	slot, ei *atomic.Uint32
+	mirrored uint32 // what the slot held when last seen or written
+	owned    bool   // the driver writes the slot
+}
+
+// load returns the doorbell's value; it is not checked.
+func (d *adminDoorbell) load(register *atomic.Uint32) uint32 {
+	r := register.Load()
+	moved := r != d.register
+	d.register = r
+	if d.slot != nil {
+		if s := d.slot.Load(); s != d.mirrored {
+			d.owned, d.mirrored, d.value = true, s, s
+			return s
+		}
+		moved = moved && !d.owned
+	}
+	if moved {
+		d.value = r
+		if d.slot != nil && d.slot.CompareAndSwap(d.mirrored, r) {
+			d.mirrored = r
+		}
+	}
+	return d.value
+}
+
+// arm asks for a ring at the next value and reports whether there was none meanwhile. Pairs with the
+// driver's store of the slot and load of the event index.
+func (d *adminDoorbell) arm(register *atomic.Uint32) bool {
+	taken := d.value
+	if d.ei != nil {
+		d.ei.Store(taken)
+	}
+	return d.load(register) == taken
+}
+
+// attach puts the doorbell on a slot and seeds it (R23).
+func (d *adminDoorbell) attach(slot, ei *atomic.Uint32) {
+	d.slot, d.ei = slot, ei
+	d.mirrored, d.owned = d.value, false
+	slot.Store(d.value)
+	ei.Store(d.value)
+}
+
+// detach takes it off; the value stays.
+func (d *adminDoorbell) detach() {
+	d.slot, d.ei, d.owned = nil, nil, false
+}
+
+func (c *Controller) zeroAdminDoorbells() {
+	sqTail, cqHead := c.dp.AdminDoorbells()
+	sqTail.Store(0)
+	cqHead.Store(0)
+}
+
+// doorbellPages are the pages in use; shadow is nil without.
+type doorbellPages struct {
+	shadow             *shm.Region
+	shadowIOVA, eiIOVA uint64
+}
+
+// doorbellBufferConfig is command 7Ch (NVMe Base 2.0c 5.8) and its forerunner C0h: PRP1 is the shadow doorbell
+// page, PRP2 the event index page. Both are checked and mapped before anything changes, and a
+// failure leaves the pages in use as they were (R24, R26).
+func (c *Controller) doorbellBufferConfig(cmd *nvme.Command) result {
+	bad := nvme.StatusInvalidField
+	if cmd.Opcode == nvme.AdminDoorbellMemory2014 {
+		bad = nvme.StatusDoorbellMemoryInvalid
+	}
+	size := uint64(c.pageSize)
+	switch {
+	case cmd.PRP1 == 0 || cmd.PRP1%size != 0:
+		return fail(bad, inPRP1, "shadow page is 0 or not page aligned")
+	case cmd.PRP2 == 0 || cmd.PRP2%size != 0:
+		return fail(bad, inPRP2, "event index page is 0 or not page aligned")
+	case cmd.PRP1 == cmd.PRP2:
+		return fail(bad, inPRP2, "shadow and event index page are the same")
+	}
+	shadow, err := c.doorbellPage(cmd.PRP1)
+	if err != nil {
+		return failErr(bad, inPRP1, "shadow page", err)
+	}
+	ei, err := c.doorbellPage(cmd.PRP2)
+	if err != nil {
+		return failErr(bad, inPRP2, "event index page", err)
+	}
+	shadowSQ, shadowCQ, err := dbbuf.Slots(shadow, 0, c.cfg.DSTRD)
+	if err != nil {
+		return failErr(bad, inPRP1, "shadow page", err)
+	}
+	eiSQ, eiCQ, err := dbbuf.Slots(ei, 0, c.cfg.DSTRD)
+	if err != nil {
+		return failErr(bad, inPRP2, "event index page", err)
+	}
+	if err := c.dp.SetDoorbellPages(shadow, ei); err != nil {
+		return failErr(nvme.StatusInternalError, nowhere, "switching to the doorbell pages", err)
+	}
+	c.pages = doorbellPages{shadow: shadow, shadowIOVA: cmd.PRP1, eiIOVA: cmd.PRP2}
+	c.admin.tail.attach(shadowSQ, eiSQ)
+	c.admin.head.attach(shadowCQ, eiCQ)
+	c.log.debug("doorbell pages configured", "command", nvme.AdminOpcodeName(cmd.Opcode))
+	return result{}
+}
+
+// doorbellPage returns the page at iova, which must hold the slots of every queue there can be (R29).
+func (c *Controller) doorbellPage(iova uint64) (*shm.Region, error) {
+	page, err := c.mem.View(iova, uint64(c.pageSize))
+	if err != nil {
+		return nil, err
+	}
+	_, _, err = dbbuf.Slots(page, c.cfg.MaxIOQueues, c.cfg.DSTRD)
+	return page, err
+}
+
+// dropDoorbellPages goes back to the registers because the pages are about to go.
+func (c *Controller) dropDoorbellPages() {
+	if err := c.dp.SetDoorbellPages(nil, nil); err != nil {
+		c.fatal("doorbell pages cannot be dropped", err)
+	}
+	c.pages = doorbellPages{}
+	c.admin.tail.detach()
+	c.admin.head.detach()
+	c.log.warn("doorbell pages dropped: the client unmapped their memory")
+}

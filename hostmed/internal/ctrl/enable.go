@@ -1,0 +1,215 @@
+package ctrl
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/ring"
+)
+
+// The life of a controller, NVMe Base 2.0c 3.5 to 3.7:
+//
+//	disabled --CC.EN=1--> enabled                  enable; on bad settings CSTS.CFS and no RDY
+//	enabled  --CC.SHN---> enabled, shut down       shutdown; commands still work
+//	enabled  --fatal----> failed                   CSTS.CFS
+//	any      --CC.EN=0--> disabled                 disable: keeps AQA, ASQ, ACQ
+//	any      --Reset----> disabled                 all registers as after power-on
+//	any      --NSSR-----> disabled                 the same, and CSTS.NSSRO
+//
+// Each way to disabled stops the data path first, drops the doorbell pages, and says RDY=0 last (R21).
+
+// writeCC carries out a write of CC. While EN stays set only SHN can change.
+func (c *Controller) writeCC(v nvme.CC) {
+	old := c.regs.cc
+	if old.EN() && v.EN() {
+		v = old.WithSHN(v.SHN())
+	}
+	c.regs.cc = v
+	switch {
+	case v.EN() && !old.EN():
+		c.enable()
+	case !v.EN() && old.EN():
+		c.disable()
+		c.log.debug("controller disabled")
+	}
+	if v.SHN() != nvme.SHNNone && c.regs.csts.SHST() == nvme.SHSTNormal {
+		c.shutdown()
+	}
+}
+
+func (c *Controller) enable() {
+	c.shutdownDone = nil
+	c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTNormal)
+	err := c.checkCC()
+	if err == nil {
+		c.pageSize = c.regs.cc.PageSize()
+		err = c.mapAdminQueues()
+	}
+	if err != nil {
+		c.fatal("controller cannot be enabled", err)
+		return
+	}
+	c.ready = true
+	c.regs.csts = c.regs.csts.WithRDY(true)
+	c.log.debug("controller enabled", "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
+}
+
+// checkCC checks what CC asks for against CAP.
+func (c *Controller) checkCC() error {
+	cc, caps := c.regs.cc, c.regs.cap
+	switch {
+	case cc.IOSQES() != 6:
+		return fmt.Errorf("CC.IOSQES is %d, must be 6 (64 bytes)", cc.IOSQES())
+	case cc.IOCQES() != 4:
+		return fmt.Errorf("CC.IOCQES is %d, must be 4 (16 bytes)", cc.IOCQES())
+	case cc.MPS() < caps.MPSMIN() || cc.MPS() > caps.MPSMAX():
+		return fmt.Errorf("CC.MPS is %d, CAP allows %d to %d", cc.MPS(), caps.MPSMIN(), caps.MPSMAX())
+	case cc.CSS() != nvme.CSSNVM:
+		return fmt.Errorf("CC.CSS is %d, only the NVM command set (0) is supported", cc.CSS())
+	case cc.AMS() != 0:
+		return fmt.Errorf("CC.AMS is %d, only round robin (0) is supported", cc.AMS())
+	}
+	return nil
+}
+
+// mapAdminQueues makes the admin queues from AQA, ASQ and ACQ.
+func (c *Controller) mapAdminQueues() error {
+	sqSize, cqSize := c.regs.aqa.ASQS().Count(), c.regs.aqa.ACQS().Count()
+	sqMem, err := c.mem.View(c.regs.asq, uint64(sqSize)*ring.SQESize)
+	if err != nil {
+		return fmt.Errorf("admin SQ at %#x: %w", c.regs.asq, err)
+	}
+	cqMem, err := c.mem.View(c.regs.acq, uint64(cqSize)*ring.CQESize)
+	if err != nil {
+		return fmt.Errorf("admin CQ at %#x: %w", c.regs.acq, err)
+	}
+	sq, err := ring.NewSQConsumer(sqMem, sqSize)
+	if err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
+	cq, err := ring.NewCQProducer(cqMem, cqSize)
+	if err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
+	c.zeroAdminDoorbells() // what was rung while disabled does not count
+	c.admin = adminQueue{sq: sq, cq: cq}
+	return nil
+}
+
+// disable is a controller reset: everything but the admin queue registers goes back.
+func (c *Controller) disable() {
+	c.ready = false
+	c.dp.Stop()
+	c.pages = doorbellPages{}
+	c.zeroAdminDoorbells()
+	c.admin = adminQueue{}
+	c.queues = newQueueTable(c.cfg.MaxIOQueues)
+	c.events = events{}
+	c.health.reported, c.health.changed = 0, nil
+	c.resetFeatures()
+	c.intMask.Store(0)
+	c.shutdownDone = nil
+	c.regs.csts = nvme.CSTS(0).WithNSSRO(c.regs.csts.NSSRO())
+}
+
+// Reset is a reset from outside: DEVICE_RESET, FLR. Every register goes back to what it is after
+// power-on.
+func (c *Controller) Reset() {
+	c.disable()
+	c.regs = newRegisters(&c.cfg)
+	c.log.debug("controller reset")
+}
+
+func (c *Controller) subsystemReset() {
+	c.Reset()
+	c.regs.csts = c.regs.csts.WithNSSRO(true)
+}
+
+// shutdown begins to make the data durable; status says when that is done. NVMe Base 2.0c 3.6.1.
+func (c *Controller) shutdown() {
+	c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTOccurs)
+	c.log.debug("controller shuts down", "shn", c.regs.cc.SHN())
+	c.shutdownDone = make(chan error, 1)
+	c.flush.start(c.dp.Flush, c.shutdownDone)
+}
+
+// flusher runs one flush at a time, however often a driver asks for a shutdown.
+type flusher struct {
+	mu      sync.Mutex // guards running and next
+	running bool
+	next    chan error // the newest shutdown that no flush has begun for; nobody waits for older ones
+	wait    sync.WaitGroup
+}
+
+// start sends done, which has room for it, what a flush that begins later than now returns.
+func (f *flusher) start(flush func() error, done chan error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.next = done
+	if f.running {
+		return
+	}
+	f.running = true
+	f.wait.Go(func() {
+		for done := f.take(); done != nil; done = f.take() {
+			done <- flush()
+		}
+	})
+}
+
+func (f *flusher) take() chan error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	done := f.next
+	f.next = nil
+	f.running = done != nil
+	return done
+}
+
+// status is CSTS as it stands now.
+func (c *Controller) status() nvme.CSTS {
+	select {
+	case err := <-c.shutdownDone: // never, if it is nil
+		c.shutdownDone = nil
+		if err != nil {
+			c.log.warn("shutdown: data may not be durable", "error", err)
+		}
+		c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTComplete)
+	default:
+	}
+	return c.regs.csts
+}
+
+// fatal says CSTS.CFS; only a reset leads out of it.
+func (c *Controller) fatal(what string, cause error) {
+	c.ready = false
+	c.regs.csts = c.regs.csts.WithCFS(true)
+	c.admin = adminQueue{}
+	c.log.warn(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
+}
+
+var errUnmapped = errors.New("the client unmapped its memory")
+
+// MemoryLost says that the client is unmapping [iova, iova+size); a size of 0, or an end beyond 2^64, means
+// all above iova. Doorbell pages in it are dropped (R25), an admin queue in it is the end of
+// the controller. When it returns nothing here refers to that memory.
+func (c *Controller) MemoryLost(iova, size uint64) {
+	last := iova + size - 1
+	if size == 0 || last < iova {
+		last = ^uint64(0)
+	}
+	lost := func(at, n uint64) bool { return at <= last && at+n-1 >= iova }
+	if c.pages.shadow != nil && (lost(c.pages.shadowIOVA, uint64(c.pageSize)) || lost(c.pages.eiIOVA, uint64(c.pageSize))) {
+		c.dropDoorbellPages()
+	}
+	if !c.ready {
+		return
+	}
+	sqBytes := uint64(c.admin.sq.Size()) * ring.SQESize
+	cqBytes := uint64(c.admin.cq.Size()) * ring.CQESize
+	if lost(c.regs.asq, sqBytes) || lost(c.regs.acq, cqBytes) {
+		c.fatal("admin queue lost", errUnmapped)
+	}
+}

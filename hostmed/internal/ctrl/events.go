@@ -1,0 +1,143 @@
+package ctrl
+
+import (
+	"slices"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Asynchronous events. NVMe Base 2.0c 5.2.
+//
+// An event waits until the host has an Asynchronous Event Request outstanding; there is one place for each type, since a
+// second event of a type tells the host nothing that the log page does not. When an event is reported, its type is
+// masked until the host reads the log page without Retain Asynchronous Event.
+
+// aerLimit is how many Asynchronous Event Requests may be outstanding (AERL + 1).
+const aerLimit = 4
+
+const eventTypes = 8
+
+type events struct {
+	requests []uint16 // CIDs of outstanding requests, oldest first; at most aerLimit (R33)
+	waiting  [eventTypes]nvme.AsyncEvent
+	isSet    [eventTypes]bool
+	masked   [eventTypes]bool
+}
+
+// QueueErrorKind is what a worker found wrong with a doorbell.
+type QueueErrorKind uint8
+
+const (
+	BadDoorbellRegister QueueErrorKind = nvme.EventErrorDoorbellRegister // of a queue that is not there
+	BadDoorbellValue    QueueErrorKind = nvme.EventErrorDoorbellValue    // outside the ring, or past the other end
+	QueueFailed         QueueErrorKind = nvme.EventErrorPersistent       // its memory is gone
+)
+
+// QueueError reports that queue qid had an invalid doorbell (R30) or has failed: an event and an entry in the error log.
+func (c *Controller) QueueError(qid uint16, kind QueueErrorKind) {
+	c.log.warn("queue error", "queue", qid, "event", nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError).String())
+	c.guarded(func() bool {
+		c.queueError(qid, kind)
+		c.interrupt()
+		return false
+	})
+}
+
+func (c *Controller) queueError(qid uint16, kind QueueErrorKind) {
+	c.errors.add(nvme.ErrorLogEntry{SQID: qid, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusSuccess)
+	c.raise(nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError))
+}
+
+// RecordIOError puts a failed I/O command in the error log. The completion of one that was recorded
+// should carry the More bit.
+func (c *Controller) RecordIOError(sqid, cid uint16, status nvme.Status, nsid uint32, lba uint64) {
+	c.errors.add(nvme.ErrorLogEntry{SQID: sqid, CID: cid, Location: uint16(nowhere), NSID: nsid, LBA: lba}, status)
+}
+
+// UpdateNamespaces replaces the namespaces. Ids that came, went or changed size go to the Changed Namespace List,
+// and raise an event if the host asked for it. The data path must have the new ones already, and still the old.
+func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
+	old := c.cfg.Namespaces
+	c.cfg.Namespaces = sortedNamespaces(namespaces)
+	changed := c.health.changed
+	for _, n := range slices.Concat(old, c.cfg.Namespaces) {
+		was, is := findNamespace(old, n.NSID), findNamespace(c.cfg.Namespaces, n.NSID)
+		if was == nil || is == nil || was.Info != is.Info {
+			changed = append(changed, n.NSID)
+		}
+	}
+	slices.Sort(changed)
+	c.health.changed = slices.Compact(changed)
+	if len(c.health.changed) == 0 || c.feat.events&nvme.EventConfigNamespace == 0 {
+		return
+	}
+	c.guarded(func() bool {
+		c.raise(nvme.MakeAsyncEvent(nvme.EventNotice, nvme.EventNoticeNamespace, nvme.LogChangedNamespaces))
+		c.interrupt()
+		return false
+	})
+}
+
+func (c *Controller) asyncEventRequest(cmd *nvme.Command) result {
+	e := &c.events
+	if len(e.requests) == aerLimit {
+		return fail(nvme.StatusAERLimit, nowhere, "AERL+1 requests are outstanding")
+	}
+	if slices.Contains(e.requests, cmd.CID) {
+		return fail(nvme.StatusCIDConflict, location(2), "a request with this id is outstanding")
+	}
+	e.requests = append(e.requests, cmd.CID)
+	c.reportEvents()
+	return result{later: true}
+}
+
+// abortEventRequest completes the outstanding request cid, ahead of the Abort that asked for it.
+func (c *Controller) abortEventRequest(cid uint16) bool {
+	i := slices.Index(c.events.requests, cid)
+	if i < 0 {
+		return false
+	}
+	c.events.requests = slices.Delete(c.events.requests, i, i+1)
+	c.complete(cid, 0, nvme.StatusAbortRequested)
+	return true
+}
+
+func (c *Controller) raise(ev nvme.AsyncEvent) {
+	t := ev.Type()
+	if !c.events.isSet[t] {
+		c.events.isSet[t], c.events.waiting[t] = true, ev
+	}
+	c.reportEvents()
+}
+
+// reportEvents completes a request for each event that waits and is not masked.
+func (c *Controller) reportEvents() {
+	e := &c.events
+	for t := range eventTypes {
+		if !e.isSet[t] || e.masked[t] || len(e.requests) == 0 {
+			continue
+		}
+		cid := e.requests[0]
+		e.requests = slices.Delete(e.requests, 0, 1)
+		e.isSet[t], e.masked[t] = false, true
+		c.complete(cid, uint32(e.waiting[t]), nvme.StatusSuccess)
+	}
+}
+
+// clearEvents is called when the host has read log without Retain Asynchronous Event: it
+// knows what happened up to now.
+func (c *Controller) clearEvents(log nvme.LogPage) {
+	var t nvme.EventType
+	switch log {
+	case nvme.LogError:
+		t = nvme.EventError
+	case nvme.LogSMART:
+		t = nvme.EventSMART
+	case nvme.LogChangedNamespaces:
+		t = nvme.EventNotice
+		c.health.changed = nil
+	default:
+		return
+	}
+	c.events.isSet[t], c.events.masked[t] = false, false
+}

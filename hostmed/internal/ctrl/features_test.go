@@ -1,0 +1,152 @@
+package ctrl
+
+import (
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+func TestFeatureSelect(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	for _, tt := range []struct {
+		fid       nvme.FeatureID
+		nsid      uint32
+		set, want uint32
+		dflt      uint32
+		caps      uint32
+	}{
+		{nvme.FeatureArbitration, 0, 0x010203fb, 0x01020303, 7, nvme.FeatureCapChangeable},
+		{nvme.FeaturePowerManagement, 0, 0x20, 0x20, 0, nvme.FeatureCapChangeable},
+		{nvme.FeatureErrorRecovery, 1, 0x1234, 0x1234, 0, nvme.FeatureCapChangeable | nvme.FeatureCapNamespace},
+		{nvme.FeatureWriteCache, 0, 1, 1, 1, 0},
+		{nvme.FeatureQueues, 0, 0x00020001, 0x00020001, 0x003f003f, nvme.FeatureCapChangeable},
+		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, nvme.FeatureCapChangeable},
+		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, nvme.FeatureCapChangeable},
+		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x11f, 0, nvme.FeatureCapChangeable},
+		{nvme.FeatureQuiet, 0, 1, 1, 0, nvme.FeatureCapChangeable},
+	} {
+		t.Run(tt.fid.String(), func(t *testing.T) {
+			h.TB = t
+			if got := h.ok(getFeature(tt.fid, tt.nsid, nvme.FeatureCurrent, 0)); got != tt.dflt {
+				t.Errorf("at first %#x, want %#x", got, tt.dflt)
+			}
+			h.ok(setFeature(tt.fid, tt.nsid, tt.set))
+			for sel, want := range map[nvme.FeatureSelect]uint32{
+				nvme.FeatureCurrent: tt.want, nvme.FeatureDefault: tt.dflt, nvme.FeatureSaved: tt.dflt, nvme.FeatureSupported: tt.caps,
+			} {
+				if got := h.ok(getFeature(tt.fid, tt.nsid, sel, 0)); got != want {
+					t.Errorf("select %d: %#x, want %#x", sel, got, want)
+				}
+			}
+			h.fails(getFeature(tt.fid, tt.nsid, 5, 0), nvme.StatusInvalidField)
+			save := setFeature(tt.fid, tt.nsid, tt.set)
+			save.CDW10 |= 1 << 31
+			h.fails(save, nvme.StatusFeatureNotSaveable)
+		})
+	}
+	h.TB = t
+	h.disable()
+	h.enable()
+	if got := h.ok(getFeature(nvme.FeatureArbitration, 0, nvme.FeatureCurrent, 0)); got != 7 {
+		t.Errorf("after a reset arbitration is %#x", got)
+	}
+	for _, call := range []string{"SetCoalescing 7 5", "SetCoalescing 0 0", "SetQuiet true", "SetQuiet false"} {
+		if !h.dp.called(call) {
+			t.Errorf("the data path was not told %q: %q", call, h.dp.calls)
+		}
+	}
+}
+
+func TestFeatureRefuses(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	for _, tt := range []struct {
+		name string
+		cmd  nvme.Command
+		want nvme.Status
+	}{
+		{"unknown", setFeature(0xc1, 0, 0), nvme.StatusInvalidField},
+		{"unknown get", getFeature(0xc1, 0, 0, 0), nvme.StatusInvalidField},
+		{"keep alive", setFeature(nvme.FeatureKeepAlive, 0, 1000), nvme.StatusInvalidField},
+		{"host memory buffer", setFeature(nvme.FeatureHostMemoryBuffer, 0, 1), nvme.StatusInvalidField},
+		{"power state 1", setFeature(nvme.FeaturePowerManagement, 0, 1), nvme.StatusInvalidField},
+		{"write cache off", setFeature(nvme.FeatureWriteCache, 0, 0), nvme.StatusFeatureNotChangeable},
+		{"controller feature of namespace 1", setFeature(nvme.FeatureArbitration, 1, 0), nvme.StatusFeatureNotPerNamespace},
+		{"controller feature of no namespace", setFeature(nvme.FeatureArbitration, 2, 0), nvme.StatusInvalidNamespace},
+		{"namespace feature of none", setFeature(nvme.FeatureErrorRecovery, 0, 0), nvme.StatusInvalidNamespace},
+		{"namespace feature of no namespace", setFeature(nvme.FeatureErrorRecovery, 2, 0), nvme.StatusInvalidNamespace},
+		{"get namespace feature of all", getFeature(nvme.FeatureErrorRecovery, nvme.NSIDAll, 0, 0), nvme.StatusInvalidNamespace},
+		{"DULBE", setFeature(nvme.FeatureErrorRecovery, 1, 1<<16), nvme.StatusInvalidField},
+		{"vector", setFeature(nvme.FeatureVectorConfig, 0, 65), nvme.StatusInvalidField},
+		{"get vector", getFeature(nvme.FeatureVectorConfig, 0, 0, 65), nvme.StatusInvalidField},
+		{"sensor 1", setFeature(nvme.FeatureTemperature, 0, 1<<16), nvme.StatusInvalidField},
+		{"get sensor 1", getFeature(nvme.FeatureTemperature, 0, 0, 1<<16), nvme.StatusInvalidField},
+		{"threshold type", setFeature(nvme.FeatureTemperature, 0, 2<<20), nvme.StatusInvalidField},
+		{"get threshold type", getFeature(nvme.FeatureTemperature, 0, 0, 2<<20), nvme.StatusInvalidField},
+		{"timestamp outside of memory", func() nvme.Command { c := setFeature(nvme.FeatureTimestamp, 0, 0); c.PRP1 = 0; return c }(), nvme.StatusDataTransferError},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h.TB = t
+			h.fails(tt.cmd, tt.want)
+		})
+	}
+}
+
+func TestFeatureErrorRecoveryOfAll(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	h.ok(setFeature(nvme.FeatureErrorRecovery, nvme.NSIDAll, 5))
+	h.ok(setFeature(nvme.FeatureErrorRecovery, 3, 6))
+	if a, b := h.ok(getFeature(nvme.FeatureErrorRecovery, 1, 0, 0)), h.ok(getFeature(nvme.FeatureErrorRecovery, 3, 0, 0)); a != 5 || b != 6 {
+		t.Errorf("namespace 1 has %d, 3 has %d", a, b)
+	}
+}
+
+func TestFeatureVectorConfig(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	h.ok(setFeature(nvme.FeatureVectorConfig, 0, uint32(nvme.MakeVectorConfig(5, true))))
+	if got := nvme.VectorConfig(h.ok(getFeature(nvme.FeatureVectorConfig, 0, 0, 5))); !got.CoalescingDisabled() || got.Vector() != 5 {
+		t.Errorf("vector 5: %#x", uint32(got))
+	}
+	if got := nvme.VectorConfig(h.ok(getFeature(nvme.FeatureVectorConfig, 0, 0, 6))); got.CoalescingDisabled() || got.Vector() != 6 {
+		t.Errorf("vector 6: %#x", uint32(got))
+	}
+	h.disable()
+	if !h.dp.called("SetVectorConfig 5 true") || !h.dp.called("SetVectorConfig 5 false") {
+		t.Errorf("the data path was told %q", h.dp.calls)
+	}
+}
+
+func TestFeatureWithoutWriteCacheOrQuiet(t *testing.T) {
+	cfg := testConfig()
+	cfg.Namespaces = nil
+	cfg.Mode = Trap
+	h := newEnabled(t, cfg)
+	for _, fid := range []nvme.FeatureID{nvme.FeatureWriteCache, nvme.FeatureQuiet} {
+		h.fails(getFeature(fid, 0, 0, 0), nvme.StatusInvalidField)
+		h.fails(setFeature(fid, 0, 1), nvme.StatusInvalidField)
+	}
+}
+
+func TestTimestamp(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	h := newHost(t, testConfig())
+	h.c.now = func() time.Time { return now }
+	h.enable()
+	h.disable()
+	h.enable()
+	get := func() nvme.Timestamp {
+		h.ok(getFeature(nvme.FeatureTimestamp, 0, 0, 0))
+		return nvme.Timestamp(h.data(8))
+	}
+	now = now.Add(3 * time.Second)
+	if ts := get(); ts.Milliseconds() != 3000 || ts.Attributes() != 0 {
+		t.Errorf("since the reset: %d ms, attributes %#x", ts.Milliseconds(), ts.Attributes())
+	}
+	set := nvme.MakeTimestamp(1<<40, 0)
+	h.mem.WriteIOVA(dataIOVA, set[:])
+	h.ok(setFeature(nvme.FeatureTimestamp, 0, 0))
+	now = now.Add(1500 * time.Millisecond)
+	if ts := get(); ts.Milliseconds() != 1<<40+1500 || ts.Attributes() != nvme.TimestampOriginHost<<nvme.TimestampOriginShift {
+		t.Errorf("after it was set: %d ms, attributes %#x", ts.Milliseconds(), ts.Attributes())
+	}
+}

@@ -1,0 +1,183 @@
+package ctrl
+
+import (
+	"math/bits"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Identify. NVMe Base 2.0c 5.17, NVM Command Set 1.0c 4.1.5.
+
+const (
+	warningTemperature  = 343 // kelvin
+	criticalTemperature = 353
+	shutdownMicros      = 30_000_000 // RTD3E: how long a shutdown's flush may take
+	supportedEvents     = nvme.EventConfigNamespace | nvme.SMARTWarningSpare | nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability |
+		nvme.SMARTWarningReadOnly | nvme.SMARTWarningBackup
+)
+
+func (c *Controller) identify(cmd *nvme.Command) result {
+	switch cmd.CNS() {
+	case nvme.CNSCSINamespace, nvme.CNSCSIController, nvme.CNSCSIActiveNamespaces:
+		if cmd.IdentifyCSI() != nvme.CSINVM {
+			return fail(nvme.StatusInvalidField, dword(11, 24), "only the NVM command set is there")
+		}
+	}
+	switch cmd.CNS() {
+	case nvme.CNSNamespace:
+		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(&n.Info).Bytes() })
+	case nvme.CNSCSINamespace: // no storage tags and no protection information: all zero
+		return c.identifyNamespace(cmd, func(*Namespace) *[nvme.IdentifySize]byte { return new([nvme.IdentifySize]byte) })
+	case nvme.CNSIndependentNamespace:
+		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return independentData(&n.Info).Bytes() })
+	case nvme.CNSNamespaceDescriptors:
+		return c.identifyDescriptors(cmd)
+	case nvme.CNSController:
+		return c.toHost(cmd, c.controllerData().Bytes()[:])
+	case nvme.CNSCSIController: // no limits but MDTS
+		return c.toHost(cmd, new(nvme.IdentifyControllerNVM).Bytes()[:])
+	case nvme.CNSActiveNamespaces, nvme.CNSCSIActiveNamespaces:
+		return c.identifyActive(cmd)
+	}
+	return fail(nvme.StatusInvalidField, dword(10, 0), "CNS not supported")
+}
+
+// identifyNamespace answers with data of the namespace, or zeroes for one that could be and is not.
+func (c *Controller) identifyNamespace(cmd *nvme.Command, data func(*Namespace) *[nvme.IdentifySize]byte) result {
+	if cmd.NSID == 0 || cmd.NSID > c.highestNSID() {
+		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+	}
+	if n := c.namespace(cmd.NSID); n != nil {
+		return c.toHost(cmd, data(n)[:])
+	}
+	return c.toHost(cmd, make([]byte, nvme.IdentifySize))
+}
+
+func (c *Controller) identifyActive(cmd *nvme.Command) result {
+	if cmd.NSID >= nvme.NSIDAll-1 {
+		return fail(nvme.StatusInvalidNamespace, inNSID, "no namespace id is larger")
+	}
+	var list nvme.NamespaceList
+	n := 0
+	for i := range c.cfg.Namespaces {
+		if id := c.cfg.Namespaces[i].NSID; id > cmd.NSID && n < len(list.ID) {
+			list.ID[n] = id
+			n++
+		}
+	}
+	return c.toHost(cmd, list.Bytes()[:])
+}
+
+func (c *Controller) identifyDescriptors(cmd *nvme.Command) result {
+	n := c.namespace(cmd.NSID)
+	if n == nil {
+		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+	}
+	var zero [16]byte
+	d := nvme.NamespaceDescriptors{
+		NGUID: n.Info.NGUID, HasNGUID: n.Info.NGUID != zero,
+		UUID: n.Info.UUID, HasUUID: n.Info.UUID != zero,
+		CSI: nvme.CSINVM, HasCSI: true,
+	}
+	data := new([nvme.IdentifySize]byte)
+	d.Encode(data)
+	return c.toHost(cmd, data[:])
+}
+
+func (c *Controller) controllerData() *nvme.IdentifyController {
+	id := &nvme.IdentifyController{
+		VID:       c.cfg.VID,
+		SSVID:     c.cfg.SSVID,
+		RAB:       6,
+		MDTS:      uint8(bits.TrailingZeros32(c.cfg.MDTSBytes / minPageSize)),
+		CNTLID:    c.cfg.CNTLID,
+		VER:       version,
+		RTD3E:     shutdownMicros,
+		OAES:      uint32(nvme.EventConfigNamespace),
+		CNTRLTYPE: nvme.ControllerTypeIO,
+		ACL:       abortLimit - 1,
+		AERL:      aerLimit - 1,
+		FRMW:      nvme.FRMWSlot1ReadOnly | 1<<nvme.FRMWSlotsShift,
+		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPASupportedPages,
+		ELPE:      errorLogSize - 1,
+		WCTEMP:    warningTemperature,
+		CCTEMP:    criticalTemperature,
+		SQES:      0x66,
+		CQES:      0x44,
+		NN:        c.highestNSID(),
+		ONCS:      nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSSaveSelect | nvme.ONCSTimestamp,
+		VWC:       nvme.VWCFlushAllNo,
+	}
+	if c.writeCache() {
+		id.VWC |= nvme.VWCPresent
+	}
+	if c.cfg.Mode == Shadow {
+		id.OACS = nvme.OACSDoorbellBuf
+	}
+	nvme.SetASCII(id.SN[:], c.cfg.Serial)
+	nvme.SetASCII(id.MN[:], c.cfg.Model)
+	nvme.SetASCII(id.FR[:], c.cfg.Firmware)
+	copy(id.SUBNQN[:len(id.SUBNQN)-1], c.cfg.SubNQN)
+	id.PSD[0].MP = 2500 // 25 W
+	caps := nvme.ShadowbellCaps{Version: nvme.ShadowbellVersion}
+	if c.quietSupported() {
+		caps.Caps |= nvme.ShadowbellQuiet
+	}
+	id.SetShadowbell(caps)
+	return id
+}
+
+func namespaceData(info *backend.Info) *nvme.IdentifyNamespace {
+	id := &nvme.IdentifyNamespace{
+		NSZE:   info.Blocks,
+		NCAP:   info.Blocks,
+		NUSE:   info.Blocks,
+		DLFEAT: deallocateFeatures(info),
+		NSATTR: namespaceAttributes(info),
+		NGUID:  info.NGUID,
+	}
+	id.LBAF[0].LBADS = info.LBAShift
+	if info.OptimalBlocks > 0 {
+		id.NSFEAT |= nvme.NSFEATOptPerf
+		id.NPDG = zeroBased(info.OptimalBlocks)
+		id.NPDA = id.NPDG
+		// Writes go to a page cache or to memory, in pages.
+		id.NPWG = zeroBased(uint32(max(minPageSize>>info.LBAShift, 1)))
+		id.NPWA = id.NPWG
+		id.NOWS = id.NPWG
+	}
+	return id
+}
+
+func independentData(info *backend.Info) *nvme.IdentifyIndependentNamespace {
+	id := &nvme.IdentifyIndependentNamespace{NSATTR: namespaceAttributes(info), NSTAT: nvme.NSTATReady}
+	if info.OptimalBlocks > 0 {
+		id.NSFEAT = nvme.NSFEATOptPerf
+	}
+	return id
+}
+
+func namespaceAttributes(info *backend.Info) uint8 {
+	if info.ReadOnly {
+		return nvme.NSATTRWriteProtected
+	}
+	return 0
+}
+
+func deallocateFeatures(info *backend.Info) uint8 {
+	v := uint8(nvme.DLFEATReadUnknown)
+	if info.DiscardZeroes {
+		v = nvme.DLFEATReadZeroes
+	}
+	if info.Discard && info.WriteZeroes {
+		v |= nvme.DLFEATWZDealloc
+	}
+	return v
+}
+
+// zeroBased stores count as one less, cut to what the field holds.
+func zeroBased(count uint32) nvme.ZeroBased16 {
+	z, _ := nvme.ToZeroBased16(min(count, 1<<16))
+	return z
+}

@@ -1,0 +1,251 @@
+// Package gmem is one guest's memory: the table from I/O virtual addresses (IOVA) to
+// host memory that a vfio-user client builds with DMA_MAP and DMA_UNMAP.
+//
+// Readers take a [Table], a snapshot, and look up in it without a lock. Map and Unmap
+// make a new one. What Unmap took out stays mapped in this process until Release, which the
+// caller calls when no worker and no request can use an older table any more (R35).
+//
+// Each file is mapped once, whole, however many ranges of it the client
+// names: QEMU's ranges of huge-page memory begin where mmap would refuse, and a
+// vIOMMU makes thousands of small ones.
+package gmem
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// MaxMaps is how many ranges a client may have mapped at once: what VERSION announces as max_dma_maps.
+const MaxMaps = 65535
+
+var (
+	// ErrOverlap is a DMA_MAP of addresses that are mapped already.
+	ErrOverlap = fmt.Errorf("range overlaps one that is mapped: %w", unix.EEXIST)
+	// ErrTooMany is a DMA_MAP beyond MaxMaps.
+	ErrTooMany = fmt.Errorf("more than %d ranges mapped: %w", MaxMaps, unix.ENOSPC)
+)
+
+// file is one mapped file, shared by all ranges of it.
+type file struct {
+	key  fileKey
+	mem  *shm.Region
+	refs int
+}
+
+type fileKey struct {
+	dev, ino uint64
+	writable bool
+}
+
+// Range is one mapped range of IOVAs.
+type Range struct {
+	IOVA, Size uint64
+	Writable   bool
+	// Mem is nil when the client gave no file for the range: its memory
+	// cannot be reached from here.
+	Mem *shm.Region
+
+	file *file
+}
+
+func (r *Range) end() uint64 { return r.IOVA + r.Size } // never wraps: Map refuses
+
+// Memory is one client's table and the files behind it.
+type Memory struct {
+	// Opened and Closing, if set, are told of each file's memory after it was mapped and before
+	// it is unmapped. They are called with mu held.
+	Opened, Closing func(mem []byte)
+
+	mu    sync.Mutex // guards files and orders writers of table
+	files map[fileKey]*file
+	table atomic.Pointer[Table]
+}
+
+// New returns an empty Memory.
+func New() *Memory {
+	m := &Memory{files: map[fileKey]*file{}}
+	m.table.Store(&Table{})
+	return m
+}
+
+// Table returns the current snapshot.
+func (m *Memory) Table() *Table { return m.table.Load() }
+
+// Map adds [iova, iova+size), which is [offset, offset+size) of the file fd, or no
+// reachable memory if fd is -1. It takes fd over and closes it.
+func (m *Memory) Map(iova, size, offset uint64, fd int, writable bool) error {
+	if fd >= 0 {
+		defer unix.Close(fd)
+	}
+	if size == 0 || iova+size < iova || iova+size == 0 || offset+size < offset || int64(offset+size) < 0 {
+		return fmt.Errorf("DMA range %#x, +%#x at offset %#x: %w", iova, size, offset, unix.EINVAL)
+	}
+	if (iova|size|offset)%shm.PageSize != 0 {
+		return fmt.Errorf("DMA range %#x, +%#x at offset %#x is not page aligned: %w", iova, size, offset, unix.EINVAL)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := Range{IOVA: iova, Size: size, Writable: writable}
+	i, err := m.place(r)
+	if err != nil {
+		return err
+	}
+	if fd >= 0 {
+		f, err := m.open(fd, offset+size, writable)
+		if err != nil {
+			return err
+		}
+		if r.Mem, err = f.mem.View(offset, size); err != nil {
+			return errors.Join(err, m.put(f))
+		}
+		r.file = f
+	}
+	m.insert(i, r)
+	return nil
+}
+
+// MapRegion adds memory of this process: a driver's that lives in it, or a test's. It stays the
+// caller's, and must outlive the range.
+func (m *Memory) MapRegion(iova uint64, mem *shm.Region, writable bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := Range{IOVA: iova, Size: mem.Len(), Writable: writable, Mem: mem}
+	i, err := m.place(r)
+	if err != nil {
+		return err
+	}
+	m.insert(i, r)
+	return nil
+}
+
+// place returns where r belongs in the table.
+func (m *Memory) place(r Range) (int, error) {
+	old := m.table.Load().ranges
+	if len(old) >= MaxMaps {
+		return 0, ErrTooMany
+	}
+	i, _ := slices.BinarySearchFunc(old, r.IOVA, func(x Range, v uint64) int {
+		if x.end() <= v {
+			return -1
+		}
+		return 1
+	})
+	if i < len(old) && old[i].IOVA < r.end() {
+		return 0, fmt.Errorf("DMA range %#x, +%#x: %w", r.IOVA, r.Size, ErrOverlap)
+	}
+	return i, nil
+}
+
+func (m *Memory) insert(i int, r Range) {
+	m.table.Store(newTable(slices.Insert(slices.Clone(m.table.Load().ranges), i, r)))
+}
+
+// open returns fd's file mapped at least up to byte need.
+func (m *Memory) open(fd int, need uint64, writable bool) (*file, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("stat of DMA memory: %w", err)
+	}
+	key := fileKey{dev: uint64(st.Dev), ino: st.Ino, writable: writable}
+	if f := m.files[key]; f != nil && f.mem.Len() >= need {
+		f.refs++
+		return f, nil
+	}
+	size := need
+	if st.Size > 0 {
+		size = uint64(st.Size)
+	}
+	mem, err := shm.Map(fd, 0, size, writable)
+	if err != nil {
+		return nil, fmt.Errorf("DMA memory: %w", err)
+	}
+	f := &file{key: key, mem: mem, refs: 1}
+	if m.Opened != nil {
+		m.Opened(f.bytes())
+	}
+	m.files[key] = f // a file that grew: the older mapping lives on in its ranges
+	return f, nil
+}
+
+func (m *Memory) put(f *file) error {
+	if f.refs--; f.refs > 0 {
+		return nil
+	}
+	if m.files[f.key] == f {
+		delete(m.files, f.key)
+	}
+	if m.Closing != nil {
+		m.Closing(f.bytes())
+	}
+	return f.mem.Close()
+}
+
+func (f *file) bytes() []byte {
+	b, _ := f.mem.Bytes(0, f.mem.Len())
+	return b
+}
+
+// Files calls f with the memory of each file that is mapped.
+func (m *Memory) Files(f func(mem []byte)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, x := range m.files {
+		f(x.bytes())
+	}
+}
+
+// Unmap takes out every range inside [iova, iova+size); size 2^64-iova is written as 0 with all
+// of the rest meant, and the end may be 2^64. Ranges that are only partly inside stay, with an error: vfio-user
+// cannot split a mapping. Nothing inside is no error, since QEMU unmaps what it never
+// mapped. The removed ranges go to Release.
+func (m *Memory) Unmap(iova, size uint64) ([]Range, error) {
+	last := iova + size - 1
+	if size == 0 || last < iova {
+		last = ^uint64(0)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	old := m.table.Load().ranges
+	var keep, gone []Range
+	for _, r := range old {
+		rlast := r.end() - 1
+		switch {
+		case r.IOVA >= iova && rlast <= last:
+			gone = append(gone, r)
+		case r.IOVA <= last && rlast >= iova:
+			return nil, fmt.Errorf("DMA_UNMAP %#x, +%#x would split the range %#x, +%#x: %w", iova, size, r.IOVA, r.Size, unix.EINVAL)
+		default:
+			keep = append(keep, r)
+		}
+	}
+	if len(gone) > 0 {
+		m.table.Store(newTable(keep))
+	}
+	return gone, nil
+}
+
+// Release unmaps the files that only the ranges of an Unmap had used.
+func (m *Memory) Release(gone []Range) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	for _, r := range gone {
+		if r.file != nil {
+			errs = append(errs, m.put(r.file))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close unmaps everything. Nobody may use a table of this Memory any more.
+func (m *Memory) Close() error {
+	gone, err := m.Unmap(0, 0)
+	return errors.Join(err, m.Release(gone))
+}

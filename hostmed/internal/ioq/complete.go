@@ -1,0 +1,167 @@
+package ioq
+
+import (
+	"sync/atomic"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/ring"
+)
+
+// complete stages the completion of r and gives r back.
+func (w *Worker) complete(r *request, st nvme.Status) {
+	g := r.sq.g
+	if st == nvme.StatusSuccess {
+		g.stats.count(r)
+	} else {
+		g.stats.Errors++
+		if w.log.IsDebug() {
+			w.log.Debug("command failed", "sq", r.sq.qid, "command", r.cmd.Describe(false), "status", st.String())
+		}
+	}
+	if g.state != Failed {
+		if len(g.staged) == 0 {
+			w.touched = append(w.touched, g)
+		}
+		g.staged = append(g.staged, ring.MakeEntry(0, r.sq.cons.Head(), r.sq.qid, r.cmd.CID, st))
+	}
+	w.give(r)
+}
+
+// postAll posts what has been staged.
+func (w *Worker) postAll() {
+	for n := len(w.touched) - 1; n >= 0; n = len(w.touched) - 1 {
+		g := w.touched[n]
+		w.touched = w.touched[:n]
+		if len(g.staged) > 0 {
+			w.postGroup(g)
+		}
+	}
+}
+
+// postGroup posts g's completions as one batch and decides once about the interrupt.
+func (w *Worker) postGroup(g *group) {
+	w.current = g
+	n := uint32(len(g.staged))
+	g.prod.Post(g.staged)
+	g.staged = g.staged[:0]
+	if !g.ien {
+		return
+	}
+	if g.ctl.quiet.Load() && g.head.Quiet() {
+		return
+	}
+	if entries, delay := g.ctl.coalescing.get(); delay > 0 && !g.vector.direct.Load() {
+		// Hold back until so many completions, or for so long (NVMe Base 2.0c 5.27.1.6).
+		if g.irqs += n; g.irqs < entries {
+			if g.irqDue == 0 {
+				w.now = nanotime()
+				g.irqDue = w.now + delay
+				w.due = append(w.due, g)
+			}
+			return
+		}
+	}
+	w.interrupt(g)
+}
+
+// interrupt raises g's interrupt, and forgets that one was held back.
+func (w *Worker) interrupt(g *group) {
+	g.irqs = 0
+	if g.irqDue != 0 {
+		g.irqDue = 0
+		for i, x := range w.due {
+			if x == g {
+				w.due = append(w.due[:i], w.due[i+1:]...)
+				break
+			}
+		}
+	}
+	g.stats.Interrupts++
+	g.vector.Fire()
+}
+
+// fireDue raises the interrupts whose time has come.
+func (w *Worker) fireDue() {
+	for i := 0; i < len(w.due); {
+		if g := w.due[i]; g.irqDue <= w.now {
+			w.interrupt(g) // takes it out of due
+		} else {
+			i++
+		}
+	}
+}
+
+// Vector is one interrupt of a controller: the eventfd that the client gave for it. It latches an interrupt
+// that comes while there is none, because QEMU takes all eventfds away and gives
+// them again each time the guest unmasks a vector.
+type Vector struct {
+	fd      atomic.Int32 // -1: none
+	pending atomic.Bool
+	direct  atomic.Bool // not coalesced (feature 09h)
+}
+
+// Fire raises the interrupt, or latches it.
+func (v *Vector) Fire() {
+	if fd := v.fd.Load(); fd >= 0 {
+		writeEventFD(int(fd))
+		return
+	}
+	v.pending.Store(true) // pairs with set, which stores the eventfd and then looks here
+	if fd := v.fd.Load(); fd >= 0 && v.pending.CompareAndSwap(true, false) {
+		writeEventFD(int(fd))
+	}
+}
+
+// set replaces the eventfd and returns the old one, which the caller closes when no worker can be
+// writing to it any more.
+func (v *Vector) set(fd int) (old int) {
+	old = int(v.fd.Swap(int32(fd)))
+	if fd >= 0 && v.pending.CompareAndSwap(true, false) {
+		writeEventFD(fd)
+	}
+	return old
+}
+
+// coalescing is feature 08h: the aggregation threshold, zero-based, and the time in 100 us.
+type coalescing struct{ v atomic.Uint32 }
+
+func (c *coalescing) set(thresholdZ, time100us uint8) {
+	c.v.Store(uint32(thresholdZ) | uint32(time100us)<<8)
+}
+
+// get returns the threshold in completions and the time in ns. Time 0 turns coalescing off.
+func (c *coalescing) get() (entries uint32, delay int64) {
+	v := c.v.Load()
+	return v&0xff + 1, int64(v>>8) * 100_000
+}
+
+// Stats counts what a worker or a controller has done. Bytes are of successful commands.
+type Stats struct {
+	Reads, Writes, Others   uint64
+	BytesRead, BytesWritten uint64
+	Errors                  uint64
+	Interrupts              uint64
+}
+
+func (s *Stats) count(r *request) {
+	switch r.cmd.Opcode {
+	case nvme.IORead, nvme.IOCompare:
+		s.Reads++
+		s.BytesRead += r.Len
+	case nvme.IOWrite:
+		s.Writes++
+		s.BytesWritten += r.Len
+	default:
+		s.Others++
+	}
+}
+
+func (s *Stats) add(o Stats) {
+	s.Reads += o.Reads
+	s.Writes += o.Writes
+	s.Others += o.Others
+	s.BytesRead += o.BytesRead
+	s.BytesWritten += o.BytesWritten
+	s.Errors += o.Errors
+	s.Interrupts += o.Interrupts
+}

@@ -1,0 +1,644 @@
+package ioq
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
+	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/prp"
+	"github.com/shadowbell/shadowbell/shared/ring"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// Config is the data path of one controller.
+type Config struct {
+	Workers    []*Worker
+	Home       *Worker // has the client's socket, and watches queue 0 in Mmap mode
+	Memory     *gmem.Memory
+	Namespaces []ctrl.Namespace
+	Mode       ctrl.DoorbellMode
+	DSTRD      uint8
+	MaxQueues  uint16 // I/O queue pairs
+	Vectors    uint16
+	MDTSBytes  uint32
+	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
+
+	// OnAdmin and OnError are called on a worker's thread and must not block: queue 0's doorbell
+	// has moved; a queue has failed.
+	OnAdmin func()
+	OnError func(QueueError)
+}
+
+// Controller is the data path of one controller. Except Doorbell, its methods belong to the session's goroutine; they
+// implement ctrl.DataPath.
+type Controller struct {
+	cfg    Config
+	mode   ctrl.DoorbellMode
+	mem    *gmem.Memory
+	mdts   uint64
+	ns     []*namespace // by NSID - 1
+	groups []*group
+	past   Stats // of groups that are gone
+
+	// bar is the file that holds the doorbell registers at their offset in BAR0, or, unless they are mapped,
+	// nil; bells are the registers: what MMIO wrote, or what the client stores.
+	bar       *shm.Region
+	bells     *shm.Region
+	admin     [2]*atomic.Uint32 // queue 0's
+	adminSeen [2]uint32         // the home worker's
+	shadow    *shm.Region       // the doorbell page and its event indices; nil: none
+	ei        *shm.Region
+	shared    atomic.Bool // shadow != nil
+
+	sqs     []atomic.Pointer[sq] // by queue id, for doorbell messages
+	cqs     []atomic.Pointer[group]
+	vectors []*Vector
+
+	quiet      atomic.Bool // FeatureQuiet
+	coalescing coalescing
+}
+
+var _ ctrl.DataPath = (*Controller)(nil)
+
+// namespace is a namespace as the workers see it.
+type namespace struct {
+	info    backend.Info
+	backend backend.Backend
+	media   []*media // by worker; the entry belongs to that worker
+}
+
+// media is a worker's way into a backend.
+type media struct {
+	backend backend.Backend
+	q       backend.Queue
+	w       *Worker
+}
+
+// Ready is called when the backend's eventfd is readable: the loop reaps anyway.
+func (m *media) Ready(uint32) {
+	var buf [8]byte
+	_, _ = unix.Read(m.q.EventFD(), buf[:])
+}
+
+// NewController returns a data path without queues.
+func NewController(c Config) (*Controller, error) {
+	d := &Controller{
+		cfg: c, mode: c.Mode, mem: c.Memory, mdts: uint64(c.MDTSBytes),
+		sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
+	}
+	for _, n := range c.Namespaces {
+		for uint32(len(d.ns)) < n.NSID {
+			d.ns = append(d.ns, nil)
+		}
+		d.ns[n.NSID-1] = &namespace{info: n.Info, backend: n.Backend, media: make([]*media, len(c.Workers))}
+	}
+	for range c.Vectors {
+		v := &Vector{}
+		v.fd.Store(-1)
+		d.vectors = append(d.vectors, v)
+	}
+	size := DoorbellBytes(c.MaxQueues, c.DSTRD)
+	if c.Mode == ctrl.Mmap {
+		var err error
+		if d.bar, err = shm.NewMemfd("nvme-doorbells", nvme.DoorbellBase+size); err != nil {
+			return nil, err
+		}
+		if d.bells, err = d.bar.View(nvme.DoorbellBase, size); err != nil {
+			return nil, errors.Join(err, d.bar.Close())
+		}
+	} else {
+		d.bells = shm.NewHeap(int(size))
+	}
+	var err error
+	if d.admin[0], d.admin[1], err = dbbuf.Slots(d.bells, 0, c.DSTRD); err != nil {
+		return nil, err
+	}
+	if c.Mode == ctrl.Mmap {
+		c.Home.Call(func() { c.Home.watched = append(c.Home.watched, d); c.Home.nap = firstNap })
+	}
+	return d, nil
+}
+
+// DoorbellBytes is the size of the doorbell registers of queues 0 to n, in whole pages.
+func DoorbellBytes(n uint16, dstrd uint8) uint64 {
+	end := 2 * (uint64(n) + 1) * (4 << (dstrd & 0xf))
+	return (end + shm.PageSize - 1) &^ (shm.PageSize - 1)
+}
+
+// Close ends the data path: Stop, and gives everything back. Interrupt eventfds are closed.
+func (c *Controller) Close() error {
+	c.Stop()
+	if c.mode == ctrl.Mmap {
+		c.cfg.Home.Call(func() {
+			w := c.cfg.Home
+			for i, x := range w.watched {
+				if x == c {
+					w.watched = append(w.watched[:i], w.watched[i+1:]...)
+					break
+				}
+			}
+		})
+	}
+	c.SetVectors(0, nil, len(c.vectors))
+	if c.bar != nil {
+		return c.bar.Close()
+	}
+	return nil
+}
+
+// Doorbells is, in Mmap mode, the memfd that has the doorbell registers at their offset in BAR0; otherwise nil.
+func (c *Controller) Doorbells() *shm.Region { return c.bar }
+
+func (c *Controller) namespace(nsid uint32) *namespace {
+	if i := nsid - 1; i < uint32(len(c.ns)) {
+		return c.ns[i]
+	}
+	return nil
+}
+
+// media returns the worker's way into n, opened at the first CreateCQ on the worker.
+func (w *Worker) media(n *namespace) *media { return n.media[w.id] }
+
+// openMedia opens what is not open yet. It runs on the worker's thread.
+func (w *Worker) openMedia(c *Controller) error {
+	for _, n := range c.ns {
+		if n == nil || n.media[w.id] != nil {
+			continue
+		}
+		m := w.find(n.backend)
+		if m == nil {
+			q, err := n.backend.NewQueue()
+			if err != nil {
+				return fmt.Errorf("namespace %s: %w", n.info.Name, err)
+			}
+			m = &media{backend: n.backend, q: q, w: w}
+			if fd := q.EventFD(); fd >= 0 {
+				if err := w.Add(fd, m); err != nil {
+					return errors.Join(err, q.Close())
+				}
+			}
+			w.queues = append(w.queues, m)
+		}
+		n.media[w.id] = m
+		c.mem.Files(m.q.AddMemory)
+	}
+	return nil
+}
+
+func (w *Worker) find(b backend.Backend) *media {
+	for _, m := range w.queues {
+		if m.backend == b {
+			return m
+		}
+	}
+	return nil
+}
+
+func (w *Worker) closeMedia() {
+	for _, m := range w.queues {
+		if fd := m.q.EventFD(); fd >= 0 {
+			w.Remove(fd)
+		}
+		if err := m.q.Close(); err != nil {
+			w.log.Error("closing a backend queue", "error", err)
+		}
+	}
+	w.queues = nil
+}
+
+// MemoryAdded and MemoryRemoved tell the backends of memory that the client mapped, and of memory that it
+// took back and that nothing uses any more.
+func (c *Controller) MemoryAdded(b []byte)   { c.eachMedia(func(m *media) { m.q.AddMemory(b) }) }
+func (c *Controller) MemoryRemoved(b []byte) { c.eachMedia(func(m *media) { m.q.RemoveMemory(b) }) }
+
+func (c *Controller) eachMedia(f func(*media)) {
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {
+			for _, n := range c.ns {
+				if n != nil && n.media[w.id] != nil {
+					f(n.media[w.id])
+				}
+			}
+		})
+	}
+}
+
+// words returns the doorbells of queue qid and their event indices where they are now.
+func (c *Controller) words(shadow, ei *shm.Region, qid uint16) (sq, cq, sqEI, cqEI *atomic.Uint32, err error) {
+	if shadow == nil {
+		sq, cq, err = dbbuf.Slots(c.bells, qid, c.cfg.DSTRD)
+		return
+	}
+	if sq, cq, err = dbbuf.Slots(shadow, qid, c.cfg.DSTRD); err == nil {
+		sqEI, cqEI, err = dbbuf.Slots(ei, qid, c.cfg.DSTRD)
+	}
+	return
+}
+
+// CreateCQ makes an I/O completion queue and gives it to a worker.
+func (c *Controller) CreateCQ(p ctrl.CQParams) error {
+	prod, err := ring.NewCQProducer(p.Mem, p.Size)
+	if err != nil {
+		return err
+	}
+	w := c.cfg.Workers[int(p.QID-1)%len(c.cfg.Workers)]
+	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, mem: p.Mem, ien: p.IEN, vector: c.vectors[p.Vector], state: Armed}
+	g.onKick = func() {
+		g.kicked.Store(false)
+		w.wake(g)
+	}
+	_, head, _, headEI, err := c.words(c.shadow, c.ei, p.QID)
+	if err != nil {
+		return err
+	}
+	g.head = dbbuf.NewPoller(head, headEI, p.Size)
+	w.Call(func() {
+		if err = w.openMedia(c); err != nil {
+			return
+		}
+		w.current = g
+		zero(head, headEI)
+		c.groups = append(c.groups, g) // the session waits for this
+		c.cqs[p.QID].Store(g)
+	})
+	return err
+}
+
+// zero clears the slots of a new queue, whatever an older one left in them (R22).
+func zero(words ...*atomic.Uint32) {
+	for _, x := range words {
+		if x != nil {
+			x.Store(0)
+		}
+	}
+}
+
+// CreateSQ makes an I/O submission queue that feeds an existing CQ.
+func (c *Controller) CreateSQ(p ctrl.SQParams) error {
+	cons, err := ring.NewSQConsumer(p.Mem, p.Size)
+	if err != nil {
+		return err
+	}
+	g := c.cqs[p.CQID].Load()
+	if g == nil {
+		return fmt.Errorf("SQ %d names CQ %d, which does not exist", p.QID, p.CQID)
+	}
+	tail, _, tailEI, _, err := c.words(c.shadow, c.ei, p.QID)
+	if err != nil {
+		return err
+	}
+	s := &sq{g: g, qid: p.QID, mem: p.Mem, cons: cons, tail: dbbuf.NewPoller(tail, tailEI, p.Size), state: Polling, pageSize: c.cfg.PageSize()}
+	s.maxPages = int(prp.Pages(uint64(s.pageSize-1), c.cfg.MDTSBytes, s.pageSize))
+	g.w.Call(func() {
+		w := g.w
+		w.current = g
+		zero(tail, tailEI)
+		g.sqs = append(g.sqs, s)
+		c.sqs[p.QID].Store(s)
+		if g.state == Armed || g.state == Polling {
+			w.resume(g)
+		}
+	})
+	return nil
+}
+
+// DeleteSQ takes no more commands from the queue and returns when those taken are completed.
+func (c *Controller) DeleteSQ(qid uint16) {
+	s := c.sqs[qid].Load()
+	if s == nil {
+		return
+	}
+	w := s.g.w
+	w.Call(func() { s.state = Draining })
+	w.until(func() bool { return s.inflight == 0 })
+	w.Call(func() {
+		for i, x := range s.g.sqs {
+			if x == s {
+				s.g.sqs = append(s.g.sqs[:i], s.g.sqs[i+1:]...)
+				break
+			}
+		}
+		c.sqs[qid].Store(nil)
+	})
+}
+
+// DeleteCQ removes a CQ that no SQ feeds.
+func (c *Controller) DeleteCQ(qid uint16) {
+	g := c.cqs[qid].Load()
+	if g == nil {
+		return
+	}
+	g.w.Call(func() { g.w.remove(g) })
+	c.forget(func(x *group) bool { return x == g })
+}
+
+// remove takes g off every list of its worker.
+func (w *Worker) remove(g *group) {
+	g.state = Absent
+	drop := func(list []*group) []*group {
+		keep := list[:0]
+		for _, x := range list {
+			if x != g {
+				keep = append(keep, x)
+			}
+		}
+		clear(list[len(keep):])
+		return keep
+	}
+	w.active, w.mapped, w.due = drop(w.active), drop(w.mapped), drop(w.due)
+	g.listed, g.inMapped = false, false
+	if w.current == g {
+		w.current = nil
+	}
+	g.ctl.cqs[g.qid].Store(nil)
+	for _, s := range g.sqs {
+		g.ctl.sqs[s.qid].Store(nil)
+	}
+}
+
+func (c *Controller) forget(which func(*group) bool) {
+	keep := c.groups[:0]
+	for _, g := range c.groups {
+		if which(g) {
+			c.past.add(g.stats)
+		} else {
+			keep = append(keep, g)
+		}
+	}
+	clear(c.groups[len(keep):])
+	c.groups = keep
+}
+
+// each runs f for each group on its worker's thread.
+func (c *Controller) each(f func(*Worker, *group)) {
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {
+			for _, g := range c.groups {
+				if g.w == w {
+					w.current = g
+					f(w, g)
+				}
+			}
+		})
+	}
+}
+
+// pause stops fetching and waits until nothing that was fetched is in flight. No worker
+// touches this controller's guest memory until resume.
+func (c *Controller) pause() {
+	c.each(func(_ *Worker, g *group) {
+		if g.state == Polling || g.state == Armed {
+			g.state = Draining
+		}
+	})
+	for _, w := range c.cfg.Workers {
+		w.until(func() bool {
+			for _, g := range c.groups {
+				if g.w == w && g.inflight > 0 {
+					return false
+				}
+			}
+			return true
+		})
+	}
+}
+
+func (c *Controller) resume() {
+	c.each(func(w *Worker, g *group) {
+		if g.state == Draining {
+			w.resume(g)
+		}
+	})
+}
+
+// Quiesce returns when no worker uses an older table of guest memory than the current one (R35).
+func (c *Controller) Quiesce() {
+	if len(c.groups) == 0 {
+		return
+	}
+	c.pause()
+	c.resume()
+}
+
+// Revoke fails the queues whose memory is in ranges that the client takes back.
+func (c *Controller) Revoke(gone []gmem.Range) {
+	c.each(func(w *Worker, g *group) {
+		lost := slices.ContainsFunc(gone, func(r gmem.Range) bool { return r.Mem != nil && r.Mem.Overlaps(g.mem) })
+		for _, s := range g.sqs {
+			lost = lost || slices.ContainsFunc(gone, func(r gmem.Range) bool { return r.Mem != nil && r.Mem.Overlaps(s.mem) })
+		}
+		if lost && g.state != Failed {
+			w.failGroup(g)
+			c.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryRevoked, Err: fmt.Errorf("queue %d: the client unmapped its memory", g.qid)})
+		}
+	})
+}
+
+// Stop drains and removes every queue, drops the doorbell pages and clears the doorbell registers, so that the
+// next enable begins from zero (R21).
+func (c *Controller) Stop() {
+	c.pause()
+	c.each(func(w *Worker, g *group) { w.remove(g) })
+	c.forget(func(*group) bool { return true })
+	c.shadow, c.ei = nil, nil
+	c.shared.Store(false)
+	c.quiet.Store(false)
+	c.coalescing.set(0, 0)
+	for _, v := range c.vectors {
+		v.pending.Store(false)
+		v.direct.Store(false)
+	}
+	for off := uint64(0); off < c.bells.Len(); off += 4 {
+		if x, err := c.bells.Word32(off); err == nil {
+			x.Store(0)
+		}
+	}
+}
+
+// SetDoorbellPages moves every doorbell to the pages, or, with nil, back to the registers. Each queue is switched on
+// its worker's thread, between two rounds: seeded from its current value, then
+// polled (R23, R25).
+func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
+	if shadow != nil {
+		if _, _, _, _, err := c.words(shadow, ei, c.cfg.MaxQueues); err != nil {
+			return err // R29: before anything has changed (R26)
+		}
+	}
+	var errs []error
+	c.each(func(w *Worker, g *group) {
+		for _, s := range g.sqs {
+			tail, _, tailEI, _, err := c.words(shadow, ei, s.qid)
+			if err != nil {
+				errs = append(errs, err)
+				return
+			}
+			tail.Store(s.tail.Load())
+			s.tail = dbbuf.NewPoller(tail, tailEI, s.cons.Size())
+		}
+		_, head, _, headEI, err := c.words(shadow, ei, g.qid)
+		if err != nil {
+			errs = append(errs, err)
+			return
+		}
+		head.Store(g.head.Load())
+		g.head = dbbuf.NewPoller(head, headEI, g.prod.Size())
+		if g.state == Armed || g.state == Polling {
+			w.resume(g)
+		}
+	})
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	c.shadow, c.ei = shadow, ei
+	c.shared.Store(shadow != nil)
+	return nil
+}
+
+// Doorbell takes a write of value to the doorbell registers at byte off from their start. It is called on the home
+// worker's thread w. With a shared page the write is only a kick, whose value does not count (R15, R17).
+func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
+	stride := uint64(4) << (c.cfg.DSTRD & 0xf)
+	index := off / stride
+	qid := index / 2
+	if off%stride != 0 || qid >= uint64(len(c.sqs)) {
+		c.cfg.OnError(QueueError{QID: uint16(min(qid, 0xffff)), Kind: NoQueue, Err: fmt.Errorf("doorbell write at offset %#x", nvme.DoorbellBase+off)})
+		return
+	}
+	cq := index%2 == 1
+	if qid == 0 {
+		c.admin[index].Store(value)
+		c.cfg.OnAdmin()
+		return
+	}
+	g := c.cqs[qid].Load()
+	if s := c.sqs[qid].Load(); !cq {
+		if g = nil; s != nil {
+			g = s.g
+		}
+	}
+	if g == nil {
+		c.cfg.OnError(QueueError{QID: uint16(qid), Kind: NoQueue, Err: fmt.Errorf("doorbell write for queue %d, which does not exist", qid)})
+		return
+	}
+	if !c.shared.Load() {
+		if x, err := c.bells.Word32(off); err == nil {
+			x.Store(value)
+		}
+	}
+	if g.w == w {
+		w.wake(g)
+	} else {
+		g.kick()
+	}
+}
+
+// SetQuiet turns FeatureQuiet on or off.
+func (c *Controller) SetQuiet(on bool) { c.quiet.Store(on) }
+
+// SetCoalescing and SetVectorConfig are features 08h and 09h. Completions are aggregated for each CQ.
+func (c *Controller) SetCoalescing(thresholdZ, time100us uint8) {
+	c.coalescing.set(thresholdZ, time100us)
+}
+
+func (c *Controller) SetVectorConfig(vector uint16, disabled bool) {
+	if int(vector) < len(c.vectors) {
+		c.vectors[vector].direct.Store(disabled)
+	}
+}
+
+// SetVectors gives the vectors from start the eventfds fds, and takes theirs from the rest of
+// the n vectors from start. The controller owns the fds.
+func (c *Controller) SetVectors(start int, fds []int, n int) {
+	var old []int
+	for i := range n {
+		if start+i >= len(c.vectors) {
+			break
+		}
+		fd := -1
+		if i < len(fds) {
+			fd = fds[i]
+		}
+		if was := c.vectors[start+i].set(fd); was >= 0 {
+			old = append(old, was)
+		}
+	}
+	if len(old) == 0 {
+		return
+	}
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {}) // after this no worker is writing to them
+	}
+	for _, fd := range old {
+		unix.Close(fd)
+	}
+}
+
+// Interrupt raises a vector.
+func (c *Controller) Interrupt(vector uint16) {
+	if int(vector) < len(c.vectors) {
+		c.vectors[vector].Fire()
+	}
+}
+
+// AdminDoorbells returns queue 0's doorbell registers.
+func (c *Controller) AdminDoorbells() (sqTail, cqHead *atomic.Uint32) { return c.admin[0], c.admin[1] }
+
+// Abort cannot take back what a backend has begun, and everything that was fetched has begun.
+func (c *Controller) Abort(sqid, cid uint16) bool { return false }
+
+// Stats returns what the controller has done so far.
+func (c *Controller) Stats() Stats {
+	s := c.past
+	c.each(func(_ *Worker, g *group) { s.add(g.stats) })
+	return s
+}
+
+// flushTimeout bounds how long a shutdown waits for the medium.
+const flushTimeout = 30 * time.Second
+
+// Flush makes all completed writes of all namespaces durable, past the workers.
+func (c *Controller) Flush() error {
+	var errs []error
+	for _, n := range c.ns {
+		if n != nil && n.info.VolatileCache && !n.info.ReadOnly {
+			if err := Flush(n.backend); err != nil {
+				errs = append(errs, fmt.Errorf("flush of %s: %w", n.info.Name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Flush makes what was written to b durable and returns when it is.
+func Flush(b backend.Backend) error {
+	q, err := b.NewQueue()
+	if err != nil {
+		return err
+	}
+	r := &backend.Request{Op: backend.OpFlush}
+	var done [1]*backend.Request
+	n := q.Submit([]*backend.Request{r}, done[:])
+	for end := time.Now().Add(flushTimeout); n == 0; {
+		if n = q.Reap(done[:]); n > 0 {
+			break
+		}
+		left := time.Until(end)
+		if left <= 0 {
+			return errors.Join(errors.New("timed out"), q.Close())
+		}
+		fds := []unix.PollFd{{Fd: int32(q.EventFD()), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
+			return errors.Join(err, q.Close())
+		}
+	}
+	return errors.Join(r.Status.Err(), q.Close())
+}

@@ -1,0 +1,332 @@
+package ioq
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/ring"
+	"github.com/shadowbell/shadowbell/shared/shm"
+	"github.com/shadowbell/shadowbell/shared/spin"
+)
+
+// State is where a queue is in its life; package ioq's comment draws the way.
+type State uint8
+
+// The states of a queue.
+const (
+	Absent State = iota
+	Polling
+	Armed
+	Draining
+	Failed
+)
+
+func (s State) String() string {
+	return [...]string{"absent", "polling", "armed", "draining", "failed"}[s]
+}
+
+// group is one CQ and the SQs that feed it. It belongs to its worker.
+type group struct {
+	ctl  *Controller
+	w    *Worker
+	qid  uint16 // of the CQ
+	mem  *shm.Region
+	prod *ring.CQProducer
+	head *dbbuf.Poller
+	sqs  []*sq
+
+	state    State
+	listed   bool        // on the worker's active list
+	inMapped bool        // on the worker's mapped list
+	kicked   atomic.Bool // by another thread, which has put onKick in the mail
+	onKick   func()
+	blocked  bool         // an SQ has commands for which the CQ has no room
+	inflight uint32       // fetched, not yet completed
+	staged   []ring.Entry // completions to be posted in this round
+
+	worked    bool  // since the last tick
+	idleSince int64 // ns; 0: not idle
+	limit     int64 // ns that polling may go on without work
+	budget    spin.Budget
+
+	stats Stats
+
+	ien    bool
+	vector *Vector
+	irqs   uint32 // completions posted since the last interrupt, while coalescing
+	irqDue int64  // when they are due at the latest
+}
+
+// sq is one submission queue.
+type sq struct {
+	g        *group
+	qid      uint16
+	mem      *shm.Region
+	cons     *ring.SQConsumer
+	tail     *dbbuf.Poller
+	state    State // Polling, Draining or Failed; whether it is armed is the group's
+	inflight uint32
+	pageSize uint32 // CC.MPS in bytes
+	maxPages int    // of a command's data
+}
+
+// poll fetches and starts what is in the group's SQs and returns how many commands.
+func (w *Worker) poll(g *group) int {
+	if g.state != Polling {
+		return 0
+	}
+	w.current = g
+	work := 0
+	for _, s := range g.sqs {
+		tail := s.tail.Load()
+		if tail == s.cons.Head() || s.state != Polling {
+			continue
+		}
+		n, err := s.cons.Pending(tail)
+		if err != nil {
+			w.badDoorbell(g, s.qid, BadSQTail, err)
+			return work
+		}
+		// A command is fetched only when its completion has room (R9).
+		room := g.room()
+		if room < n {
+			if room = w.makeRoom(g); room == 0 {
+				g.blocked = true
+				continue
+			}
+			if g.state == Failed {
+				return work
+			}
+		}
+		n = min(n, room, batchMax)
+		g.blocked = false
+		w.fetch(s, n)
+		s.tail.Behind(s.cons.Head())
+		work += int(n)
+	}
+	if work > 0 {
+		g.worked = true
+		w.flushBatch()
+		w.postAll()
+	}
+	return work
+}
+
+// makeRoom looks at the CQ head, which nobody needs to know before the CQ is full, and returns the room.
+func (w *Worker) makeRoom(g *group) uint32 {
+	if err := g.prod.Consumed(g.headDoorbell()); err != nil {
+		w.badDoorbell(g, g.qid, BadCQHead, err)
+		return 0
+	}
+	g.head.Behind(g.prod.Head())
+	return g.room()
+}
+
+// room returns how many more commands may be fetched: CQ entries that are neither posted nor
+// promised.
+func (g *group) room() uint32 { return g.prod.Free() - g.inflight - uint32(len(g.staged)) }
+
+func (g *group) headDoorbell() uint32 {
+	h := g.head.Load()
+	if g.ctl.quiet.Load() {
+		h &^= dbbuf.QuietBit
+	}
+	return h
+}
+
+// fetch takes n commands out of s.
+func (w *Worker) fetch(s *sq, n uint32) {
+	for range n {
+		r := w.take(s)
+		w.pending = r
+		s.cons.Fetch(&r.cmd)
+		w.start(r)
+		w.pending = nil
+	}
+}
+
+// rest decides whether g, which is on the active list, leaves it. It is called once each tick.
+func (w *Worker) rest(g *group) bool {
+	if g.state != Polling {
+		return true
+	}
+	if g.worked {
+		g.worked = false
+		if g.idleSince != 0 {
+			g.budget.Earned(time.Duration(w.now - g.idleSince))
+			g.idleSince = 0
+		}
+		if !w.noSpin {
+			return false
+		}
+	}
+	if g.idleSince == 0 {
+		g.idleSince = w.now
+		g.limit = int64(g.budget.Limit())
+		if w.noSpin {
+			g.limit = -1
+		}
+	}
+	if w.now-g.idleSince <= g.limit {
+		return false
+	}
+	if g.limit > 0 {
+		g.budget.Failed()
+	}
+	g.idleSince = 0
+	return w.arm(g)
+}
+
+// arm asks for a doorbell from each of g's queues, and reports whether none of them had
+// moved meanwhile: only then may g be left alone (R2, R3). A queue whose race is lost goes on
+// being polled, which is the kick that R3 asks for.
+func (w *Worker) arm(g *group) bool {
+	w.current = g
+	ok := true
+	for _, s := range g.sqs {
+		if s.state == Polling && !(g.blocked && s.tail.Load() != s.cons.Head()) && !s.tail.Arm(s.cons.Head()) {
+			ok = false
+		}
+	}
+	// Only a CQ that blocks is armed, at the head as it stands: an event index at the tail would mean
+	// never (R8).
+	if g.blocked {
+		if err := g.prod.Consumed(g.headDoorbell()); err != nil {
+			w.badDoorbell(g, g.qid, BadCQHead, err)
+			return true
+		}
+		if g.room() > 0 || !g.head.Arm(g.prod.Head()) {
+			ok = false
+		}
+	}
+	if !ok {
+		w.behind(g)
+		return false
+	}
+	if g.ctl.mode == ctrl.Mmap && !g.inMapped {
+		g.inMapped = true
+		w.mapped = append(w.mapped, g)
+		w.nap = firstNap
+	}
+	g.state = Armed
+	return true
+}
+
+// behind tells the drivers of g's queues not to ring.
+func (w *Worker) behind(g *group) {
+	for _, s := range g.sqs {
+		s.tail.BehindNow(s.cons.Head())
+	}
+	g.head.BehindNow(g.prod.Head())
+}
+
+// wake puts g on the active list.
+func (w *Worker) wake(g *group) {
+	if g.state == Armed {
+		w.resume(g)
+	}
+}
+
+// resume makes g polled, whatever it was, and so probes all its queues (R27).
+func (w *Worker) resume(g *group) {
+	w.current = g
+	g.state = Polling
+	g.idleSince = 0
+	w.behind(g)
+	if !g.listed {
+		g.listed = true
+		w.active = append(w.active, g)
+	}
+}
+
+// kick is wake for other threads. A kick is sticky: it is forgotten before g is probed (R10).
+func (g *group) kick() {
+	if g.kicked.CompareAndSwap(false, true) {
+		g.w.post(g.onKick)
+	}
+}
+
+// A mapped doorbell page has no event index: the driver never rings, so an idle queue has
+// to be looked at. The looks become rarer from firstNap to lastNap, which bounds both what
+// idling costs and what the first command waits.
+const (
+	firstNap = int64(50 * time.Microsecond)
+	lastNap  = int64(5 * time.Millisecond)
+)
+
+func (w *Worker) lookMapped() {
+	w.nap = min(w.nap+w.nap/16+1, lastNap)
+	keep := w.mapped[:0]
+	for _, g := range w.mapped {
+		w.current = g
+		if g.state == Armed && !g.moved() {
+			keep = append(keep, g)
+			continue
+		}
+		g.inMapped = false
+		w.wake(g)
+	}
+	clear(w.mapped[len(keep):])
+	w.mapped = keep
+	w.lookAdmin()
+}
+
+// lookAdmin looks at the mapped doorbells of queue 0, whose commands the session runs.
+func (w *Worker) lookAdmin() {
+	for _, c := range w.watched {
+		tail, head := c.admin[0].Load(), c.admin[1].Load()
+		if tail != c.adminSeen[0] || head != c.adminSeen[1] {
+			c.adminSeen = [2]uint32{tail, head}
+			w.nap = firstNap
+			c.cfg.OnAdmin()
+		}
+	}
+}
+
+// moved reports whether a doorbell of g says something new.
+func (g *group) moved() bool {
+	for _, s := range g.sqs {
+		if s.state == Polling && s.tail.Load() != s.cons.Head() && !g.blocked {
+			return true
+		}
+	}
+	return g.blocked && g.headDoorbell() != g.prod.Head()
+}
+
+// badDoorbell stops a group whose driver wrote what cannot be (R30).
+func (w *Worker) badDoorbell(g *group, qid uint16, kind ErrorKind, err error) {
+	w.failGroup(g)
+	g.ctl.cfg.OnError(QueueError{QID: qid, Kind: kind, Err: fmt.Errorf("queue %d: %w", qid, err)})
+}
+
+// failGroup stops g. What is in flight completes into nothing.
+func (w *Worker) failGroup(g *group) {
+	g.state = Failed
+	g.staged = g.staged[:0]
+	for _, s := range g.sqs {
+		s.state = Failed
+	}
+}
+
+// fault charges a fault on guest memory to the group that was being worked on (R36).
+func (w *Worker) fault(err error) {
+	g := w.current
+	if g == nil {
+		w.log.Error("memory fault outside of any queue", "error", err)
+		return
+	}
+	w.current = nil
+	if r := w.pending; r != nil {
+		w.pending = nil
+		w.give(r)
+	}
+	for _, b := range w.batch {
+		w.give(w.reqs[b.Owner])
+	}
+	w.batch = w.batch[:0]
+	w.failGroup(g)
+	g.ctl.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryFault, Err: err})
+}

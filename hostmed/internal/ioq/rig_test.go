@@ -1,0 +1,296 @@
+package ioq
+
+import (
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
+	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/ring"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// Guest memory of a rig: one memfd, mapped at IOVA base.
+const (
+	base      = 0x1_0000_0000
+	guestSize = 8 << 20
+	shadowOff = 0x1000
+	eiOff     = 0x2000
+	dataOff   = 0x100000
+)
+
+// rig is a controller's data path and, on the other side, a driver made of nothing but rings and doorbells.
+type rig struct {
+	t       testing.TB
+	workers []*Worker
+	mem     *gmem.Memory
+	ctl     *Controller
+	guest   *shm.Region
+	errs    chan QueueError
+	admin   atomic.Uint32
+	next    uint64 // free guest memory
+}
+
+type rigConfig struct {
+	workers int
+	mode    ctrl.DoorbellMode
+	backend backend.Backend
+	shadow  bool
+	noSpin  bool
+	heap    bool // guest memory on the heap: the race detector sees it
+}
+
+func newRig(t testing.TB, c rigConfig) *rig {
+	t.Helper()
+	r := &rig{t: t, mem: gmem.New(), errs: make(chan QueueError, 64), next: 0x10000}
+	if c.workers == 0 {
+		c.workers = 1
+	}
+	for i := range c.workers {
+		w, err := StartWorker(WorkerConfig{ID: i, CPU: -1, NoSpin: c.noSpin, Logger: hclog.NewNullLogger()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.workers = append(r.workers, w)
+	}
+	old := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(max(old, c.workers+2))
+	if c.backend == nil {
+		b, err := backend.Open("mem:size=16MiB")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.Close() })
+		c.backend = b
+	}
+	var err error
+	if c.heap {
+		r.guest = shm.NewHeap(guestSize)
+		err = r.mem.MapRegion(base, r.guest, true)
+	} else {
+		if r.guest, err = shm.NewMemfd("guest", guestSize); err != nil {
+			t.Fatal(err)
+		}
+		fd, derr := unix.Dup(r.guest.FD())
+		if derr != nil {
+			t.Fatal(derr)
+		}
+		err = r.mem.Map(base, guestSize, 0, fd, true)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.ctl, err = NewController(Config{
+		Workers: r.workers, Home: r.workers[0], Memory: r.mem, Mode: c.mode, MaxQueues: 8, Vectors: 9, MDTSBytes: 1 << 20,
+		Namespaces: []ctrl.Namespace{{NSID: 1, Backend: c.backend, Info: c.backend.Info()}},
+		PageSize:   func() uint32 { return 4096 },
+		OnAdmin:    func() { r.admin.Add(1) },
+		OnError: func(e QueueError) {
+			select {
+			case r.errs <- e:
+			default:
+			}
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.shadow {
+		if err := r.ctl.SetDoorbellPages(r.view(shadowOff, 4096), r.view(eiOff, 4096)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := r.ctl.Close(); err != nil {
+			t.Error(err)
+		}
+		for _, w := range r.workers {
+			w.Stop()
+		}
+		if err := r.mem.Close(); err != nil {
+			t.Error(err)
+		}
+		r.guest.Close()
+		runtime.GOMAXPROCS(old)
+	})
+	return r
+}
+
+func (r *rig) view(off, n uint64) *shm.Region {
+	r.t.Helper()
+	v, err := r.guest.View(off, n)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return v
+}
+
+// pair is a queue pair as its driver sees it.
+type pair struct {
+	r          *rig
+	qid        uint16
+	sq         *ring.SQProducer
+	cq         *ring.CQConsumer
+	tail, head *dbbuf.Publisher
+	rings      atomic.Uint64
+	nextCID    uint16
+	irq        int // eventfd, or -1
+}
+
+func (r *rig) alloc(n uint64) *shm.Region {
+	v := r.view(r.next, n)
+	r.next += (n + 4095) &^ 4095
+	return v
+}
+
+// pair makes a queue pair of size entries whose SQ feeds the CQ of the same id.
+func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
+	r.t.Helper()
+	p := &pair{r: r, qid: qid, irq: -1}
+	cqMem, sqMem := r.alloc(uint64(size)*16), r.alloc(uint64(size)*64)
+	var err error
+	if ien {
+		if p.irq, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
+			r.t.Fatal(err)
+		}
+		r.t.Cleanup(func() { unix.Close(p.irq) })
+		fd, _ := unix.Dup(p.irq)
+		r.ctl.SetVectors(int(qid), []int{fd}, 1)
+	}
+	if err := r.ctl.CreateCQ(ctrl.CQParams{QID: qid, Size: size, Mem: cqMem, Vector: qid, IEN: ien}); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: qid, Size: size, Mem: sqMem}); err != nil {
+		r.t.Fatal(err)
+	}
+	if p.sq, err = ring.NewSQProducer(sqMem, size); err != nil {
+		r.t.Fatal(err)
+	}
+	if p.cq, err = ring.NewCQConsumer(cqMem, size); err != nil {
+		r.t.Fatal(err)
+	}
+	p.tail, p.head = r.publisher(qid, false, &p.rings), r.publisher(qid, true, &p.rings)
+	return p
+}
+
+// publisher makes the driver's end of a doorbell, in whatever mode the rig is.
+func (r *rig) publisher(qid uint16, cq bool, rings *atomic.Uint64) *dbbuf.Publisher {
+	off := uint64(nvme.SQTailDoorbell(qid, 0)) - nvme.DoorbellBase
+	if cq {
+		off += 4
+	}
+	ringBell := func(v uint32) error {
+		rings.Add(1)
+		w := r.workers[0]
+		w.Post(func() { r.ctl.Doorbell(w, off, v) })
+		return nil
+	}
+	word := func(page *shm.Region) *atomic.Uint32 {
+		x, err := page.Word32(off)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		return x
+	}
+	switch {
+	case r.ctl.shadow != nil:
+		return dbbuf.NewShadow(word(r.view(shadowOff, 4096)), word(r.view(eiOff, 4096)), ringBell)
+	case r.ctl.mode == ctrl.Mmap:
+		return dbbuf.NewMapped(word(r.ctl.bells))
+	}
+	return dbbuf.NewMMIO(ringBell)
+}
+
+// push puts a command in the SQ, unseen.
+func (p *pair) push(c nvme.Command) uint16 {
+	c.CID = p.nextCID
+	p.nextCID++
+	p.sq.Push(&c)
+	return c.CID
+}
+
+func (p *pair) publish() {
+	p.r.t.Helper()
+	if err := p.tail.Publish(p.sq.Tail()); err != nil {
+		p.r.t.Fatal(err)
+	}
+}
+
+// patience is how long a test waits for what must happen. It is no measure of speed: a lost wake-up lasts for ever.
+const patience = 10 * time.Second
+
+// reap waits for n completions and publishes the head.
+func (p *pair) reap(n int) []ring.Entry {
+	p.r.t.Helper()
+	var out []ring.Entry
+	for end := time.Now().Add(patience); len(out) < n; {
+		e, ok := p.cq.Next()
+		if !ok {
+			if time.Now().After(end) {
+				p.r.t.Fatalf("queue %d: %d of %d completions after %v", p.qid, len(out), n, patience)
+			}
+			runtime.Gosched()
+			continue
+		}
+		if err := p.sq.Released(e.SQHead()); err != nil {
+			p.r.t.Fatal(err)
+		}
+		out = append(out, e)
+	}
+	if err := p.head.Publish(p.cq.Head()); err != nil {
+		p.r.t.Fatal(err)
+	}
+	return out
+}
+
+// do runs one command.
+func (p *pair) do(c nvme.Command) nvme.Status {
+	p.r.t.Helper()
+	p.push(c)
+	p.publish()
+	return p.reap(1)[0].Status()
+}
+
+func rw(op uint8, lba uint64, blocks uint32, iova uint64) nvme.Command {
+	var c nvme.Command
+	z, _ := nvme.ToZeroBased16(blocks)
+	c.SetRW(op, 1, lba, z)
+	c.PRP1 = iova
+	return c
+}
+
+// state returns the group of CQ qid as its worker sees it.
+func (r *rig) state(qid uint16) (s State) {
+	g := r.ctl.cqs[qid].Load()
+	if g == nil {
+		return Absent
+	}
+	g.w.Call(func() { s = g.state })
+	return s
+}
+
+func (r *rig) eventually(what string, f func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(patience); !f(); runtime.Gosched() {
+		if time.Now().After(end) {
+			r.t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
+func (r *rig) noError() {
+	r.t.Helper()
+	select {
+	case e := <-r.errs:
+		r.t.Fatalf("queue %d: %v: %v", e.QID, e.Kind, e.Err)
+	default:
+	}
+}

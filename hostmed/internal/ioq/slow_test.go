@@ -1,0 +1,98 @@
+package ioq
+
+import (
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// slow is a backend that finishes nothing before it is told to.
+type slow struct {
+	info backend.Info
+
+	mu     sync.Mutex
+	queues []*slowQueue
+}
+
+func (s *slow) Info() backend.Info { return s.info }
+func (s *slow) Close() error       { return nil }
+
+func (s *slow) NewQueue() (backend.Queue, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	q := &slowQueue{fd: fd}
+	s.mu.Lock()
+	s.queues = append(s.queues, q)
+	s.mu.Unlock()
+	return q, nil
+}
+
+// finish finishes up to n requests and returns how many.
+func (s *slow) finish(n int) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	done := 0
+	for _, q := range s.queues {
+		q.mu.Lock()
+		for len(q.held) > 0 && done < n {
+			q.done = append(q.done, q.held[0])
+			q.held = q.held[1:]
+			done++
+		}
+		q.mu.Unlock()
+		if done > 0 {
+			writeEventFD(q.fd)
+		}
+	}
+	return done
+}
+
+func (s *slow) held() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, q := range s.queues {
+		q.mu.Lock()
+		n += len(q.held)
+		q.mu.Unlock()
+	}
+	return n
+}
+
+type slowQueue struct {
+	fd         int
+	mu         sync.Mutex
+	held, done []*backend.Request
+	inflight   int // the worker's
+}
+
+func (q *slowQueue) Submit(reqs, done []*backend.Request) int {
+	q.mu.Lock()
+	q.held = append(q.held, reqs...)
+	q.mu.Unlock()
+	q.inflight += len(reqs)
+	return 0
+}
+
+func (q *slowQueue) Reap(done []*backend.Request) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := copy(done, q.done)
+	q.done = q.done[n:]
+	for _, r := range done[:n] {
+		r.Status = nvme.StatusSuccess
+	}
+	q.inflight -= n
+	return n
+}
+
+func (q *slowQueue) Inflight() int       { return q.inflight }
+func (q *slowQueue) EventFD() int        { return q.fd }
+func (q *slowQueue) AddMemory([]byte)    {}
+func (q *slowQueue) RemoveMemory([]byte) {}
+func (q *slowQueue) Close() error        { return unix.Close(q.fd) }

@@ -1,0 +1,76 @@
+package ioq
+
+import (
+	"bytes"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+func bytesOf(s backend.Seg) []byte { return unsafe.Slice(s.Base, s.Len) }
+
+// equal reports whether the guest's memory holds the same bytes as mine.
+func equal(guest []backend.Seg, mine backend.Seg) bool {
+	m := bytesOf(mine)
+	for _, s := range guest {
+		if !bytes.Equal(bytesOf(s), m[:s.Len]) {
+			return false
+		}
+		m = m[s.Len:]
+	}
+	return true
+}
+
+// copyRanges copies guest memory into dst, once (R31).
+func copyRanges(dst []nvme.DSMRange, guest []backend.Seg) bool {
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(dst))), len(dst)*nvme.DSMRangeSize)
+	for _, s := range guest {
+		raw = raw[copy(raw, bytesOf(s)):]
+	}
+	return len(raw) == 0
+}
+
+// epollWait waits for timeout ns, or for ever if that is negative. A look that does not wait goes past the
+// scheduler.
+func epollWait(ep int, events []unix.EpollEvent, timeout int64) (int, error) {
+	p := uintptr(unsafe.Pointer(unsafe.SliceData(events)))
+	if timeout == 0 {
+		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(ep), p, uintptr(len(events)), 0, 0, 0)
+		if e != 0 {
+			return 0, e
+		}
+		return int(n), nil
+	}
+	var ts *unix.Timespec
+	if timeout > 0 {
+		t := unix.NsecToTimespec(timeout)
+		ts = &t
+	}
+	n, _, e := unix.Syscall6(unix.SYS_EPOLL_PWAIT2, uintptr(ep), p, uintptr(len(events)), uintptr(unsafe.Pointer(ts)), 0, 0)
+	if e == unix.ENOSYS { // before Linux 5.11
+		ms := -1
+		if timeout > 0 {
+			ms = int((timeout + 999_999) / 1_000_000)
+		}
+		return unix.EpollWait(ep, events, ms)
+	}
+	if e != 0 {
+		return 0, e
+	}
+	return int(n), nil
+}
+
+// writeEventFD adds 1 to an eventfd that the peer may hold too, and may have filled: then it is
+// readable anyway, and a write could block (R34).
+func writeEventFD(fd int) {
+	p := unix.PollFd{Fd: int32(fd), Events: unix.POLLOUT}
+	n, _, e := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&unix.Timespec{})), 0, 0, 0)
+	if e != 0 || n == 0 || p.Revents&unix.POLLOUT == 0 {
+		return
+	}
+	one := uint64(1)
+	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one)), 8)
+}

@@ -1,0 +1,188 @@
+package hostmed
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
+	"github.com/shadowbell/shadowbell/shared/vfiouser"
+)
+
+// port is a socket and the controller that a client finds behind it. It serves one client at
+// a time: a vfio-user connection is a device.
+type port struct {
+	m          *Mediator
+	log        hclog.Logger
+	index      int
+	path       string
+	mode       DoorbellMode
+	namespaces []ctrl.Namespace
+	home       *ioq.Worker
+	listener   *net.UnixListener
+	inode      uint64
+
+	mu      sync.Mutex
+	session *session // nil: no client
+	closed  bool
+}
+
+func (m *Mediator) newPort(i int, c ControllerConfig) (*port, error) {
+	p := &port{
+		m: m, log: m.log.With("socket", c.Socket), index: i, path: c.Socket, mode: c.Doorbells,
+		home: m.workers[i%len(m.workers)],
+	}
+	for n, spec := range c.Namespaces {
+		b := m.backends[spec]
+		p.namespaces = append(p.namespaces, ctrl.Namespace{NSID: uint32(n + 1), Backend: b, Info: b.Info()})
+	}
+	l, err := listen(c.Socket)
+	if err != nil {
+		return nil, err
+	}
+	p.listener = l
+	var st unix.Stat_t
+	if unix.Stat(c.Socket, &st) == nil {
+		p.inode = st.Ino
+	}
+	return p, nil
+}
+
+// listen makes the socket. One that is there already is replaced if nobody listens on it: a mediator
+// that was killed could not remove it.
+func listen(path string) (*net.UnixListener, error) {
+	if path == "" {
+		return nil, errors.New("empty socket path: give --socket a path")
+	}
+	if len(path) > 107 {
+		return nil, fmt.Errorf("socket %s: the path has %d bytes, unix sockets allow 107; use a shorter one", path, len(path))
+	}
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("socket %s: a file that is not a socket is in its place; remove it or choose another path", path)
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			c.Close()
+			return nil, fmt.Errorf("socket %s: in use by another process; stop it or choose another path", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("socket %s: stale, and cannot be removed: %w", path, err)
+		}
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("socket %s: the directory %s does not exist; create it", path, filepath.Dir(path))
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("socket %s: no permission to create it; choose a directory that user %d may write to", path, os.Getuid())
+	case err != nil:
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	l.SetUnlinkOnClose(false) // close does it, if the path is still ours
+	return l, nil
+}
+
+// accept serves clients one after the other until close.
+func (p *port) accept() {
+	p.log.Info("listening", "doorbells", p.mode.String(), "namespaces", len(p.namespaces))
+	for {
+		conn, err := p.listener.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Out of descriptors or memory: later it may work again.
+			p.log.Error("accept", "error", err)
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		if err := p.serve(conn); err != nil {
+			p.log.Warn("client refused", "error", err)
+		}
+	}
+}
+
+var errBusy = errors.New("the controller has a client already")
+
+// serve starts a session on conn. A session that is on its way out is waited for.
+func (p *port) serve(conn *net.UnixConn) error {
+	p.mu.Lock()
+	old := p.session
+	p.mu.Unlock()
+	if old != nil {
+		if !old.hungUp() {
+			go refuse(conn)
+			return errBusy
+		}
+		<-old.done
+	}
+	fd, err := takeFD(conn)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return unix.Close(fd)
+	}
+	s, err := p.newSession(fd)
+	if err != nil {
+		return err
+	}
+	p.session = s
+	return nil
+}
+
+// takeFD moves the connection out of the Go runtime's poller: it goes to a worker's.
+func takeFD(conn *net.UnixConn) (fd int, err error) {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	cerr := raw.Control(func(f uintptr) { fd, err = unix.FcntlInt(f, unix.F_DUPFD_CLOEXEC, 0) })
+	return fd, errors.Join(cerr, err)
+}
+
+// refuse answers a second client's VERSION with EBUSY, so that it can say why.
+func refuse(conn *net.UnixConn) {
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(time.Second))
+	var h [vfiouser.HeaderSize]byte
+	if _, err := io.ReadFull(conn, h[:]); err != nil {
+		return
+	}
+	binary.LittleEndian.PutUint32(h[4:], vfiouser.HeaderSize)
+	binary.LittleEndian.PutUint32(h[8:], vfiouser.FlagReply|vfiouser.FlagError)
+	binary.LittleEndian.PutUint32(h[12:], uint32(unix.EBUSY))
+	_, _ = conn.Write(h[:])
+}
+
+// close ends the session, if there is one, and removes the socket.
+func (p *port) close() error {
+	err := p.listener.Close()
+	p.mu.Lock()
+	p.closed = true
+	s := p.session
+	p.mu.Unlock()
+	if s != nil {
+		s.end(errShutdown)
+		<-s.done
+	}
+	var st unix.Stat_t
+	if unix.Stat(p.path, &st) == nil && st.Ino == p.inode {
+		err = errors.Join(err, os.Remove(p.path))
+	}
+	return err
+}

@@ -1,0 +1,325 @@
+package hostmed
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
+	"github.com/shadowbell/shadowbell/hostmed/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+	"github.com/shadowbell/shadowbell/shared/vfiouser"
+)
+
+var errShutdown = errors.New("hostmed is shutting down")
+
+// maxFaults is how many queue failures of one client wait for the session at the most; more of them say nothing new.
+const maxFaults = 16
+
+// session is one client: its connection, its memory and its controller.
+//
+// The socket is in the epoll set of the home worker, which takes doorbell writes out of the stream itself, so
+// that a doorbell wakes the thread that does the work (Ready). Every other message it
+// hands to the session's goroutine (run), and reads on when that one is answered: messages keep their order.
+// The goroutine owns the controller.
+type session struct {
+	p    *port
+	log  hclog.Logger
+	fd   int
+	home *ioq.Worker
+
+	mem  *gmem.Memory
+	data *ioq.Controller
+	ctl  *ctrl.Controller
+	cfg  *pci.ConfigSpace
+	msix *pci.MSIX
+	disp *vfiouser.Dispatcher
+
+	// The home worker's:
+	recv *vfiouser.Receiver
+	busy bool // a message is with the goroutine
+	open bool // VERSION is done
+	buf  [vfiouser.RegionAccessSize]byte
+
+	// From workers to the goroutine:
+	signal chan struct{} // capacity 1
+	kicked atomic.Bool   // queue 0's doorbell has moved
+	mu     sync.Mutex    // guards the rest; nothing is called with it held
+	msg    vfiouser.Message
+	have   bool
+	faults []ioq.QueueError
+	over   error // why the session ends; nil: it does not
+
+	done chan struct{}
+}
+
+func (p *port) newSession(fd int) (_ *session, err error) {
+	serial, nqn := identity(p.path)
+	s := &session{
+		p: p, log: p.log, fd: fd, home: p.home, mem: gmem.New(),
+		recv: vfiouser.NewReceiver(fd, vfiouser.MaxMsg), signal: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	const vectors = maxQueues + 1
+	if s.cfg, err = pci.New(pci.Params{Vectors: vectors}); err != nil {
+		return nil, err
+	}
+	s.msix = pci.NewMSIX(s.cfg)
+	s.data, err = ioq.NewController(ioq.Config{
+		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: p.namespaces, Mode: p.mode,
+		MaxQueues: maxQueues, Vectors: vectors, MDTSBytes: mdtsBytes,
+		PageSize: func() uint32 { return s.ctl.PageSize() },
+		OnAdmin:  func() { s.kicked.Store(true); s.wake() },
+		OnError:  s.fault,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.mem.Opened, s.mem.Closing = s.data.MemoryAdded, s.data.MemoryRemoved
+	s.ctl = ctrl.New(ctrl.Config{
+		CNTLID: uint16(p.index + 1), SubNQN: nqn, Serial: serial, Model: "shadowbell NVMe", Firmware: "1.0",
+		Namespaces: p.namespaces, MaxIOQueues: maxQueues, MaxDepth: maxDepth, MDTSBytes: mdtsBytes, Vectors: vectors,
+		Mode: p.mode, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats,
+	}, s.data, guestMemory{s.mem})
+	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
+	s.disp.OnError = func(h vfiouser.Header, err error) {
+		s.log.Debug("message refused", "message", h.String(), "error", err)
+	}
+	s.home.Call(func() { err = s.home.Add(fd, s) })
+	if err != nil {
+		return nil, errors.Join(err, s.data.Close())
+	}
+	s.log.Info("client connected")
+	go s.run()
+	return s, nil
+}
+
+// Ready reads what has come. It runs on the home worker's thread.
+func (s *session) Ready(uint32) {
+	// A client that floods its socket has its turn again after the queues had theirs.
+	for range 4 {
+		if s.busy || !s.take() {
+			return
+		}
+		eof, err := s.recv.Fill()
+		switch {
+		case err == unix.EAGAIN:
+			return
+		case eof && err == nil:
+			err = io.EOF
+			fallthrough
+		case err != nil:
+			s.hangUp(err)
+			return
+		}
+	}
+	if !s.busy {
+		s.take()
+	}
+}
+
+// take handles the messages that are in the buffer; false if reading must not go on now.
+func (s *session) take() bool {
+	for {
+		m, ok, err := s.recv.Next()
+		if err != nil {
+			s.hangUp(err)
+			return false
+		}
+		if !ok {
+			return true
+		}
+		if s.open && m.Cmd == vfiouser.CmdRegionWrite && m.IsCommand() && len(m.FDs) == 0 {
+			if done, err := s.doorbell(&m); err != nil {
+				s.hangUp(err)
+				return false
+			} else if done {
+				continue
+			}
+		}
+		s.busy = true
+		s.home.Modify(s.fd, false)
+		s.mu.Lock()
+		s.msg, s.have = m, true
+		s.mu.Unlock()
+		s.wake()
+		return false
+	}
+}
+
+// doorbell takes a write to a doorbell register; done is false if it is none.
+func (s *session) doorbell(m *vfiouser.Message) (done bool, err error) {
+	off, region, count, data, ok := vfiouser.ParseRegionAccess(m.Payload)
+	if !ok || region != vfiouser.RegionBAR0 || off < nvme.DoorbellBase || count != 4 || len(data) != 4 {
+		return false, nil
+	}
+	s.data.Doorbell(s.home, off-nvme.DoorbellBase, binary.LittleEndian.Uint32(data))
+	if m.Flags&vfiouser.FlagNoReply != 0 {
+		return true, nil
+	}
+	// A client that does not read its replies is not waited for on this thread.
+	h := vfiouser.Header{ID: m.ID, Cmd: m.Cmd, Flags: vfiouser.FlagReply}
+	copy(s.buf[:], m.Payload)
+	return true, vfiouser.SendMessageTimeout(s.fd, h, s.buf[:], nil, 0)
+}
+
+// hangUp ends the reading; the goroutine does the rest.
+func (s *session) hangUp(err error) {
+	s.busy = true
+	s.home.Remove(s.fd)
+	s.end(err)
+}
+
+// end makes the goroutine tear the session down.
+func (s *session) end(why error) {
+	s.mu.Lock()
+	if s.over == nil {
+		s.over = why
+	}
+	s.mu.Unlock()
+	s.wake()
+}
+
+func (s *session) hungUp() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.over != nil
+}
+
+func (s *session) wake() {
+	select {
+	case s.signal <- struct{}{}:
+	default:
+	}
+}
+
+// fault takes note of a failed queue. It is called on a worker's thread.
+func (s *session) fault(e ioq.QueueError) {
+	s.mu.Lock()
+	if len(s.faults) < maxFaults {
+		s.faults = append(s.faults, e)
+	}
+	s.mu.Unlock()
+	s.wake()
+}
+
+// run is the session's goroutine.
+func (s *session) run() {
+	defer close(s.done)
+	for range s.signal {
+		// The admin queue and its pages are guest memory too: a fault there is the end of the session (R36).
+		if err := shm.Guard(s.turn); err != nil {
+			s.end(fmt.Errorf("controller failed: %w", err))
+		}
+		if s.hungUp() {
+			break
+		}
+	}
+	s.tearDown()
+}
+
+// turn does what there is to do.
+func (s *session) turn() {
+	s.mu.Lock()
+	m, have := s.msg, s.have
+	faults := s.faults
+	s.msg, s.have, s.faults = vfiouser.Message{}, false, nil
+	s.mu.Unlock()
+	for _, f := range faults {
+		s.queueFailed(f)
+	}
+	if s.kicked.Swap(false) && s.ctl.AdminKick() {
+		s.kicked.Store(true) // more than one turn's worth
+		s.wake()
+	}
+	if have {
+		s.handle(m)
+	}
+}
+
+func (s *session) queueFailed(f ioq.QueueError) {
+	s.log.Debug("queue failed", "queue", f.QID, "kind", f.Kind.String(), "error", f.Err)
+	switch f.Kind {
+	case ioq.BadSQTail, ioq.BadCQHead:
+		s.ctl.QueueError(f.QID, ctrl.BadDoorbellValue)
+	case ioq.NoQueue:
+		s.ctl.QueueError(f.QID, ctrl.BadDoorbellRegister)
+	case ioq.MemoryFault:
+		s.end(f.Err)
+	case ioq.MemoryRevoked: // its own doing; a driver that goes on using the queue meets its timeout
+	}
+}
+
+// handle answers one message and lets the worker read on.
+func (s *session) handle(m vfiouser.Message) {
+	reply, send, err := s.disp.Handle(m)
+	if err == nil && send {
+		err = vfiouser.SendMessage(s.fd, reply.Header, reply.Payload, reply.FDs)
+	}
+	if err != nil {
+		s.end(err)
+		return
+	}
+	open := s.disp.Negotiated()
+	s.home.Post(func() {
+		s.busy, s.open = false, open
+		s.home.Modify(s.fd, true)
+		s.Ready(0)
+	})
+}
+
+// tearDown gives back all that the client had. Its writes stay; what it did not flush is flushed
+// when the mediator ends.
+func (s *session) tearDown() {
+	s.mu.Lock()
+	why := s.over
+	s.mu.Unlock()
+	if err := s.data.Close(); err != nil {
+		s.log.Error("stopping the queues", "error", err)
+	}
+	s.ctl.Close()
+	s.home.Call(func() {
+		s.busy = true
+		s.home.Remove(s.fd)
+		s.recv.Close()
+	})
+	if err := errors.Join(s.mem.Close(), unix.Close(s.fd)); err != nil {
+		s.log.Error("ending a session", "error", err)
+	}
+	for _, fd := range s.msg.FDs {
+		unix.Close(fd)
+	}
+	switch {
+	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
+		s.log.Info("client disconnected", "reason", why)
+	default:
+		s.log.Warn("client dropped", "reason", why)
+	}
+}
+
+func (s *session) stats() ctrl.IOStats {
+	d := s.data.Stats()
+	return ctrl.IOStats{
+		ReadBytes: d.BytesRead, WriteBytes: d.BytesWritten, ReadCommands: d.Reads, WriteCommands: d.Writes,
+	}
+}
+
+// guestMemory gives the controller what is mapped at the moment.
+type guestMemory struct{ *gmem.Memory }
+
+func (g guestMemory) View(iova, n uint64) (*shm.Region, error) { return g.Table().View(iova, n) }
+func (g guestMemory) ReadIOVA(iova uint64, p []byte) bool      { return g.Table().ReadIOVA(iova, p) }
+func (g guestMemory) WriteIOVA(iova uint64, p []byte) bool     { return g.Table().WriteIOVA(iova, p) }
