@@ -121,7 +121,7 @@ func (p *port) serve(conn *net.UnixConn) error {
 	old := p.session
 	p.mu.Unlock()
 	if old != nil {
-		if !old.hungUp() {
+		if !old.hungUp() && !old.gone() {
 			go refuse(conn)
 			return errBusy
 		}

@@ -34,7 +34,7 @@ const maxFaults = 16
 type session struct {
 	p    *port
 	log  hclog.Logger
-	fd   int
+	fd   int // -1 at the end, which is written under mu
 	home *ioq.Worker
 
 	mem  *gmem.Memory
@@ -199,6 +199,18 @@ func (s *session) hungUp() bool {
 	return s.over != nil
 }
 
+// gone reports whether the client has closed its end, which the home worker may not have come to read yet.
+func (s *session) gone() (gone bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return true
+	}
+	p := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLRDHUP}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+}
+
 func (s *session) wake() {
 	select {
 	case s.signal <- struct{}{}:
@@ -287,6 +299,9 @@ func (s *session) tearDown() {
 	s.mu.Lock()
 	why := s.over
 	s.mu.Unlock()
+	if s.log.IsDebug() {
+		s.log.Debug("queues of a client that goes", "state", s.data.String())
+	}
 	if err := s.data.Close(); err != nil {
 		s.log.Error("stopping the queues", "error", err)
 	}
@@ -296,7 +311,11 @@ func (s *session) tearDown() {
 		s.home.Remove(s.fd)
 		s.recv.Close()
 	})
-	if err := errors.Join(s.mem.Close(), unix.Close(s.fd)); err != nil {
+	s.mu.Lock()
+	fd := s.fd
+	s.fd = -1
+	s.mu.Unlock()
+	if err := errors.Join(s.mem.Close(), unix.Close(fd)); err != nil {
 		s.log.Error("ending a session", "error", err)
 	}
 	for _, fd := range s.msg.FDs {

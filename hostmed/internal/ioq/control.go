@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -641,4 +642,21 @@ func Flush(b backend.Backend) error {
 		}
 	}
 	return errors.Join(r.Status.Err(), q.Close())
+}
+
+// String describes every queue, for logs.
+func (c *Controller) String() string {
+	var b strings.Builder
+	c.each(func(w *Worker, g *group) {
+		fmt.Fprintf(&b, "CQ %d: %v, head %d of %d, tail %d, %d in flight, %d staged, blocked %v, listed %v; worker %d: %d with backends",
+			g.qid, g.state, g.headDoorbell(), g.prod.Head(), g.prod.Tail(), g.inflight, len(g.staged), g.blocked, g.listed, w.id, w.inflight)
+		for _, m := range w.queues {
+			fmt.Fprintf(&b, " (%d)", m.q.Inflight())
+		}
+		for _, s := range g.sqs {
+			fmt.Fprintf(&b, "; SQ %d: %v, tail %d, head %d, %d in flight, armed %d, lost %d", s.qid, s.state, s.tail.Load(), s.cons.Head(), s.inflight, s.tail.Armed, s.tail.Lost)
+		}
+		b.WriteByte('\n')
+	})
+	return b.String()
 }
