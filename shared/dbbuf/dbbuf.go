@@ -7,7 +7,8 @@
 //
 // Either the driver sees the event index and rings, or the device sees the new
 // tail and stays awake: both sides store, then load, and sync/atomic makes both
-// sequentially consistent (R1, R2). model/ checks it with SPIN.
+// sequentially consistent (R1, R2). model/ checks it with SPIN. The stores are Swaps: the same XCHG on x86-64, but
+// the race detector makes of a Store a mere release, and a lost wake-up after some thousand sleeps.
 //
 // The same two types serve the other doorbells: registers that are written by MMIO, and a
 // doorbell page that is mapped into the driver. The package neither rings nor

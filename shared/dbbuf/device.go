@@ -9,6 +9,7 @@ type Poller struct {
 	ei   *atomic.Uint32 // nil: there is no event index, every doorbell write is a message
 	size uint32         // entries of the ring
 	lap  uint32         // consumed index at which ei was last published
+	seen uint32         // doorbell as last loaded
 
 	fence atomic.Uint32 // private: an operation on it is a full barrier
 
@@ -23,24 +24,29 @@ func NewPoller(word, ei *atomic.Uint32, size uint32) *Poller {
 }
 
 // Load returns the doorbell's value as it stands, unchecked. Entries below a tail may be read after it (R4).
-func (p *Poller) Load() uint32 { return p.word.Load() }
+func (p *Poller) Load() uint32 {
+	p.seen = p.word.Load()
+	return p.seen
+}
 
 // Shared reports whether the doorbell has an event index.
 func (p *Poller) Shared() bool { return p.ei != nil }
 
 // Behind keeps the driver from ringing while the device polls: it publishes one
 // behind the consumed index, which the driver cannot reach before it laps the
-// ring. It stores only when a quarter of the ring has gone by since the last time, so that the
-// driver keeps the line of its event index; once a lap would be enough (R14).
+// ring. It stores only when the driver has come a quarter of the ring further since the last time, so that the
+// driver keeps the line of its event index; once a lap would be enough (R14). The device calls it after it has fetched
+// and before it completes: a driver that keeps the ring full goes on only after that.
 func (p *Poller) Behind(consumed uint32) {
 	if p.ei == nil {
 		return
 	}
-	gone := consumed - p.lap
-	if consumed < p.lap {
-		gone += p.size
+	seen := p.seen &^ QuietBit
+	come := seen - p.lap
+	if seen < p.lap {
+		come += p.size
 	}
-	if gone*4 >= p.size {
+	if come*4 >= p.size {
 		p.BehindNow(consumed)
 	}
 }
@@ -63,7 +69,7 @@ func (p *Poller) BehindNow(consumed uint32) {
 // pairs with Publish in driver.go.
 func (p *Poller) Arm(consumed uint32) bool {
 	if p.ei != nil {
-		p.ei.Store(consumed)
+		p.ei.Swap(consumed)
 	}
 	if p.word.Load()&^QuietBit == consumed {
 		p.Armed++

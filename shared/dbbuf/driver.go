@@ -35,7 +35,7 @@ func (p *Publisher) Published() uint32 { return p.old }
 func (p *Publisher) Resume(value uint32) error {
 	p.old = value
 	if p.word != nil {
-		p.word.Store(value | p.bits)
+		p.word.Swap(value | p.bits)
 	}
 	if p.ring == nil {
 		return nil
@@ -55,7 +55,7 @@ func (p *Publisher) Publish(value uint32) error {
 	p.old = value
 	p.Stores++
 	if p.word != nil {
-		p.word.Store(value | p.bits) // pairs with Arm in device.go
+		p.word.Swap(value | p.bits) // pairs with Arm in device.go
 		if p.ei == nil || !NeedEvent(p.ei.Load(), value, old) {
 			return nil
 		}
@@ -76,7 +76,7 @@ func (p *Publisher) SetQuiet(on bool) {
 		return
 	}
 	p.bits = bits
-	p.word.Store(p.old | bits)
+	p.word.Swap(p.old | bits)
 }
 
 // Quiet reports what SetQuiet last said.

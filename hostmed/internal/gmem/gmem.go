@@ -7,7 +7,9 @@
 //
 // Each file is mapped once, whole, however many ranges of it the client
 // names: QEMU's ranges of huge-page memory begin where mmap would refuse, and a
-// vIOMMU makes thousands of small ones.
+// vIOMMU makes thousands of small ones. Of a file that is larger than MaxWhole only what a
+// range needs is mapped: a sparse file costs a hostile client nothing, and the
+// addresses of this process are all clients' in common.
 package gmem
 
 import (
@@ -25,6 +27,9 @@ import (
 // MaxMaps is how many ranges a client may have mapped at once: what VERSION announces as max_dma_maps.
 const MaxMaps = 65535
 
+// MaxWhole is the largest file in bytes that is mapped whole.
+const MaxWhole = 1 << 40
+
 var (
 	// ErrOverlap is a DMA_MAP of addresses that are mapped already.
 	ErrOverlap = fmt.Errorf("range overlaps one that is mapped: %w", unix.EEXIST)
@@ -32,11 +37,16 @@ var (
 	ErrTooMany = fmt.Errorf("more than %d ranges mapped: %w", MaxMaps, unix.ENOSPC)
 )
 
-// file is one mapped file, shared by all ranges of it.
+// file is one mapping of a file, shared by all ranges in it.
 type file struct {
-	key  fileKey
-	mem  *shm.Region
-	refs int
+	key   fileKey
+	begin uint64 // offset in the file
+	mem   *shm.Region
+	refs  int
+}
+
+func (f *file) holds(offset, size uint64) bool {
+	return offset >= f.begin && offset+size-f.begin <= f.mem.Len()
 }
 
 type fileKey struct {
@@ -63,14 +73,14 @@ type Memory struct {
 	// it is unmapped. They are called with mu held.
 	Opened, Closing func(mem []byte)
 
-	mu    sync.Mutex // guards files and orders writers of table
-	files map[fileKey]*file
+	mu    sync.Mutex          // guards files and orders writers of table
+	files map[fileKey][]*file // more than one if it grew, or is larger than MaxWhole
 	table atomic.Pointer[Table]
 }
 
 // New returns an empty Memory.
 func New() *Memory {
-	m := &Memory{files: map[fileKey]*file{}}
+	m := &Memory{files: map[fileKey][]*file{}}
 	m.table.Store(&Table{})
 	return m
 }
@@ -98,11 +108,11 @@ func (m *Memory) Map(iova, size, offset uint64, fd int, writable bool) error {
 		return err
 	}
 	if fd >= 0 {
-		f, err := m.open(fd, offset+size, writable)
+		f, err := m.open(fd, offset, size, writable)
 		if err != nil {
 			return err
 		}
-		if r.Mem, err = f.mem.View(offset, size); err != nil {
+		if r.Mem, err = f.mem.View(offset-f.begin, size); err != nil {
 			return errors.Join(err, m.put(f))
 		}
 		r.file = f
@@ -147,30 +157,31 @@ func (m *Memory) insert(i int, r Range) {
 	m.table.Store(newTable(slices.Insert(slices.Clone(m.table.Load().ranges), i, r)))
 }
 
-// open returns fd's file mapped at least up to byte need.
-func (m *Memory) open(fd int, need uint64, writable bool) (*file, error) {
+// open returns a mapping of fd's file that holds [offset, offset+size).
+func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("stat of DMA memory: %w", err)
 	}
 	key := fileKey{dev: uint64(st.Dev), ino: st.Ino, writable: writable}
-	if f := m.files[key]; f != nil && f.mem.Len() >= need {
-		f.refs++
-		return f, nil
+	for _, f := range m.files[key] {
+		if f.holds(offset, size) {
+			f.refs++
+			return f, nil
+		}
 	}
-	size := need
-	if st.Size > 0 {
-		size = uint64(st.Size)
+	f := &file{key: key, begin: offset, refs: 1}
+	if whole := uint64(st.Size); whole >= offset+size && whole <= MaxWhole {
+		f.begin, size = 0, whole
 	}
-	mem, err := shm.Map(fd, 0, size, writable)
-	if err != nil {
+	var err error
+	if f.mem, err = shm.Map(fd, int64(f.begin), size, writable); err != nil {
 		return nil, fmt.Errorf("DMA memory: %w", err)
 	}
-	f := &file{key: key, mem: mem, refs: 1}
 	if m.Opened != nil {
 		m.Opened(f.bytes())
 	}
-	m.files[key] = f // a file that grew: the older mapping lives on in its ranges
+	m.files[key] = append(m.files[key], f)
 	return f, nil
 }
 
@@ -178,7 +189,10 @@ func (m *Memory) put(f *file) error {
 	if f.refs--; f.refs > 0 {
 		return nil
 	}
-	if m.files[f.key] == f {
+	rest := slices.DeleteFunc(m.files[f.key], func(x *file) bool { return x == f })
+	if len(rest) > 0 {
+		m.files[f.key] = rest
+	} else {
 		delete(m.files, f.key)
 	}
 	if m.Closing != nil {
@@ -196,8 +210,10 @@ func (f *file) bytes() []byte {
 func (m *Memory) Files(f func(mem []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, x := range m.files {
-		f(x.bytes())
+	for _, files := range m.files {
+		for _, x := range files {
+			f(x.bytes())
+		}
 	}
 }
 

@@ -61,10 +61,16 @@ func (t *Table) find(iova uint64) *span {
 // was, if some of it is not mapped, or is to be written and may not be. It
 // allocates only when vec has no room.
 func (t *Table) Translate(vec []unix.Iovec, iova uint64, n uint32, write bool) ([]unix.Iovec, bool) {
-	was := len(vec)
+	was, joined := len(vec), uint64(0) // what the last element had before it was joined
+	if was > 0 {
+		joined = vec[was-1].Len
+	}
 	for left := uint64(n); left > 0; {
 		s := t.find(iova)
 		if s == nil || write && !s.writable {
+			if was > 0 {
+				vec[was-1].Len = joined
+			}
 			return vec[:was], false
 		}
 		step := min(left, s.end-iova)

@@ -106,7 +106,7 @@ func (v *Vector) Fire() {
 		writeEventFD(int(fd))
 		return
 	}
-	v.pending.Store(true) // pairs with set, which stores the eventfd and then looks here
+	v.pending.Swap(true) // pairs with set, which stores the eventfd and then looks here
 	if fd := v.fd.Load(); fd >= 0 && v.pending.CompareAndSwap(true, false) {
 		writeEventFD(int(fd))
 	}

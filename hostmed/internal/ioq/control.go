@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -75,19 +74,6 @@ type namespace struct {
 	info    backend.Info
 	backend backend.Backend
 	media   []*media // by worker; the entry belongs to that worker
-}
-
-// media is a worker's way into a backend.
-type media struct {
-	backend backend.Backend
-	q       backend.Queue
-	w       *Worker
-}
-
-// Ready is called when the backend's eventfd is readable: the loop reaps anyway.
-func (m *media) Ready(uint32) {
-	var buf [8]byte
-	_, _ = unix.Read(m.q.EventFD(), buf[:])
 }
 
 // NewController returns a data path without queues.
@@ -164,73 +150,6 @@ func (c *Controller) namespace(nsid uint32) *namespace {
 		return c.ns[i]
 	}
 	return nil
-}
-
-// media returns the worker's way into n, opened at the first CreateCQ on the worker.
-func (w *Worker) media(n *namespace) *media { return n.media[w.id] }
-
-// openMedia opens what is not open yet. It runs on the worker's thread.
-func (w *Worker) openMedia(c *Controller) error {
-	for _, n := range c.ns {
-		if n == nil || n.media[w.id] != nil {
-			continue
-		}
-		m := w.find(n.backend)
-		if m == nil {
-			q, err := n.backend.NewQueue()
-			if err != nil {
-				return fmt.Errorf("namespace %s: %w", n.info.Name, err)
-			}
-			m = &media{backend: n.backend, q: q, w: w}
-			if fd := q.EventFD(); fd >= 0 {
-				if err := w.Add(fd, m); err != nil {
-					return errors.Join(err, q.Close())
-				}
-			}
-			w.queues = append(w.queues, m)
-		}
-		n.media[w.id] = m
-		c.mem.Files(m.q.AddMemory)
-	}
-	return nil
-}
-
-func (w *Worker) find(b backend.Backend) *media {
-	for _, m := range w.queues {
-		if m.backend == b {
-			return m
-		}
-	}
-	return nil
-}
-
-func (w *Worker) closeMedia() {
-	for _, m := range w.queues {
-		if fd := m.q.EventFD(); fd >= 0 {
-			w.Remove(fd)
-		}
-		if err := m.q.Close(); err != nil {
-			w.log.Error("closing a backend queue", "error", err)
-		}
-	}
-	w.queues = nil
-}
-
-// MemoryAdded and MemoryRemoved tell the backends of memory that the client mapped, and of memory that it
-// took back and that nothing uses any more.
-func (c *Controller) MemoryAdded(b []byte)   { c.eachMedia(func(m *media) { m.q.AddMemory(b) }) }
-func (c *Controller) MemoryRemoved(b []byte) { c.eachMedia(func(m *media) { m.q.RemoveMemory(b) }) }
-
-func (c *Controller) eachMedia(f func(*media)) {
-	for _, w := range c.cfg.Workers {
-		w.Call(func() {
-			for _, n := range c.ns {
-				if n != nil && n.media[w.id] != nil {
-					f(n.media[w.id])
-				}
-			}
-		})
-	}
 }
 
 // words returns the doorbells of queue qid and their event indices where they are now.
@@ -465,83 +384,6 @@ func (c *Controller) Stop() {
 	}
 }
 
-// SetDoorbellPages moves every doorbell to the pages, or, with nil, back to the registers. Each queue is switched on
-// its worker's thread, between two rounds: seeded from its current value, then
-// polled (R23, R25).
-func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
-	if shadow != nil {
-		if _, _, _, _, err := c.words(shadow, ei, c.cfg.MaxQueues); err != nil {
-			return err // R29: before anything has changed (R26)
-		}
-	}
-	var errs []error
-	c.each(func(w *Worker, g *group) {
-		for _, s := range g.sqs {
-			tail, _, tailEI, _, err := c.words(shadow, ei, s.qid)
-			if err != nil {
-				errs = append(errs, err)
-				return
-			}
-			tail.Store(s.tail.Load())
-			s.tail = dbbuf.NewPoller(tail, tailEI, s.cons.Size())
-		}
-		_, head, _, headEI, err := c.words(shadow, ei, g.qid)
-		if err != nil {
-			errs = append(errs, err)
-			return
-		}
-		head.Store(g.head.Load())
-		g.head = dbbuf.NewPoller(head, headEI, g.prod.Size())
-		if g.state == Armed || g.state == Polling {
-			w.resume(g)
-		}
-	})
-	if len(errs) > 0 {
-		return errors.Join(errs...)
-	}
-	c.shadow, c.ei = shadow, ei
-	c.shared.Store(shadow != nil)
-	return nil
-}
-
-// Doorbell takes a write of value to the doorbell registers at byte off from their start. It is called on the home
-// worker's thread w. With a shared page the write is only a kick, whose value does not count (R15, R17).
-func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
-	stride := uint64(4) << (c.cfg.DSTRD & 0xf)
-	index := off / stride
-	qid := index / 2
-	if off%stride != 0 || qid >= uint64(len(c.sqs)) {
-		c.cfg.OnError(QueueError{QID: uint16(min(qid, 0xffff)), Kind: NoQueue, Err: fmt.Errorf("doorbell write at offset %#x", nvme.DoorbellBase+off)})
-		return
-	}
-	cq := index%2 == 1
-	if qid == 0 {
-		c.admin[index].Store(value)
-		c.cfg.OnAdmin()
-		return
-	}
-	g := c.cqs[qid].Load()
-	if s := c.sqs[qid].Load(); !cq {
-		if g = nil; s != nil {
-			g = s.g
-		}
-	}
-	if g == nil {
-		c.cfg.OnError(QueueError{QID: uint16(qid), Kind: NoQueue, Err: fmt.Errorf("doorbell write for queue %d, which does not exist", qid)})
-		return
-	}
-	if !c.shared.Load() {
-		if x, err := c.bells.Word32(off); err == nil {
-			x.Store(value)
-		}
-	}
-	if g.w == w {
-		w.wake(g)
-	} else {
-		g.kick()
-	}
-}
-
 // SetQuiet turns FeatureQuiet on or off.
 func (c *Controller) SetQuiet(on bool) { c.quiet.Store(on) }
 
@@ -601,47 +443,6 @@ func (c *Controller) Stats() Stats {
 	s := c.past
 	c.each(func(_ *Worker, g *group) { s.add(g.stats) })
 	return s
-}
-
-// flushTimeout bounds how long a shutdown waits for the medium.
-const flushTimeout = 30 * time.Second
-
-// Flush makes all completed writes of all namespaces durable, past the workers.
-func (c *Controller) Flush() error {
-	var errs []error
-	for _, n := range c.ns {
-		if n != nil && n.info.VolatileCache && !n.info.ReadOnly {
-			if err := Flush(n.backend); err != nil {
-				errs = append(errs, fmt.Errorf("flush of %s: %w", n.info.Name, err))
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// Flush makes what was written to b durable and returns when it is.
-func Flush(b backend.Backend) error {
-	q, err := b.NewQueue()
-	if err != nil {
-		return err
-	}
-	r := &backend.Request{Op: backend.OpFlush}
-	var done [1]*backend.Request
-	n := q.Submit([]*backend.Request{r}, done[:])
-	for end := time.Now().Add(flushTimeout); n == 0; {
-		if n = q.Reap(done[:]); n > 0 {
-			break
-		}
-		left := time.Until(end)
-		if left <= 0 {
-			return errors.Join(errors.New("timed out"), q.Close())
-		}
-		fds := []unix.PollFd{{Fd: int32(q.EventFD()), Events: unix.POLLIN}}
-		if _, err := unix.Poll(fds, int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
-			return errors.Join(err, q.Close())
-		}
-	}
-	return errors.Join(r.Status.Err(), q.Close())
 }
 
 // String describes every queue, for logs.

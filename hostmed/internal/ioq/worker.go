@@ -181,7 +181,7 @@ func (w *Worker) post(f func()) {
 	w.mu.Lock()
 	w.mail = append(w.mail, f)
 	w.mu.Unlock()
-	w.posted.Store(true)
+	w.posted.Swap(true) // not Store, see package dbbuf
 	if w.sleeping.Load() {
 		writeEventFD(w.wakeFD)
 	}
@@ -304,7 +304,9 @@ func (w *Worker) tick(work int) {
 	if len(w.active) > 0 {
 		if w.now-w.sockets >= socketPeriod {
 			w.look(0)
-			w.lookAdmin()
+			if len(w.mapped)+len(w.watched) > 0 {
+				w.lookMapped()
+			}
 		}
 		return
 	}
@@ -340,7 +342,7 @@ func (w *Worker) idle() {
 			timeout = left
 		}
 	}
-	w.sleeping.Store(true)
+	w.sleeping.Swap(true)
 	if w.posted.Load() { // pairs with post
 		timeout = 0
 	}

@@ -1,0 +1,87 @@
+package ioq
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// SetDoorbellPages moves every doorbell to the pages, or, with nil, back to the registers. Each queue is switched on
+// its worker's thread, between two rounds: seeded from its current value, then
+// polled (R23, R25).
+func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
+	if shadow != nil {
+		if _, _, _, _, err := c.words(shadow, ei, c.cfg.MaxQueues); err != nil {
+			return err // R29: before anything has changed (R26)
+		}
+	}
+	var errs []error
+	c.each(func(w *Worker, g *group) {
+		for _, s := range g.sqs {
+			tail, _, tailEI, _, err := c.words(shadow, ei, s.qid)
+			if err != nil {
+				errs = append(errs, err)
+				return
+			}
+			tail.Store(s.tail.Load())
+			s.tail = dbbuf.NewPoller(tail, tailEI, s.cons.Size())
+		}
+		_, head, _, headEI, err := c.words(shadow, ei, g.qid)
+		if err != nil {
+			errs = append(errs, err)
+			return
+		}
+		head.Store(g.head.Load())
+		g.head = dbbuf.NewPoller(head, headEI, g.prod.Size())
+		if g.state == Armed || g.state == Polling {
+			w.resume(g)
+		}
+	})
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	c.shadow, c.ei = shadow, ei
+	c.shared.Store(shadow != nil)
+	return nil
+}
+
+// Doorbell takes a write of value to the doorbell registers at byte off from their start. It is called on the home
+// worker's thread w. With a shared page the write is only a kick, whose value does not count (R15, R17).
+func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
+	stride := uint64(4) << (c.cfg.DSTRD & 0xf)
+	index := off / stride
+	qid := index / 2
+	if off%stride != 0 || qid >= uint64(len(c.sqs)) {
+		c.cfg.OnError(QueueError{QID: uint16(min(qid, 0xffff)), Kind: NoQueue, Err: fmt.Errorf("doorbell write at offset %#x", nvme.DoorbellBase+off)})
+		return
+	}
+	cq := index%2 == 1
+	if qid == 0 {
+		c.admin[index].Store(value)
+		c.cfg.OnAdmin()
+		return
+	}
+	g := c.cqs[qid].Load()
+	if s := c.sqs[qid].Load(); !cq {
+		if g = nil; s != nil {
+			g = s.g
+		}
+	}
+	if g == nil {
+		c.cfg.OnError(QueueError{QID: uint16(qid), Kind: NoQueue, Err: fmt.Errorf("doorbell write for queue %d, which does not exist", qid)})
+		return
+	}
+	if !c.shared.Load() {
+		if x, err := c.bells.Word32(off); err == nil {
+			x.Store(value)
+		}
+	}
+	if g.w == w {
+		w.wake(g)
+	} else {
+		g.kick()
+	}
+}
