@@ -14,7 +14,9 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -66,6 +68,7 @@ type Mediator struct {
 	workers  []*ioq.Worker
 	backends map[string]backend.Backend
 	ports    []*port
+	trim     *time.Timer
 
 	closeOnce sync.Once
 	closeErr  error
@@ -78,6 +81,7 @@ func New(c Config) (_ *Mediator, err error) {
 		return nil, errors.New("no controller: name at least one socket (--socket PATH)")
 	}
 	m := &Mediator{log: c.Logger, backends: map[string]backend.Backend{}}
+	m.trim = time.AfterFunc(trimAfter, debug.FreeOSMemory)
 	if m.log == nil {
 		m.log = hclog.NewNullLogger()
 	}
@@ -116,6 +120,13 @@ func New(c Config) (_ *Mediator, err error) {
 	}
 	return m, nil
 }
+
+// trimAfter is how long the control side is quiet before the memory that it used is given back. Clients are set up with
+// much garbage and deep stacks; afterwards, often for days, nothing is allocated that would make the collector run.
+const trimAfter = 2 * time.Second
+
+// controlled puts the trim off.
+func (m *Mediator) controlled() { m.trim.Reset(trimAfter) }
 
 // checkMode refuses mapped doorbells where a guest's uncached stores and this process's cached loads need
 // not agree (R7).
@@ -166,6 +177,7 @@ func (m *Mediator) Run(ctx context.Context) error {
 func (m *Mediator) Close() error {
 	m.closeOnce.Do(func() {
 		var errs []error
+		m.trim.Stop()
 		for _, p := range m.ports {
 			errs = append(errs, p.close())
 		}

@@ -277,6 +277,9 @@ func (s *session) queueFailed(f ioq.QueueError) {
 
 // handle answers one message and lets the worker read on.
 func (s *session) handle(m vfiouser.Message) {
+	if m.Cmd != vfiouser.CmdRegionRead { // a driver may look at CSTS for ever
+		s.p.m.controlled()
+	}
 	reply, send, err := s.disp.Handle(m)
 	if err == nil && send {
 		err = vfiouser.SendMessage(s.fd, reply.Header, reply.Payload, reply.FDs)

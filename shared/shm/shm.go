@@ -42,6 +42,11 @@ func NewHeap(size int) *Region {
 	return &Region{mem: b[skip : skip+size : skip+size]}
 }
 
+// NewWords returns size bytes of zeroed heap memory, aligned for any word but not to pages, as a Region.
+func NewWords(size int) *Region {
+	return &Region{mem: wordBytes(make([]uint64, (size+7)/8))[:size:size]}
+}
+
 // Len returns the size in bytes.
 func (r *Region) Len() uint64 { return uint64(len(r.mem)) }
 

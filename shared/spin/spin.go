@@ -13,8 +13,9 @@ package spin
 import "time"
 
 const (
-	// Max is the longest poll: about what going to sleep and being woken costs in a virtual machine.
-	Max = 50 * time.Microsecond
+	// Max is the longest poll: some more than what waking the other side takes in a virtual machine, so that a command
+	// which has to wake a sleeping device costs one wake-up and not two.
+	Max = 100 * time.Microsecond
 	// Min is the shortest poll worth trying.
 	Min = 10 * time.Microsecond
 

@@ -93,9 +93,10 @@ func NewController(c Config) (*Controller, error) {
 		v.fd.Store(-1)
 		d.vectors = append(d.vectors, v)
 	}
-	size := DoorbellBytes(c.MaxQueues, c.DSTRD)
+	size := doorbellBytes(c.MaxQueues, c.DSTRD)
 	if c.Mode == ctrl.Mmap {
 		var err error
+		size = (size + shm.PageSize - 1) &^ (shm.PageSize - 1)
 		if d.bar, err = shm.NewMemfd("nvme-doorbells", nvme.DoorbellBase+size); err != nil {
 			return nil, err
 		}
@@ -103,7 +104,7 @@ func NewController(c Config) (*Controller, error) {
 			return nil, errors.Join(err, d.bar.Close())
 		}
 	} else {
-		d.bells = shm.NewHeap(int(size))
+		d.bells = shm.NewWords(int(size))
 	}
 	var err error
 	if d.admin[0], d.admin[1], err = dbbuf.Slots(d.bells, 0, c.DSTRD); err != nil {
@@ -115,10 +116,9 @@ func NewController(c Config) (*Controller, error) {
 	return d, nil
 }
 
-// DoorbellBytes is the size of the doorbell registers of queues 0 to n, in whole pages.
-func DoorbellBytes(n uint16, dstrd uint8) uint64 {
-	end := 2 * (uint64(n) + 1) * (4 << (dstrd & 0xf))
-	return (end + shm.PageSize - 1) &^ (shm.PageSize - 1)
+// doorbellBytes is the size of the doorbell registers of queues 0 to n.
+func doorbellBytes(n uint16, dstrd uint8) uint64 {
+	return 2 * (uint64(n) + 1) * (4 << (dstrd & 0xf))
 }
 
 // Close ends the data path: Stop, and gives everything back. Interrupt eventfds are closed.
