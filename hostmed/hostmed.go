@@ -81,7 +81,7 @@ func New(c Config) (_ *Mediator, err error) {
 		return nil, errors.New("no controller: name at least one socket (--socket PATH)")
 	}
 	m := &Mediator{log: c.Logger, backends: map[string]backend.Backend{}}
-	m.trim = time.AfterFunc(trimAfter, debug.FreeOSMemory)
+	m.trim = time.AfterFunc(trimAfter, trim)
 	if m.log == nil {
 		m.log = hclog.NewNullLogger()
 	}
@@ -124,6 +124,14 @@ func New(c Config) (_ *Mediator, err error) {
 // trimAfter is how long the control side is quiet before the memory that it used is given back. Clients are set up with
 // much garbage and deep stacks; afterwards, often for days, nothing is allocated that would make the collector run.
 const trimAfter = 2 * time.Second
+
+// trim collects some times, since each collection halves a stack that is too large.
+func trim() {
+	for range 3 {
+		runtime.GC()
+	}
+	debug.FreeOSMemory()
+}
 
 // controlled puts the trim off.
 func (m *Mediator) controlled() { m.trim.Reset(trimAfter) }

@@ -25,7 +25,7 @@ const (
 
 // errorLog keeps the newest errors in a ring. It outlives resets, as the spec asks.
 type errorLog struct {
-	entry [errorLogSize]nvme.ErrorLogEntry
+	entry []nvme.ErrorLogEntry // made with the first error: an idle controller is small
 	count uint64 // of all errors ever
 }
 
@@ -33,6 +33,9 @@ func (l *errorLog) add(e nvme.ErrorLogEntry, status nvme.Status) {
 	l.count++
 	e.Count = l.count
 	e.SetStatus(status)
+	if l.entry == nil {
+		l.entry = make([]nvme.ErrorLogEntry, errorLogSize)
+	}
 	l.entry[(l.count-1)%errorLogSize] = e
 }
 

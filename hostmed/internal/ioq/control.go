@@ -61,7 +61,7 @@ type Controller struct {
 
 	sqs     []atomic.Pointer[sq] // by queue id, for doorbell messages
 	cqs     []atomic.Pointer[group]
-	vectors []*Vector
+	vectors []Vector
 
 	quiet      atomic.Bool // FeatureQuiet
 	coalescing coalescing
@@ -88,10 +88,9 @@ func NewController(c Config) (*Controller, error) {
 		}
 		d.ns[n.NSID-1] = &namespace{info: n.Info, backend: n.Backend, media: make([]*media, len(c.Workers))}
 	}
-	for range c.Vectors {
-		v := &Vector{}
-		v.fd.Store(-1)
-		d.vectors = append(d.vectors, v)
+	d.vectors = make([]Vector, c.Vectors)
+	for i := range d.vectors {
+		d.vectors[i].fd.Store(-1)
 	}
 	size := doorbellBytes(c.MaxQueues, c.DSTRD)
 	if c.Mode == ctrl.Mmap {
@@ -171,7 +170,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		return err
 	}
 	w := c.cfg.Workers[int(p.QID-1)%len(c.cfg.Workers)]
-	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, mem: p.Mem, ien: p.IEN, vector: c.vectors[p.Vector], state: Armed}
+	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, mem: p.Mem, ien: p.IEN, vector: &c.vectors[p.Vector], state: Armed}
 	g.onKick = func() {
 		g.kicked.Store(false)
 		w.wake(g)
@@ -373,7 +372,8 @@ func (c *Controller) Stop() {
 	c.shared.Store(false)
 	c.quiet.Store(false)
 	c.coalescing.set(0, 0)
-	for _, v := range c.vectors {
+	for i := range c.vectors {
+		v := &c.vectors[i]
 		v.pending.Store(false)
 		v.direct.Store(false)
 	}
