@@ -1,0 +1,292 @@
+package guestdrv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Controller is an open NVMe controller. Its methods are safe for concurrent use.
+type Controller struct {
+	opts Options
+	log  hclog.Logger
+	dev  device.Device
+	mem  *device.DMARegion
+	pool *dma.Pool
+	adm  *admin.Admin
+
+	// Fixed after Open.
+	eventFDs    []int  // by vector
+	maxTransfer uint32 // bytes of one command
+	quiet       bool   // the controller honours the quiet bit
+	namespaces  []*Namespace
+	byID        map[uint32]*Namespace
+	unusable    map[uint32]error // active namespaces that are not in namespaces, and why
+	ops         sync.Pool        // of *op
+
+	gate gate         // what touches memory is inside; Close waits for it
+	refs atomic.Int64 // the controller itself, pairs and buffers: who keeps the memory mapped
+
+	nextLane atomic.Uint32
+	watching sync.WaitGroup
+	stop     chan struct{}
+
+	// mu guards what follows. Only Queue.Fail is called under it.
+	mu      sync.Mutex
+	lanes   []*ioLane
+	pairs   map[*QueuePair]struct{}
+	vectors []int    // free interrupt vectors
+	qids    []uint16 // free queue identifiers
+	past    Stats    // of pairs that are closed
+	err     error    // why the controller failed, or ErrClosed
+	closing bool
+}
+
+// ioLane is a queue of the plain API.
+type ioLane struct {
+	*lane.Lane
+	io *ioQueue
+}
+
+// Identify returns the Identify Controller data as it was at Open. It must not be changed.
+func (c *Controller) Identify() *nvme.IdentifyController { return c.adm.Identity() }
+
+// Capabilities returns the register CAP.
+func (c *Controller) Capabilities() nvme.CAP { return c.adm.Capabilities() }
+
+// Version returns the register VS.
+func (c *Controller) Version() nvme.Version { return c.adm.Version() }
+
+// Namespaces returns the active namespaces that can be used, by rising NSID.
+func (c *Controller) Namespaces() []*Namespace { return append([]*Namespace(nil), c.namespaces...) }
+
+// Namespace returns the namespace nsid. The error wraps ErrNoNamespace, and says why if there is one that cannot be used.
+func (c *Controller) Namespace(nsid uint32) (*Namespace, error) {
+	if ns, ok := c.byID[nsid]; ok {
+		return ns, nil
+	}
+	if why, ok := c.unusable[nsid]; ok {
+		return nil, fmt.Errorf("namespace %d: %w: %w", nsid, ErrNoNamespace, why)
+	}
+	return nil, fmt.Errorf("namespace %d: %w", nsid, ErrNoNamespace)
+}
+
+// Doorbells returns how the controller is told of new commands: "shadow" (shared pages), "mmap" (the registers are mapped) or "mmio"
+// (a message for each).
+func (c *Controller) Doorbells() string {
+	switch {
+	case c.adm.Shared():
+		return "shadow"
+	case c.adm.Mapped():
+		return "mmap"
+	}
+	return "mmio"
+}
+
+// MaxTransfer returns the most bytes of data that one command moves.
+func (c *Controller) MaxTransfer() int { return int(c.maxTransfer) }
+
+// PeerPID returns the process that serves the device, or 0.
+func (c *Controller) PeerPID() int { return c.dev.PeerPID() }
+
+// Admin executes one admin command. data goes to the controller, comes from it, or both, as the opcode says; it is at most 1 MiB and
+// is copied. It returns dword 0 of the completion. A status that is not success is a *CommandError.
+//
+// Nothing stops the caller from a command that breaks the driver, such as deleting its queues.
+func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) (uint32, error) {
+	if !c.gate.enter() {
+		return 0, ErrClosed
+	}
+	defer c.gate.leave()
+	status, result, err := c.adm.Exec(ctx, *cmd, data)
+	if err != nil {
+		return 0, c.explain(err)
+	}
+	if !status.OK() {
+		return result, &CommandError{Command: *cmd, Admin: true, Status: status}
+	}
+	return result, nil
+}
+
+// explain turns the error of a lane that was closed into the public one.
+func (c *Controller) explain(err error) error {
+	if errors.Is(err, lane.ErrClosed) {
+		return ErrClosed
+	}
+	return err
+}
+
+// Buffer is memory that the controller can reach: data in it is not copied on the way. Its start is page-aligned.
+type Buffer struct {
+	c *Controller
+	b *dma.Buffer
+}
+
+// Alloc returns a Buffer of n bytes, n > 0, with undefined contents. It stays valid until Free, even beyond Close.
+func (c *Controller) Alloc(n int) (*Buffer, error) {
+	if !c.gate.enter() {
+		return nil, ErrClosed
+	}
+	defer c.gate.leave()
+	b, err := c.pool.NewBuffer(n)
+	if err != nil {
+		return nil, err
+	}
+	c.refs.Add(1)
+	return &Buffer{c: c, b: b}, nil
+}
+
+// Bytes returns the memory. While a command that names it is under way it is the controller's.
+func (b *Buffer) Bytes() []byte { return b.b.Bytes() }
+
+// IOVA returns the memory's address for IO.IOVA.
+func (b *Buffer) IOVA() uint64 { return b.b.IOVA() }
+
+// Free gives the buffer back. Commands of Namespace that were cancelled may still have it: it is then kept until they end. Commands
+// of a QueuePair must have been reaped. It may be called more than once.
+func (b *Buffer) Free() {
+	if b.b.Free() {
+		b.c.release()
+	}
+}
+
+// addPair makes p known to fail, or takes its queue away again if the controller has failed already.
+func (c *Controller) addPair(p *QueuePair) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return c.err
+	}
+	c.pairs[p] = struct{}{}
+	return nil
+}
+
+func (c *Controller) removePair(p *QueuePair) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.pairs, p)
+	c.past.add(p.lastStats())
+}
+
+// takeQueue takes a free queue identifier, and an interrupt vector if one is wanted.
+func (c *Controller) takeQueue(interrupt bool) (qid uint16, vector int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return 0, 0, c.err
+	}
+	if len(c.qids) == 0 {
+		return 0, 0, errors.New("no queue pair is free: raise Options.MaxQueuePairs, if the controller has more queues")
+	}
+	vector = noVector
+	if interrupt {
+		if len(c.vectors) == 0 {
+			return 0, 0, errors.New("no interrupt vector is free: raise Options.MaxQueuePairs, if the controller has more vectors, or set QueuePairOptions.Poll")
+		}
+		vector, c.vectors = c.vectors[0], c.vectors[1:]
+	}
+	qid, c.qids = c.qids[0], c.qids[1:]
+	return qid, vector, nil
+}
+
+func (c *Controller) giveQueue(qid uint16, vector int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.qids = append(c.qids, qid)
+	if vector != noVector {
+		c.vectors = append(c.vectors, vector)
+	}
+}
+
+// Err returns why the controller failed, ErrClosed after Close, or nil.
+func (c *Controller) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// fail ends everything with err, unless it has ended before, and returns with what. Commands that are outstanding stay the controller's,
+// memory and all, until Close.
+func (c *Controller) fail(err error) error {
+	c.mu.Lock()
+	if c.err != nil {
+		defer c.mu.Unlock()
+		return c.err
+	}
+	c.err = err
+	for p := range c.pairs {
+		_ = p.q.Fail(err)
+	}
+	lanes, adm := c.lanes, c.adm
+	c.mu.Unlock()
+
+	for _, l := range lanes {
+		l.Fail(err)
+	}
+	if adm != nil {
+		adm.Lane().Fail(err)
+	}
+	if !errors.Is(err, ErrClosed) {
+		c.log.Error("controller failed", "error", err)
+	}
+	return err
+}
+
+const (
+	minTick = 5 * time.Millisecond
+	maxTick = time.Second
+)
+
+// watch looks after deadlines and the device's life until Close.
+func (c *Controller) watch() {
+	defer c.watching.Done()
+	ticker := time.NewTicker(min(max(c.opts.Timeout/8, minTick), maxTick))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-c.stop:
+			return
+		case <-c.dev.Done():
+			c.fail(c.gone())
+			return
+		case <-ticker.C:
+			if err := c.checkLanes(); err != nil {
+				c.fail(fmt.Errorf("%w (%w)", err, c.adm.Diagnose()))
+				return
+			}
+		}
+	}
+}
+
+func (c *Controller) gone() error {
+	if err := c.dev.Err(); errors.Is(err, ErrGone) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrGone, c.dev.Err())
+}
+
+func (c *Controller) checkLanes() error {
+	if err := c.adm.Lane().Check(); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	lanes := c.lanes
+	c.mu.Unlock()
+	for _, l := range lanes {
+		if err := l.Check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

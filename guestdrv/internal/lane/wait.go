@@ -1,0 +1,137 @@
+package lane
+
+import (
+	"context"
+	"runtime"
+	"time"
+)
+
+const (
+	looksPerClock = 16 // looks at the CQ between two at the clock
+	pause         = 64 // looks at the waiter's own flag between two at the CQ
+)
+
+// Wait returns nil once w has been signalled, or the error that ended the wait: the lane's, or ctx's. One goroutine of the lane at a
+// time polls, for all of them, for as long as that has paid off lately; the others sleep, and so does that one when its time is up.
+//
+// After a nil the caller looks at what it waits for, and waits again if it is not there: a signal may be an old one.
+func (l *Lane) Wait(ctx context.Context, w *Waiter) error {
+	if w.ready.Swap(false) {
+		return nil
+	}
+	l.mu.Lock()
+	l.reap()
+	if done, err := l.ended(w); done {
+		l.unlock()
+		return err
+	}
+	if !l.polling {
+		if limit := l.budget.Limit(); limit > 0 {
+			l.poll(w, limit)
+			if done, err := l.ended(w); done {
+				l.unlock()
+				return err
+			}
+		} else {
+			l.arm()
+			if done, err := l.ended(w); done {
+				l.unlock()
+				return err
+			}
+		}
+	}
+	w.asleep = true
+	l.unlock()
+
+	select {
+	case <-w.wake:
+		w.ready.Store(false)
+		return nil
+	case <-l.failed:
+		return l.giveUp(w, l.Err())
+	case <-ctx.Done():
+		return l.giveUp(w, ctx.Err())
+	}
+}
+
+// ended reports whether w need not wait any more. It is called under the lock.
+func (l *Lane) ended(w *Waiter) (bool, error) {
+	if w.ready.Swap(false) {
+		return true, nil
+	}
+	if l.err != nil {
+		l.room.remove(w)
+		return true, l.err
+	}
+	return false, nil
+}
+
+// giveUp leaves w as if it had never slept.
+func (l *Lane) giveUp(w *Waiter, err error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.room.remove(w)
+	l.offer()
+	if !w.asleep { // it was signalled at the same moment
+		<-w.wake
+	}
+	w.asleep = false
+	w.ready.Store(false)
+	return err
+}
+
+// poll reaps for everybody until w is signalled, limit has passed or the lane has failed. It is called under the lock, holds it only
+// for each look so that others can start commands, and returns with it. Afterwards the interrupt is on if anything is outstanding.
+func (l *Lane) poll(w *Waiter, limit time.Duration) {
+	l.polling = true
+	if l.cfg.Quiet {
+		l.cfg.Head.SetQuiet(true)
+	}
+	l.mu.Unlock()
+	begin := time.Now()
+	var spent time.Duration
+	for failed := false; !failed && spent < limit && !w.ready.Load(); spent = time.Since(begin) {
+		failed = l.lookOften(w)
+	}
+	l.mu.Lock()
+	l.polling = false
+	if w.ready.Load() {
+		l.budget.Earned(spent)
+	} else {
+		l.budget.Failed()
+	}
+	if l.q.Outstanding() > 0 {
+		l.arm()
+	}
+}
+
+// lookOften takes some looks at the CQ, with longer pauses in between, unless w is signalled. It reports whether the lane has failed.
+func (l *Lane) lookOften(w *Waiter) (failed bool) {
+	for range looksPerClock {
+		for range pause {
+			if w.ready.Load() {
+				return false
+			}
+		}
+		if !l.mu.TryLock() {
+			continue // whoever has it reaps, or starts something
+		}
+		l.reap()
+		failed = l.err != nil
+		l.unlock()
+		if failed {
+			return true
+		}
+	}
+	if runtime.GOMAXPROCS(0) == 1 {
+		runtime.Gosched() // or nobody who could signal w would run
+	}
+	return false
+}
+
+// arm turns the interrupt on and looks at the CQ once more. The device posts and then looks for the quiet bit; one of the two sees the
+// other. It is called under the lock.
+func (l *Lane) arm() {
+	l.cfg.Head.SetQuiet(false)
+	l.reap()
+}

@@ -1,0 +1,90 @@
+package queue
+
+import (
+	"fmt"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/ring"
+)
+
+// Completion is the end of one command.
+type Completion struct {
+	Tag     uint64 // as given to Take
+	Started int64  // the Stamp before Take, ns
+	Status  nvme.Status
+	Result  uint32 // CQE dword 0
+	Slot    uint16 // free again
+}
+
+// Reap takes completions that have been posted, at most len(out) of them, and returns how
+// many. It does not wait and costs one load when there are none.
+func (q *Queue) Reap(out []Completion) (int, error) {
+	n := 0
+	for n < len(out) {
+		e, ok := q.cq.Next()
+		if !ok {
+			break
+		}
+		if err := q.complete(e, &out[n]); err != nil {
+			return n, q.Fail(err)
+		}
+		n++
+	}
+	if n == 0 {
+		return 0, q.lookIdle()
+	}
+	q.unpublished += uint32(n)
+	q.idle = 0
+	// With nothing left in flight no Publish may follow for long, and a device with a short
+	// CQ must not be left waiting for room.
+	if q.unpublished >= q.lazy && len(q.free) == len(q.slots) {
+		return n, q.publishHead()
+	}
+	return n, nil
+}
+
+func (q *Queue) complete(e ring.Entry, c *Completion) error {
+	cid := e.CID()
+	i := cid & q.slotMask
+	if int(i) >= len(q.slots) || !q.slots[i].busy || q.slots[i].cid != cid {
+		return fmt.Errorf("%w: queue %d completed command identifier %#x, which is not outstanding", ErrProtocol, q.qid, cid)
+	}
+	if e.SQID() != q.qid {
+		return fmt.Errorf("%w: a completion in CQ %d names SQ %d", ErrProtocol, q.qid, e.SQID())
+	}
+	if err := q.sq.Released(e.SQHead()); err != nil {
+		return fmt.Errorf("%w: queue %d: %w", ErrProtocol, q.qid, err)
+	}
+	s := &q.slots[i]
+	c.Tag, c.Started, c.Status, c.Result, c.Slot = s.tag, s.started, e.Status(), e.Result(), i
+	q.release(i)
+	return nil
+}
+
+// lookIdle is what an empty Reap costs beyond its load: now and then a look at the clock, so
+// that a caller who only polls meets his deadlines too.
+func (q *Queue) lookIdle() error {
+	if q.idle++; q.idle < 4096 {
+		return nil
+	}
+	q.idle = 0
+	return q.Check()
+}
+
+// Check reports the failure of the queue, or fails it when a command is past its deadline.
+func (q *Queue) Check() error {
+	if p := q.failed.Load(); p != nil {
+		return *p
+	}
+	q.Stamp()
+	if q.timeout == 0 {
+		return nil
+	}
+	for i := range q.slots {
+		if s := &q.slots[i]; s.busy && q.clock-s.started > q.timeout {
+			return q.Fail(fmt.Errorf("%w: queue %d, command identifier %#x, after %.1f s",
+				ErrTimeout, q.qid, s.cid, float64(q.clock-s.started)/1e9))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,146 @@
+package queue
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pollState is what a sleep needs, kept so that it allocates nothing.
+type pollState struct {
+	fds [1]unix.PollFd
+	buf [8]byte
+}
+
+const (
+	// spinsPerLook is how many looks at the CQ pass between two at the clock.
+	spinsPerLook = 64
+	// nap bounds one sleep in ms, so that cancellation and deadlines are seen.
+	nap = 50
+)
+
+// Wait returns when a completion can be reaped, or with the error that ended the wait: the
+// queue's, a command's deadline, or ctx's. It polls for as long as that has paid off
+// lately, then asks for the interrupt and sleeps.
+func (q *Queue) Wait(ctx context.Context) error {
+	if q.cq.Ready() {
+		return nil
+	}
+	if p := q.failed.Load(); p != nil {
+		return *p
+	}
+	if q.Outstanding() == 0 {
+		return fmt.Errorf("queue %d: waiting with no command outstanding", q.qid)
+	}
+	if q.eventFD < 0 {
+		return q.pollOnly(ctx)
+	}
+	begin := q.Stamp()
+	if limit := int64(q.budget.Limit()); limit > 0 && !q.noSpin {
+		if q.quiet {
+			q.head.SetQuiet(true)
+		}
+		for {
+			for range spinsPerLook {
+				if q.cq.Ready() {
+					q.budget.Earned(time.Duration(q.clock - begin))
+					return nil
+				}
+			}
+			if q.Stamp()-begin > limit {
+				break
+			}
+		}
+		q.budget.Failed()
+	}
+	for !q.cq.Ready() {
+		if err := q.sleep(); err != nil {
+			return err
+		}
+		if q.cq.Ready() {
+			break
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := q.Check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pollOnly waits on a queue that has no interrupt.
+func (q *Queue) pollOnly(ctx context.Context) error {
+	for looks := uint32(1); !q.cq.Ready(); looks++ {
+		if looks%4096 != 0 {
+			continue
+		}
+		if err := q.Check(); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sleep asks for an interrupt and waits for one, a nap long at the most. Before it sleeps it
+// has seen, in this order: the head published and not quiet, the eventfd drained, no
+// completion. The device posts and then looks for the quiet bit, so one of the two sees the other.
+func (q *Queue) sleep() error {
+	if q.unpublished > 0 {
+		if err := q.publishHead(); err != nil {
+			return err
+		}
+	}
+	q.head.SetQuiet(false)
+	for {
+		// Only once poll has said that it is readable: the peer may have
+		// cleared O_NONBLOCK on the shared description (R34).
+		n, err := q.pollFD(0)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			break
+		}
+		q.drain()
+	}
+	if q.cq.Ready() || q.failed.Load() != nil {
+		return nil
+	}
+	n, err := q.pollFD(nap)
+	if n > 0 {
+		q.Wakeups++
+	}
+	return err
+}
+
+func (q *Queue) pollFD(ms int) (int, error) {
+	q.poll.fds[0] = unix.PollFd{Fd: int32(q.eventFD), Events: unix.POLLIN}
+	n, err := unix.Poll(q.poll.fds[:], ms)
+	if err == unix.EINTR {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, q.Fail(fmt.Errorf("queue %d: waiting for its interrupt: %w", q.qid, err))
+	}
+	if n > 0 && q.poll.fds[0].Revents&unix.POLLIN == 0 {
+		return 0, q.Fail(fmt.Errorf("queue %d: its interrupt eventfd reports %#x", q.qid, q.poll.fds[0].Revents))
+	}
+	return n, nil
+}
+
+func (q *Queue) drain() { _, _ = unix.Read(q.eventFD, q.poll.buf[:]) }
+
+// wake ends another goroutine's sleep.
+func (q *Queue) wake() {
+	if q.eventFD >= 0 {
+		one := [8]byte{1}
+		_, _ = unix.Write(q.eventFD, one[:])
+	}
+}

@@ -1,0 +1,395 @@
+package guestdrv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+const (
+	// maxTransfer bounds the data of one command, whatever the controller allows.
+	maxTransfer = 1 << 20
+	// minPool is the least DMA memory that the queues and one transfer fit in.
+	minPool = 1 << 20
+)
+
+// Open opens the controller that name says and makes it ready for I/O:
+//
+//	vfio-user:PATH   the server that listens on the socket PATH, or on PATH/cntrl if PATH is a directory
+//
+// ctx ends the attempt only. After Open the package opens nothing more: no file, no socket, no shared memory.
+func Open(ctx context.Context, name string, o Options) (*Controller, error) {
+	path, ok := vfiouser.IsName(name)
+	if !ok || path == "" {
+		return nil, fmt.Errorf("device %q: unknown kind, want %sPATH", name, vfiouser.Scheme)
+	}
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	dev, err := vfiouser.Open(ctx, vfiouser.Path(path))
+	if err != nil {
+		return nil, fmt.Errorf("%s%w", vfiouser.Scheme, err)
+	}
+	if dev.Unmapped != "" {
+		o.Logger.Warn("doorbells are not mapped", "reason", dev.Unmapped)
+	}
+	return OpenDevice(ctx, dev, o)
+}
+
+// OpenDevice is Open for a device of any kind, which becomes the controller's, also if it fails.
+func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, errors.Join(err, dev.Close(), dev.Unmap())
+	}
+	c := &Controller{
+		opts: o, log: o.Logger, dev: dev,
+		byID: map[uint32]*Namespace{}, unusable: map[uint32]error{}, pairs: map[*QueuePair]struct{}{}, stop: make(chan struct{}),
+	}
+	c.gate.init()
+	c.ops.New = c.newOp
+	c.refs.Store(1)
+	// Register accesses have no context: what ends them early is the end of the connection.
+	stop := context.AfterFunc(ctx, func() { dev.Close() })
+	err = c.setup(ctx)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil && !errors.Is(err, ctxErr) {
+			err = fmt.Errorf("%w: %w", ctxErr, err)
+		}
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// setup goes in this order because each step needs the one before.
+func (c *Controller) setup(ctx context.Context) error {
+	if err := c.allocate(); err != nil {
+		return err
+	}
+	if err := c.openInterrupts(); err != nil {
+		return err
+	}
+	if err := c.enable(ctx); err != nil {
+		return err
+	}
+	if err := c.limits(); err != nil {
+		return err
+	}
+	if err := c.chooseDoorbells(ctx); err != nil {
+		return err
+	}
+	if err := c.openNamespaces(ctx); err != nil {
+		return err
+	}
+	if err := c.openLanes(ctx); err != nil {
+		return err
+	}
+	c.adm.WatchEvents()
+	return nil
+}
+
+func (c *Controller) allocate() error {
+	if c.opts.DMASize < minPool {
+		return fmt.Errorf("options: DMASize of %d bytes, at least %d", c.opts.DMASize, minPool)
+	}
+	mem, err := c.dev.AllocDMA(c.opts.DMASize)
+	if err != nil {
+		return err
+	}
+	c.mem = mem
+	c.pool, err = dma.NewPool(mem.Region, mem.IOVA)
+	return err
+}
+
+// openInterrupts takes a vector for the admin queue and for each queue that there may ever be, as far as the device has them.
+func (c *Controller) openInterrupts() error {
+	n := min(c.dev.MaxInterrupts(), 1+c.opts.Queues+c.opts.MaxQueuePairs)
+	if n <= 0 {
+		return nil
+	}
+	fds, err := c.dev.Interrupts(n)
+	if err != nil {
+		return fmt.Errorf("interrupts: %w", err)
+	}
+	c.eventFDs = fds
+	for v := 1; v < n; v++ {
+		c.vectors = append(c.vectors, v)
+	}
+	return nil
+}
+
+// takeEventFD hands over a vector's descriptor; who gets it closes it.
+func (c *Controller) takeEventFD(vector int) int {
+	fd := c.eventFDs[vector]
+	c.eventFDs[vector] = -1
+	return fd
+}
+
+func (c *Controller) enable(ctx context.Context) error {
+	fd := -1
+	if len(c.eventFDs) > 0 {
+		fd = c.takeEventFD(0)
+	}
+	adm, err := admin.Open(ctx, admin.Config{
+		Device: c.dev, Pool: c.pool, EventFD: fd, Timeout: c.opts.Timeout, Logger: c.log,
+		Failed: func(err error) { c.fail(err) },
+	})
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.adm = adm // what fail looks at
+	c.mu.Unlock()
+	c.watching.Add(1)
+	go c.watch()
+	return adm.Identify(ctx)
+}
+
+// limits works out what one command may move.
+func (c *Controller) limits() error {
+	n := c.adm.Identity().MaxTransfer(c.adm.Capabilities().MPSMIN())
+	if n == 0 {
+		n = maxTransfer
+	}
+	c.maxTransfer = uint32(min(n, maxTransfer))
+	return nil
+}
+
+// chooseDoorbells shares the doorbell pages if they are wanted and offered. A controller that then refuses them is used
+// without (R26), unless they were demanded.
+func (c *Controller) chooseDoorbells(ctx context.Context) error {
+	if c.opts.Doorbells != DoorbellsMMIO {
+		if err := c.shareDoorbells(ctx); err != nil {
+			if c.opts.Doorbells == DoorbellsShadow || ctx.Err() != nil || c.Err() != nil {
+				return fmt.Errorf("shared doorbell pages: %w", err)
+			}
+			c.log.Info("no shared doorbell pages", "reason", err, "doorbells", c.Doorbells())
+		}
+	}
+	if !c.adm.QuietOffered() || c.Doorbells() == "mmio" {
+		return nil
+	}
+	if err := c.adm.EnableQuiet(ctx); err != nil {
+		if ctx.Err() != nil || c.Err() != nil {
+			return err
+		}
+		c.log.Info("no quiet polling", "reason", err)
+		return nil
+	}
+	c.quiet = true
+	return nil
+}
+
+func (c *Controller) shareDoorbells(ctx context.Context) error {
+	if !c.opts.Vendor2014 && !c.adm.DoorbellsOffered() {
+		return fmt.Errorf("its Doorbell Buffer Config (OACS bit 8): %w", ErrUnsupported)
+	}
+	return c.adm.ShareDoorbells(ctx, c.opts.Vendor2014)
+}
+
+// openLanes asks for the queues and creates those of the plain API.
+func (c *Controller) openLanes(ctx context.Context) error {
+	granted, err := c.adm.QueueCount(ctx, min(c.opts.Queues+c.opts.MaxQueuePairs, 65535))
+	if err != nil {
+		return err
+	}
+	granted = min(granted, int(c.adm.MaxQID()))
+	if granted < 1 {
+		return fmt.Errorf("the controller has no I/O queue whose doorbells can be reached: %v, BAR0 of %#x bytes", c.Capabilities(), c.dev.RegisterSpace())
+	}
+	for qid := 1; qid <= granted; qid++ {
+		c.qids = append(c.qids, uint16(qid))
+	}
+	// One queue always, more only with interrupts of their own.
+	n := max(min(c.opts.Queues, granted, len(c.vectors)), 1)
+	for range n {
+		if err := c.openLane(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Controller) openLane(ctx context.Context) error {
+	qid, vector, err := c.takeQueue(len(c.vectors) > 0)
+	if err != nil {
+		return err
+	}
+	// The lane waits and keeps the deadlines; the queue does neither.
+	q, err := c.newIOQueue(ctx, qid, c.opts.QueueDepth, vector, queue.Config{EventFD: -1})
+	if err != nil {
+		return err
+	}
+	if err := q.addAllLists(); err != nil {
+		return err
+	}
+	fd := -1
+	if vector != noVector {
+		fd = c.takeEventFD(vector)
+	}
+	l, err := lane.New(lane.Config{
+		Queue: q.q, Head: q.head, QID: qid, EventFD: fd, Quiet: c.quiet, Timeout: c.opts.Timeout,
+		Failed: func(err error) { c.fail(err) },
+	})
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lanes = append(c.lanes, &ioLane{Lane: l, io: q})
+	if c.err != nil {
+		return c.err
+	}
+	return nil
+}
+
+// openNamespaces reads what namespaces there are. One that cannot be used is no reason to do without the others.
+func (c *Controller) openNamespaces(ctx context.Context) error {
+	ids, err := c.adm.ActiveNamespaces(ctx)
+	if err != nil {
+		return err
+	}
+	for _, nsid := range ids {
+		id, err := c.adm.IdentifyNamespace(ctx, nsid)
+		if err != nil {
+			if ctx.Err() != nil || c.Err() != nil {
+				return err
+			}
+			c.skipNamespace(nsid, err)
+			continue
+		}
+		ns, err := c.newNamespace(nsid, id)
+		if err != nil {
+			c.skipNamespace(nsid, err)
+			continue
+		}
+		c.namespaces = append(c.namespaces, ns)
+		c.byID[nsid] = ns
+	}
+	return nil
+}
+
+func (c *Controller) skipNamespace(nsid uint32, why error) {
+	c.unusable[nsid] = why
+	c.log.Warn("namespace cannot be used", "nsid", nsid, "reason", why)
+}
+
+// newNamespace checks what the controller says of a namespace.
+func (c *Controller) newNamespace(nsid uint32, id *nvme.IdentifyNamespace) (*Namespace, error) {
+	size, ok := id.BlockSize()
+	f := id.Format()
+	switch {
+	case id.NSZE == 0:
+		return nil, errors.New("it has no blocks")
+	case !ok:
+		return nil, fmt.Errorf("block size of 2^%d bytes", f.LBADS)
+	case size > c.maxTransfer:
+		return nil, fmt.Errorf("blocks of %d bytes, commands of at most %d", size, c.maxTransfer)
+	case f.MS != 0:
+		return nil, fmt.Errorf("%d bytes of metadata per block", f.MS)
+	case id.NSZE > math.MaxInt64>>f.LBADS:
+		return nil, fmt.Errorf("%d blocks of %d bytes are more than 2^63 bytes", id.NSZE, size)
+	}
+	return &Namespace{c: c, nsid: nsid, shift: f.LBADS, blocks: id.NSZE, id: id}, nil
+}
+
+// Close ends the controller in order: whoever waits for I/O gets ErrClosed, the controller is told to shut down and is disabled, each
+// with a limit of some seconds, and the connection is closed. Memory stays mapped until the last Buffer and QueuePair is given back.
+// Only the first call does anything. The error is that of the shutdown; everything is released all the same.
+func (c *Controller) Close() error {
+	c.mu.Lock()
+	if c.closing {
+		c.mu.Unlock()
+		return nil
+	}
+	c.closing = true
+	c.mu.Unlock()
+
+	healthy := c.Err() == nil
+	c.fail(ErrClosed)
+	c.markClosed()
+	c.gate.shut()
+	close(c.stop)
+	c.watching.Wait()
+
+	for _, l := range c.lanes {
+		l.Close()
+	}
+	var err error
+	if c.adm != nil {
+		c.adm.Close()
+		err = c.shutdown(healthy)
+	}
+	err = errors.Join(err, c.dev.Close())
+	// From here on the device has no memory of ours, or no right to it.
+	for _, l := range c.lanes {
+		l.Drop()
+		l.io.give()
+	}
+	if c.adm != nil {
+		c.adm.Drop()
+	}
+	c.release()
+	return err
+}
+
+// markClosed makes ErrClosed the error of calls that come later, also when the controller had failed before.
+func (c *Controller) markClosed() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.err = ErrClosed
+}
+
+// shutdown stops the controller, if it can still be reached. What a controller that has failed says to that is of no interest.
+func (c *Controller) shutdown(healthy bool) error {
+	select {
+	case <-c.dev.Done():
+		if healthy {
+			return c.gone()
+		}
+		return nil
+	default:
+	}
+	err := c.adm.Shutdown()
+	if !healthy {
+		return nil
+	}
+	return err
+}
+
+// release drops one reference to the memory; the last one unmaps it.
+func (c *Controller) release() {
+	if c.refs.Add(-1) > 0 {
+		return
+	}
+	var err error
+	if c.mem != nil {
+		err = c.mem.Free()
+	}
+	err = errors.Join(err, c.dev.Unmap())
+	for _, fd := range c.eventFDs {
+		if fd >= 0 {
+			err = errors.Join(err, unix.Close(fd))
+		}
+	}
+	c.eventFDs = nil
+	if err != nil {
+		c.log.Error("releasing memory", "error", err)
+	}
+}

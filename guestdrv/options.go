@@ -1,0 +1,113 @@
+package guestdrv
+
+import (
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+)
+
+// DoorbellMode says how the driver tells the controller of new commands.
+type DoorbellMode uint8
+
+const (
+	// DoorbellsAuto shares doorbell pages when the controller offers Doorbell Buffer Config, and otherwise does as DoorbellsMMIO.
+	DoorbellsAuto DoorbellMode = iota
+	// DoorbellsShadow is DoorbellsAuto, except that Open fails when the pages cannot be shared.
+	DoorbellsShadow
+	// DoorbellsMMIO writes the doorbell registers: where they are mapped by stores, otherwise by messages.
+	DoorbellsMMIO
+)
+
+// String returns "auto", "shadow" or "mmio".
+func (m DoorbellMode) String() string {
+	switch m {
+	case DoorbellsAuto:
+		return "auto"
+	case DoorbellsShadow:
+		return "shadow"
+	case DoorbellsMMIO:
+		return "mmio"
+	}
+	return fmt.Sprintf("DoorbellMode(%d)", uint8(m))
+}
+
+// Defaults and limits of Options.
+const (
+	DefaultDMASize       = 64 << 20
+	DefaultQueueDepth    = 128
+	DefaultTimeout       = 30 * time.Second
+	DefaultMaxQueuePairs = 16
+
+	// MaxQueueDepth is the most commands that one queue pair holds.
+	MaxQueueDepth = queue.MaxSize - 1
+
+	// minEntries is the least that a queue's rings have, if the controller allows it. On shorter ones the two sides
+	// write the same few cache lines over and over.
+	minEntries = 64
+)
+
+// Options are what Open can be told. The zero value is good.
+type Options struct {
+	// Doorbells is how the controller is told of new commands.
+	Doorbells DoorbellMode
+
+	// Vendor2014 shares the doorbell pages by the vendor command of 2014 (C0h) and not by Doorbell Buffer Config (7Ch).
+	Vendor2014 bool
+
+	// DMASize is the size in bytes of the memory that the controller can reach; 0: DefaultDMASize. It holds the queues, every
+	// Buffer, and data on its way to and from memory that is no Buffer. Pages of it that were never touched cost nothing.
+	DMASize uint64
+
+	// QueueDepth is how many commands each queue of the plain API holds at least; 0: DefaultQueueDepth.
+	QueueDepth uint32
+
+	// Queues is how many queue pairs the plain API has; 0: GOMAXPROCS. There are fewer if the controller has fewer queues or
+	// interrupt vectors.
+	Queues int
+
+	// MaxQueuePairs is how many queue pairs NewQueuePair can make at one time; 0: DefaultMaxQueuePairs. Each keeps an interrupt
+	// vector, that is a file descriptor, from Open on. There are fewer if the controller has fewer.
+	MaxQueuePairs int
+
+	// Timeout is the deadline of each command; 0: DefaultTimeout. A command that misses it fails the controller.
+	Timeout time.Duration
+
+	// Logger is told of controller events and of what had to be done without; nil: nobody.
+	Logger hclog.Logger
+}
+
+// withDefaults checks o and fills in what is 0.
+func (o Options) withDefaults() (Options, error) {
+	if o.Doorbells > DoorbellsMMIO {
+		return o, fmt.Errorf("options: unknown doorbell mode %v", o.Doorbells)
+	}
+	if o.Queues < 0 || o.MaxQueuePairs < 0 || o.Timeout < 0 {
+		return o, fmt.Errorf("options: Queues %d, MaxQueuePairs %d, Timeout %v: none may be negative", o.Queues, o.MaxQueuePairs, o.Timeout)
+	}
+	if o.QueueDepth > MaxQueueDepth {
+		return o, fmt.Errorf("options: QueueDepth %d, at most %d", o.QueueDepth, MaxQueueDepth)
+	}
+	if o.DMASize == 0 {
+		o.DMASize = DefaultDMASize
+	}
+	if o.QueueDepth == 0 {
+		o.QueueDepth = DefaultQueueDepth
+	}
+	if o.Queues == 0 {
+		o.Queues = runtime.GOMAXPROCS(0)
+	}
+	if o.MaxQueuePairs == 0 {
+		o.MaxQueuePairs = DefaultMaxQueuePairs
+	}
+	if o.Timeout == 0 {
+		o.Timeout = DefaultTimeout
+	}
+	if o.Logger == nil {
+		o.Logger = hclog.NewNullLogger()
+	}
+	return o, nil
+}

@@ -1,0 +1,338 @@
+package guestdrv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// IO is one command of the batch API. The memory at IOVA must be the controller's own (Buffer), contiguous, and the
+// controller's until the command ends.
+type IO struct {
+	Op     uint8  // nvme.IORead, IOWrite, IOCompare, IOFlush, IOWriteZeroes, IOVerify, IOWriteUncorrectable or IODSM
+	FUA    bool   // Read and Write: from or to the media itself
+	NSID   uint32 // of an active namespace
+	Blocks uint32 // logical blocks; Dataset Management: ranges to deallocate at IOVA; Flush: ignored
+	LBA    uint64 // first logical block
+	IOVA   uint64 // of the data, if the command has any: a multiple of 4
+	Tag    uint64 // comes back in Result
+}
+
+// Result is the end of one command.
+type Result struct {
+	Tag     uint64
+	Status  nvme.Status
+	DW0     uint32
+	Latency time.Duration // from Submit to Reap; the clock is read once for each batch of either
+}
+
+// QueuePairOptions are what NewQueuePair can be told.
+type QueuePairOptions struct {
+	// Depth is how many commands the pair holds at least, if the controller allows it; 0: Options.QueueDepth, at most MaxQueueDepth.
+	Depth uint32
+	// Poll makes a pair without an interrupt: Wait polls until a completion is there.
+	Poll bool
+	// NoSpin makes Wait sleep on the interrupt at once, instead of polling for as long as that pays: for measurements.
+	NoSpin bool
+}
+
+// QueuePair is the hot path: commands are submitted and reaped in batches, and nothing is copied or allocated. The order of calls:
+//
+//	n, err := p.Submit(ios)    // written to the SQ, unseen
+//	err = p.Publish()          // one doorbell for all of them
+//	err = p.Wait(ctx)          // poll, then sleep, until there is something to reap
+//	n, err = p.Reap(results)
+//
+// It belongs to one goroutine at a time. Only Controller.Close may be called meanwhile.
+type QueuePair struct {
+	io  *ioQueue
+	q   *queue.Queue
+	cmd nvme.Command
+
+	// The namespace of the last command.
+	nsid  uint32
+	shift uint8
+	known bool
+
+	batch  [64]queue.Completion
+	closed bool
+
+	// What Controller.Stats sees; it is brought up to date now and then.
+	completed uint64
+	seen      struct{ commands, rings, wakeups atomic.Uint64 }
+}
+
+// statsEvery is after how many commands Controller.Stats sees them.
+const statsEvery = 256
+
+// NewQueuePair creates a queue pair. It needs no system call that a sandbox forbids.
+func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
+	if o.Depth > MaxQueueDepth {
+		return nil, fmt.Errorf("queue pair of depth %d: at most %d", o.Depth, MaxQueueDepth)
+	}
+	if o.Depth == 0 {
+		o.Depth = c.opts.QueueDepth
+	}
+	if !c.gate.enter() {
+		return nil, ErrClosed
+	}
+	defer c.gate.leave()
+	qid, vector, err := c.takeQueue(!o.Poll)
+	if err != nil {
+		return nil, err
+	}
+	eventFD := -1
+	if vector != noVector {
+		eventFD = c.eventFDs[vector]
+	}
+	io, err := c.newIOQueue(context.Background(), qid, o.Depth, vector, queue.Config{
+		EventFD: eventFD, Quiet: c.quiet, NoSpin: o.NoSpin, Timeout: c.opts.Timeout,
+	})
+	if err != nil {
+		c.giveQueue(qid, vector)
+		return nil, err
+	}
+	p := &QueuePair{io: io, q: io.q}
+	c.refs.Add(1)
+	if err := c.addPair(p); err != nil {
+		c.release()
+		return nil, err
+	}
+	return p, nil
+}
+
+// Depth returns how many commands the pair holds.
+func (p *QueuePair) Depth() int { return int(p.q.Size() - 1) }
+
+// Free returns how many commands can be submitted now.
+func (p *QueuePair) Free() int { return p.q.Free() }
+
+// Outstanding returns how many commands have been submitted and not reaped.
+func (p *QueuePair) Outstanding() int { return p.q.Outstanding() }
+
+// QID returns the queue's identifier.
+func (p *QueuePair) QID() uint16 { return p.io.qid }
+
+// Submit writes commands into the SQ, where the controller does not see them before Publish. It returns how many: fewer than
+// len(ios) when the pair is full, which is no error. An error is about ios[n], or the pair's own.
+func (p *QueuePair) Submit(ios []IO) (int, error) {
+	q := p.q
+	if err := q.Err(); err != nil {
+		return 0, err
+	}
+	q.Stamp()
+	for i := range ios {
+		slot, ok := q.Take(ios[i].Tag)
+		if !ok {
+			return i, nil
+		}
+		if err := p.build(slot, &ios[i]); err != nil {
+			q.Cancel(slot)
+			return i, err
+		}
+		q.Push(slot, &p.cmd)
+	}
+	return len(ios), nil
+}
+
+// build makes p.cmd from io. Of p.cmd only the fields that it sets are ever not zero.
+func (p *QueuePair) build(slot uint16, io *IO) error {
+	if io.NSID != p.nsid || !p.known {
+		if err := p.lookup(io); err != nil {
+			return err
+		}
+	}
+	cmd := &p.cmd
+	if io.Op != nvme.IORead && io.Op != nvme.IOWrite {
+		return p.buildOther(slot, io)
+	}
+	bytes := uint64(io.Blocks) << p.shift
+	if bytes-1 >= uint64(p.io.c.maxTransfer) {
+		return p.badLength(io)
+	}
+	cmd.Opcode, cmd.NSID = io.Op, io.NSID
+	cmd.CDW10, cmd.CDW11, cmd.CDW12 = uint32(io.LBA), uint32(io.LBA>>32), io.Blocks-1
+	if io.FUA {
+		cmd.CDW12 |= nvme.RWForceUnit
+	}
+	if io.IOVA&3 == 0 && io.IOVA&(pageSize-1)+bytes <= pageSize {
+		cmd.PRP1, cmd.PRP2 = io.IOVA, 0
+		return nil
+	}
+	return p.io.point(slot, cmd, io.IOVA, uint32(bytes))
+}
+
+// buildOther is build for what is not Read or Write.
+func (p *QueuePair) buildOther(slot uint16, io *IO) error {
+	cmd := &p.cmd
+	*cmd = nvme.Command{Opcode: io.Op, NSID: io.NSID}
+	switch io.Op {
+	case nvme.IOFlush:
+		return nil
+	case nvme.IODSM:
+		if io.Blocks == 0 || io.Blocks > nvme.DSMMaxRanges {
+			return fmt.Errorf("%s: %d ranges, 1 to %d fit", nvme.IOOpcodeName(io.Op), io.Blocks, nvme.DSMMaxRanges)
+		}
+		cmd.CDW10, cmd.CDW11 = io.Blocks-1, nvme.DSMDeallocate
+		err := p.io.point(slot, cmd, io.IOVA, io.Blocks*dsmRangeSize)
+		return err
+	case nvme.IOCompare, nvme.IOWriteZeroes, nvme.IOVerify, nvme.IOWriteUncorrectable:
+	default:
+		return fmt.Errorf("%s: not a command that Submit knows", nvme.IOOpcodeName(io.Op))
+	}
+	blocks, ok := nvme.ToZeroBased16(io.Blocks)
+	if !ok {
+		return p.badLength(io)
+	}
+	cmd.SetRW(io.Op, io.NSID, io.LBA, blocks)
+	if io.FUA {
+		cmd.CDW12 |= nvme.RWForceUnit
+	}
+	if io.Op != nvme.IOCompare {
+		return nil
+	}
+	bytes := uint64(io.Blocks) << p.shift
+	if bytes > uint64(p.io.c.maxTransfer) {
+		return p.badLength(io)
+	}
+	return p.io.point(slot, cmd, io.IOVA, uint32(bytes))
+}
+
+func (p *QueuePair) badLength(io *IO) error {
+	return fmt.Errorf("%s of %d blocks of %d bytes: 1 block to %d bytes and 65536 blocks fit in one command",
+		nvme.IOOpcodeName(io.Op), io.Blocks, uint64(1)<<p.shift, p.io.c.maxTransfer)
+}
+
+// lookup remembers the block size of io's namespace.
+func (p *QueuePair) lookup(io *IO) error {
+	p.known = false
+	if io.Op == nvme.IOFlush && io.NSID == nvme.NSIDAll {
+		return nil
+	}
+	ns, err := p.io.c.Namespace(io.NSID)
+	if err != nil {
+		return err
+	}
+	p.nsid, p.shift, p.known = io.NSID, ns.shift, true
+	// Leftovers of commands with other fields.
+	p.cmd = nvme.Command{}
+	return nil
+}
+
+// Publish shows the controller what Submit has written, with one doorbell.
+func (p *QueuePair) Publish() error {
+	if err := p.q.Publish(); err != nil {
+		return p.failed(err)
+	}
+	return nil
+}
+
+// Reap takes up to len(out) results that are there and returns how many; it does not wait.
+func (p *QueuePair) Reap(out []Result) (int, error) {
+	total := 0
+	for total < len(out) {
+		n, err := p.q.Reap(p.batch[:min(len(p.batch), len(out)-total)])
+		if n > 0 {
+			now := p.q.Stamp()
+			for i := range p.batch[:n] {
+				c, r := &p.batch[i], &out[total+i]
+				r.Tag, r.Status, r.DW0 = c.Tag, c.Status, c.Result
+				r.Latency = time.Duration(now - c.Started)
+			}
+			total += n
+		}
+		if err != nil {
+			p.count(total)
+			return total, p.failed(err)
+		}
+		if n < len(p.batch) {
+			break
+		}
+	}
+	if total == 0 {
+		return 0, p.q.Err()
+	}
+	p.count(total)
+	return total, nil
+}
+
+// Wait returns nil when there is something to reap. It polls for as long as that has paid off lately, then sleeps on the interrupt. An
+// error is ctx's, the pair's, or that nothing is outstanding.
+func (p *QueuePair) Wait(ctx context.Context) error {
+	err := p.q.Wait(ctx)
+	if err != nil && ctx.Err() == nil {
+		return p.failed(err)
+	}
+	return err
+}
+
+// failed makes an error of the queue that is the controller's fault the controller's failure.
+func (p *QueuePair) failed(err error) error {
+	c := p.io.c
+	if p.q.Err() == nil {
+		return err
+	}
+	if errors.Is(err, ErrTimeout) && c.Err() == nil {
+		err = fmt.Errorf("%w (%w)", err, c.adm.Diagnose())
+	}
+	return c.fail(err)
+}
+
+// count adds n completions, and from time to time tells those who look from outside.
+func (p *QueuePair) count(n int) {
+	p.completed += uint64(n)
+	if p.completed-p.seen.commands.Load() >= statsEvery {
+		p.tell()
+	}
+}
+
+func (p *QueuePair) tell() {
+	p.seen.commands.Store(p.completed)
+	p.seen.rings.Store(p.q.Rings())
+	p.seen.wakeups.Store(p.q.Wakeups)
+}
+
+// Stats returns what the pair has counted.
+func (p *QueuePair) Stats() QueueStats {
+	p.tell()
+	return p.lastStats()
+}
+
+// lastStats is Stats from another goroutine.
+func (p *QueuePair) lastStats() QueueStats {
+	return QueueStats{
+		QID: p.io.qid, Commands: p.seen.commands.Load(), MMIOWrites: p.seen.rings.Load(), Wakeups: p.seen.wakeups.Load(),
+	}
+}
+
+// Close deletes the queues. Commands that are outstanding are aborted. It may be called more than once.
+func (p *QueuePair) Close() error {
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	c := p.io.c
+	p.tell()
+	c.removePair(p)
+	defer c.release()
+	_ = p.q.Fail(fmt.Errorf("queue pair %d: %w", p.io.qid, ErrClosed))
+	if !c.gate.enter() {
+		return nil // the controller is closed, and with it the queues
+	}
+	defer c.gate.leave()
+	if err := c.adm.DeletePair(context.Background(), p.io.qid); err != nil {
+		if errors.Is(err, ErrClosed) {
+			return nil
+		}
+		// The controller may still use the memory, so it is not given back.
+		return fmt.Errorf("deleting queue pair %d: %w", p.io.qid, err)
+	}
+	p.io.give()
+	c.giveQueue(p.io.qid, p.io.vector)
+	return nil
+}
