@@ -1,0 +1,109 @@
+// Command guestdrv is the userspace NVMe driver on the command line: it shows, reads, writes and loads a controller from
+// inside a sandbox. Package guestdrv is the driver; this program reads the command line, moves bytes and
+// prints.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
+)
+
+const description = `guestdrv drives an NVMe controller from an unprivileged, locked-down process.
+
+DEVICE is vfio-user:PATH, where PATH is the socket of hostmed or of another vfio-user server, or a directory with a socket of the name cntrl in it.`
+
+type grammar struct {
+	Identify identifyCmd        `cmd:"" help:"Show the controller and its namespaces, as nvme-cli does."`
+	Read     readCmd            `cmd:"" help:"Copy bytes of a namespace to a file or stdout."`
+	Write    writeCmd           `cmd:"" help:"Copy a file or stdin to a namespace."`
+	Bench    benchCmd           `cmd:"" help:"Put a load on a namespace and measure it."`
+	Version  cli.VersionCommand `cmd:"" help:"Print the version."`
+}
+
+// deviceFlags are those of every command that opens a device.
+type deviceFlags struct {
+	Device        string        `arg:"" help:"vfio-user:PATH"`
+	Timeout       time.Duration `default:"30s" placeholder:"TIME" help:"Longest time that one command may take (${default})."`
+	Sandbox       string        `default:"on" enum:"on,off" placeholder:"on|off" help:"off: do not lock the process up (${default}). For debugging: the device is not trusted."`
+	SandboxReport bool          `help:"Say on stderr which parts of the sandbox are in force."`
+	Verbose       bool          `short:"v" help:"Log on stderr what the driver does; implies --sandbox-report."`
+}
+
+func main() {
+	p := cli.Program{Name: "guestdrv", Description: description, Grammar: &grammar{}, Commands: true}
+	os.Exit(p.Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr}))
+}
+
+// The life of every command that opens a device:
+//
+//	check the flags; separate (the process starts again in namespaces of its own); open the device and all
+//	files; lock; work
+//
+// separate does nothing but return when the process is the second one.
+func (d *deviceFlags) separate(out *cli.Output) {
+	if d.Sandbox == "off" {
+		fmt.Fprintln(out.Stderr, "guestdrv: warning: no sandbox: the device's other side is not trusted, and this process is not locked up")
+	}
+	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off"})
+}
+
+// open opens the device. o's Timeout and Logger are filled in.
+func (d *deviceFlags) open(ctx context.Context, out *cli.Output, o guestdrv.Options) (*guestdrv.Controller, error) {
+	o.Timeout = d.Timeout
+	level := hclog.Warn
+	if d.Verbose {
+		level = hclog.Debug
+	}
+	o.Logger = hclog.New(&hclog.LoggerOptions{Name: "guestdrv", Level: level, Output: out.Stderr})
+	c, err := guestdrv.Open(ctx, d.Device, o)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
+		return nil, cli.Usagef("%w; start the other side first: hostmed serve --socket PATH --namespace SPEC", err)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, cli.Usagef("%w; user %d may not connect to the socket", err, os.Getuid())
+	case errors.Is(err, syscall.EBUSY):
+		return nil, cli.Usagef("%w; another client has the controller: end it, or give hostmed one more --socket", err)
+	case err != nil:
+		return nil, cli.UsageError{Err: err}
+	}
+	return c, nil
+}
+
+// namespace is c.Namespace with a remedy.
+func namespace(c *guestdrv.Controller, nsid uint32) (*guestdrv.Namespace, error) {
+	ns, err := c.Namespace(nsid)
+	if err != nil {
+		return nil, cli.Usagef("%w; guestdrv identify shows which there are", err)
+	}
+	return ns, nil
+}
+
+// lock shuts the sandbox. From here on nothing can be opened.
+func (d *deviceFlags) lock(out *cli.Output) error {
+	if d.Sandbox == "off" {
+		return nil
+	}
+	report, err := sandbox.Enter(sandbox.Policy{})
+	if err != nil {
+		return fmt.Errorf("%w (--sandbox=off goes without)", err)
+	}
+	if d.SandboxReport || d.Verbose {
+		fmt.Fprintf(out.Stderr, "%v\n", report)
+		return nil
+	}
+	for _, missing := range report.Missing() {
+		fmt.Fprintf(out.Stderr, "guestdrv: warning: sandbox: %v\n", missing)
+	}
+	return nil
+}

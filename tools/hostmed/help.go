@@ -1,0 +1,33 @@
+package main
+
+import (
+	"strings"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+)
+
+// serveHelp is in paragraphs as kong wraps them: lines that begin with a space are left as they are.
+var serveHelp = `SPEC is one of
+
+  ` + strings.ReplaceAll(backend.SpecHelp, "\n", "\n  ") + `
+
+MODE is one of
+
+  shadow  Clients share a page of doorbells (Doorbell Buffer Config) and are told when to ring; the fastest.
+  trap    Each doorbell is a message. For comparison, and for debugging.
+  mmap    The doorbell page of BAR0 is mapped into the client and polled. For clients that know nothing of
+          shadow doorbells, such as SPDK's driver; x86-64 only, and never quite asleep.
+
+Examples
+
+  A disk in a file, made if it is missing, and one in memory, for the client vfio-user:/run/vm1.sock:
+    hostmed serve --socket /run/vm1.sock --namespace file:/srv/vm1.img,size=10GiB --namespace mem:size=1GiB
+
+  Two controllers on the same disk, polled on core 3; SPDK looks for a socket of the name cntrl in a directory:
+    hostmed serve --socket /run/a/cntrl --socket /run/b/cntrl --namespace file:/srv/db.img --doorbells mmap --cpus 3
+
+  What the doorbells cost by themselves:
+    hostmed serve --socket /tmp/null.sock --namespace null:size=1TiB,lba=4096
+
+SIGTERM and SIGINT finish what is under way, flush, remove the sockets and exit 0. A wrong command line, or
+one that names what is missing, taken or forbidden, is one line on stderr and exit 2.`

@@ -1,0 +1,47 @@
+package load
+
+// Result is what a load measured. Its JSON form is that of `guestdrv bench --json`.
+type Result struct {
+	IOPS         float64 `json:"iops"`
+	BandwidthMiB float64 `json:"bw_mib"`         // MiB/s of successful transfers
+	Latency      Latency `json:"lat_ns"`         // of each command, Submit to Reap
+	MMIOPerIO    float64 `json:"mmio_per_io"`    // doorbell register writes
+	WakeupsPerIO float64 `json:"wakeups_per_io"` // sleeps on the interrupt that ended
+	CPU          CPU     `json:"cpu_s_per_mio"`
+	Errors       uint64  `json:"errors"`        // commands that failed
+	VerifyErrors uint64  `json:"verify_errors"` // blocks that were not what they had to be
+	Doorbells    string  `json:"doorbells"`     // as the driver used them: shadow, mmap, mmio
+	Kind         Kind    `json:"rw"`
+	BlockSize    uint64  `json:"bs"` // bytes; the largest if there are several
+	Depth        int     `json:"qd"` // of each job
+	Jobs         int     `json:"jobs"`
+	Seconds      float64 `json:"seconds"`
+
+	BlockSizes  []uint64 `json:"bs_mix,omitempty"` // bytes, if there are several
+	Interrupted bool     `json:"interrupted,omitempty"`
+	Idle        *Idle    `json:"idle,omitempty"`
+	Problems    []string `json:"problems,omitempty"` // the first errors, described
+	IOs         uint64   `json:"-"`
+}
+
+// Latency is a distribution, in ns. A quantile is exact to three figures.
+type Latency struct {
+	Mean int64 `json:"mean"`
+	P50  int64 `json:"p50"`
+	P99  int64 `json:"p99"`
+	P999 int64 `json:"p999"`
+	Max  int64 `json:"max"`
+}
+
+// CPU is user and system time in seconds for a million commands; nil: not known.
+type CPU struct {
+	Guest *float64 `json:"guest"`
+	Host  *float64 `json:"host"`
+}
+
+// Idle is what both sides cost while nothing is asked of them, in percent of one core.
+type Idle struct {
+	Seconds float64  `json:"seconds"`
+	Guest   float64  `json:"guest_cpu_pct"`
+	Host    *float64 `json:"host_cpu_pct"` // nil: not known
+}
