@@ -26,7 +26,7 @@ const (
 // errorLog keeps the newest errors in a ring. It outlives resets, as the spec asks.
 type errorLog struct {
 	entry []nvme.ErrorLogEntry // made with the first error: an idle controller is small
-	count uint64 // of all errors ever
+	count uint64               // of all errors ever
 }
 
 func (l *errorLog) add(e nvme.ErrorLogEntry, status nvme.Status) {
