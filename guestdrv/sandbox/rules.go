@@ -90,6 +90,7 @@ func baseRules(pid int) []Rule {
 			Args: seccomp.Or{args{is(unix.PR_SET_VMA), is(unix.PR_SET_VMA_ANON_NAME)}, args{is(unix.PR_GET_NO_NEW_PRIVS)}, args{is(unix.PR_GET_SECCOMP)}},
 			Why:  "runtime: names its memory; Enter: looks whether the box is shut"},
 		{Name: "pread64", Nr: unix.SYS_PREAD64, Why: "the file being copied; runtime: the cgroup's CPU limit; statistics by an fd opened before"},
+		{Name: "preadv2", Nr: unix.SYS_PREADV2, Args: args{anything{}, anything{}, anything{}, anything{}, anything{}, is(unix.RWF_NOWAIT)}, Why: "interrupts: reads an event fd without waiting, whatever flags the device has set on it"},
 		{Name: "pwrite64", Nr: unix.SYS_PWRITE64, Why: "the file being copied"},
 		{Name: "read", Nr: unix.SYS_READ, Why: "sockets, event fds, files, stdin"},
 		{Name: "readv", Nr: unix.SYS_READV, Why: "sockets, files"},

@@ -204,12 +204,10 @@ func (q *Queue) publishHead() error {
 	return nil
 }
 
-// Fail makes the queue return err from now on, and wakes who waits on it. The first error
+// Fail makes the queue return err from now on; who sleeps on it sees that after a nap. The first error
 // stays, and is returned.
 func (q *Queue) Fail(err error) error {
-	if q.failed.CompareAndSwap(nil, &err) {
-		q.wake()
-	}
+	q.failed.CompareAndSwap(nil, &err)
 	return *q.failed.Load()
 }
 

@@ -12,6 +12,7 @@ import (
 type pollState struct {
 	fds [1]unix.PollFd
 	buf [8]byte
+	vec [1][]byte
 }
 
 const (
@@ -98,18 +99,7 @@ func (q *Queue) sleep() error {
 		}
 	}
 	q.head.SetQuiet(false)
-	for {
-		// Only once poll has said that it is readable: the peer may have
-		// cleared O_NONBLOCK on the shared description (R34).
-		n, err := q.pollFD(0)
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			break
-		}
-		q.drain()
-	}
+	q.drain()
 	if q.cq.Ready() || q.failed.Load() != nil {
 		return nil
 	}
@@ -135,12 +125,15 @@ func (q *Queue) pollFD(ms int) (int, error) {
 	return n, nil
 }
 
-func (q *Queue) drain() { _, _ = unix.Read(q.eventFD, q.poll.buf[:]) }
-
-// wake ends another goroutine's sleep.
-func (q *Queue) wake() {
-	if q.eventFD >= 0 {
-		one := [8]byte{1}
-		_, _ = unix.Write(q.eventFD, one[:])
+// drain takes back what was signalled before, once: no peer keeps us here by signalling on. It reads without waiting whatever
+// O_NONBLOCK says, which the peer may have cleared on the shared description (R34).
+func (q *Queue) drain() {
+	q.poll.vec[0] = q.poll.buf[:]
+	if _, err := unix.Preadv2(q.eventFD, q.poll.vec[:], -1, unix.RWF_NOWAIT); err != unix.EOPNOTSUPP {
+		return
+	}
+	// Before Linux 5.8: only once poll has said that it is readable.
+	if n, err := q.pollFD(0); err == nil && n > 0 {
+		_, _ = unix.Read(q.eventFD, q.poll.buf[:])
 	}
 }
