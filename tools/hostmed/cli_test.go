@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -140,6 +141,10 @@ func TestSignalsEndItInOrder(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close() // a client that says nothing does not hold up the end
+	}
+	// timeout(1) sends the signal to the process and to its group: the second must not cut the end short.
+	if err := syscall.Kill(h.PID(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
 	}
 	if err := h.Stop(); err != nil {
 		t.Error(err)

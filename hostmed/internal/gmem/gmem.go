@@ -27,12 +27,21 @@ import (
 // MaxMaps is how many ranges a client may have mapped at once: what VERSION announces as max_dma_maps.
 const MaxMaps = 65535
 
-// MaxWhole is the largest file in bytes that is mapped whole.
-const MaxWhole = 1 << 40
+const (
+	// MaxWhole is the largest file in bytes that is mapped whole.
+	MaxWhole = 1 << 40
+	// MaxMapped is how many bytes of address space one client's files may take.
+	MaxMapped = 4 << 40
+)
 
 var (
 	// ErrOverlap is a DMA_MAP of addresses that are mapped already.
 	ErrOverlap = fmt.Errorf("range overlaps one that is mapped: %w", unix.EEXIST)
+	// ErrTooMuch is a DMA_MAP beyond MaxMapped.
+	ErrTooMuch = fmt.Errorf("more than %d TiB of files mapped: %w", MaxMapped>>40, unix.ENOMEM)
+	// ErrNotMemory is a DMA_MAP of a file that is not memory: a page fault on a network's or a user's file system may
+	// last for ever, and with it a worker.
+	ErrNotMemory = fmt.Errorf("guest memory must be a memfd or a file on tmpfs or hugetlbfs: %w", unix.EINVAL)
 	// ErrTooMany is a DMA_MAP beyond MaxMaps.
 	ErrTooMany = fmt.Errorf("more than %d ranges mapped: %w", MaxMaps, unix.ENOSPC)
 )
@@ -73,9 +82,10 @@ type Memory struct {
 	// it is unmapped. They are called with mu held.
 	Opened, Closing func(mem []byte)
 
-	mu    sync.Mutex          // guards files and orders writers of table
-	files map[fileKey][]*file // more than one if it grew, or is larger than MaxWhole
-	table atomic.Pointer[Table]
+	mu     sync.Mutex          // guards files and orders writers of table
+	files  map[fileKey][]*file // more than one if it grew, or is larger than MaxWhole
+	mapped uint64              // bytes of all files
+	table  atomic.Pointer[Table]
 }
 
 // New returns an empty Memory.
@@ -163,6 +173,9 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("stat of DMA memory: %w", err)
 	}
+	if !isMemory(fd) {
+		return nil, ErrNotMemory
+	}
 	key := fileKey{dev: uint64(st.Dev), ino: st.Ino, writable: writable}
 	for _, f := range m.files[key] {
 		if f.holds(offset, size) {
@@ -174,10 +187,14 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 	if whole := uint64(st.Size); whole >= offset+size && whole <= MaxWhole {
 		f.begin, size = 0, whole
 	}
+	if size > MaxMapped-m.mapped {
+		return nil, ErrTooMuch
+	}
 	var err error
 	if f.mem, err = shm.Map(fd, int64(f.begin), size, writable); err != nil {
 		return nil, fmt.Errorf("DMA memory: %w", err)
 	}
+	m.mapped += f.mem.Len()
 	if m.Opened != nil {
 		m.Opened(f.bytes())
 	}
@@ -198,7 +215,16 @@ func (m *Memory) put(f *file) error {
 	if m.Closing != nil {
 		m.Closing(f.bytes())
 	}
+	m.mapped -= f.mem.Len()
 	return f.mem.Close()
+}
+
+func isMemory(fd int) bool {
+	var fs unix.Statfs_t
+	if unix.Fstatfs(fd, &fs) != nil {
+		return false
+	}
+	return fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.HUGETLBFS_MAGIC
 }
 
 func (f *file) bytes() []byte {

@@ -3,9 +3,8 @@ package gmem
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
@@ -258,10 +257,15 @@ func TestReadOnlyRanges(t *testing.T) {
 		t.Error("a view of read-only memory")
 	}
 	// A descriptor that was opened for reading cannot be mapped for writing.
-	path := filepath.Join(t.TempDir(), "memory")
-	if err := os.WriteFile(path, make([]byte, page), 0o600); err != nil {
+	rw, err := unix.MemfdCreate("memory", unix.MFD_CLOEXEC)
+	if err != nil {
 		t.Fatal(err)
 	}
+	defer unix.Close(rw)
+	if err := unix.Ftruncate(rw, page); err != nil {
+		t.Fatal(err)
+	}
+	path := fmt.Sprintf("/proc/self/fd/%d", rw)
 	for _, writable := range []bool{true, false} {
 		ro, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -515,5 +519,41 @@ func TestSparseGiantTakesNoAddressSpace(t *testing.T) {
 		if err := m.Map(i<<40, page, i<<30, fd, true); err != nil {
 			t.Errorf("one page of a file of 48 TiB, number %d: %v", i, err)
 		}
+	}
+}
+
+func TestFileThatIsNotMemoryIsRefused(t *testing.T) {
+	for _, path := range []string{"/proc/self/status", "gmem.go"} {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := New().Map(0, shm.PageSize, 0, fd, false); !errors.Is(err, ErrNotMemory) || !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s: %v, want ErrNotMemory", path, err)
+		}
+	}
+}
+
+func TestAddressSpaceOfOneClientIsBounded(t *testing.T) {
+	m := New()
+	defer m.Close()
+	var err error
+	for i := range uint64(100) {
+		fd, e := unix.MemfdCreate("big", unix.MFD_CLOEXEC)
+		if e != nil {
+			t.Fatal(e)
+		}
+		if e := unix.Ftruncate(fd, 1<<40); e != nil {
+			t.Fatal(e)
+		}
+		if err = m.Map(i<<40, 1<<40, 0, fd, true); err != nil {
+			if i != MaxMapped>>40 {
+				t.Errorf("refused after %d TiB, want %d: %v", i, MaxMapped>>40, err)
+			}
+			break
+		}
+	}
+	if !errors.Is(err, ErrTooMuch) || !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("%v, want ErrTooMuch", err)
 	}
 }

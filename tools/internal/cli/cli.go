@@ -72,7 +72,9 @@ func (p Program) Run(args []string, out *Output) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop)
+	// Whoever presses Ctrl-C again means it. A second SIGTERM means nothing: timeout(1) and others send it to the process and to its
+	// group, and the work of ending in order goes on.
+	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) })
 	command.BindTo(ctx, (*context.Context)(nil))
 	err = command.Run(out)
 	if err == nil {
