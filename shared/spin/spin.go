@@ -14,8 +14,8 @@ import "time"
 
 const (
 	// Max is the longest poll: some more than what waking the other side takes in a virtual machine, so that a command
-	// which has to wake a sleeping device costs one wake-up and not two.
-	Max = 100 * time.Microsecond
+	// which has to wake a sleeping device costs one wake-up and not two. Measured: 50 us for the wake-up alone, 140 for the command.
+	Max = 250 * time.Microsecond
 	// Min is the shortest poll worth trying.
 	Min = 10 * time.Microsecond
 
