@@ -26,7 +26,7 @@ RACE_PACKAGES = $$($(GO) list ./shared/... ./guestdrv/... ./hostmed/... | grep -
 ##@ Use
 .PHONY: run
 run: build ## the demonstration: store FILE (default: a binary at hand), compare, measure trap against shadow
-	@$(GO) run ./tools/demo $(if $(FILE),--file "$(FILE)") $(ARGS)
+	@$(GO) run ./tools/demo --bin bin $(if $(FILE),--file "$(FILE)") $(ARGS)
 
 .PHONY: build
 build: ## static binaries in bin/
@@ -100,13 +100,13 @@ fuzz: ## every fuzz target for FUZZTIME (10s) each
 	done <<<"$$targets"
 
 .PHONY: soak
-soak: build ## bench --verify for SOAKTIME (60s) each: mem and file, in all three doorbell modes
+soak: build ## bench --verify, mixed sizes, for SOAKTIME (60s) each: mem and file, in all three doorbell modes
 	@dir=$$(mktemp -d); pid=; trap '[ -z "$$pid" ] || kill $$pid 2>/dev/null || true; rm -rf "$$dir"' EXIT; \
 	for mode in shadow trap mmap; do for spec in "mem:size=1GiB" "file:$$dir/disk,size=1GiB"; do \
 		echo "soak: $$mode $$spec"; \
 		bin/hostmed serve --socket "$$dir/s" --namespace "$$spec" --doorbells $$mode & pid=$$!; \
 		for i in $$(seq 100); do [ -S "$$dir/s" ] && break; kill -0 $$pid; sleep 0.1; done; \
-		bin/guestdrv bench "vfio-user:$$dir/s" --rw randrw --bs 4k --qd 128 --jobs 4 --runtime $(SOAKTIME) --verify \
+		bin/guestdrv bench "vfio-user:$$dir/s" --rw randrw --bs 512,4k,64k --qd 128 --jobs 4 --runtime $(SOAKTIME) --verify \
 			--doorbells $$([ $$mode = shadow ] && echo shadow || echo mmio); \
 		kill -TERM $$pid; wait $$pid; pid=; \
 	done; done

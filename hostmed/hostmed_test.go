@@ -229,7 +229,7 @@ func TestManyQueues(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 2 {
 		c := open(t, cc[i].Socket, guestdrv.Options{Queues: 1, MaxQueuePairs: 64, DMASize: 256 << 20})
-		for q := range 31 {
+		for q := range 63 {
 			depth := uint32(2 + q)
 			if q == 0 {
 				depth = guestdrv.MaxQueueDepth

@@ -180,6 +180,10 @@ func failErr(status nvme.Status, loc location, cause string, err error) result {
 
 // run runs one command and completes it. A failure is logged and recorded here and nowhere else.
 func (c *Controller) run(cmd *nvme.Command) {
+	if *cmd == (nvme.Command{}) {
+		// QEMU with share=off passes the file of memory that it writes to elsewhere.
+		c.log.warn("an admin command of zeroes: is the client's memory shared? QEMU needs share=on")
+	}
 	r := c.dispatch(cmd)
 	if r.later {
 		return

@@ -187,7 +187,11 @@ func (c *Controller) fatal(what string, cause error) {
 	c.ready = false
 	c.regs.csts = c.regs.csts.WithCFS(true)
 	c.admin = adminQueue{}
-	c.log.warn(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
+	log := c.log.warn
+	if c.regs.cc.SHN() != 0 {
+		log = c.log.debug // a driver that has shut the controller down may take its memory back
+	}
+	log(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 
 var errUnmapped = errors.New("the client unmapped its memory")
