@@ -109,24 +109,19 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 
 // Ready reads what has come. It runs on the home worker's thread.
 func (s *session) Ready(uint32) {
-	// A client that floods its socket has its turn again after the queues had theirs.
-	for range 4 {
-		if s.busy || !s.take() {
-			return
-		}
-		eof, err := s.recv.Fill()
-		switch {
-		case err == unix.EAGAIN:
-			return
-		case eof && err == nil:
-			err = io.EOF
-			fallthrough
-		case err != nil:
-			s.hangUp(err)
-			return
-		}
+	// One recvmsg for each turn: what rang has its commands fetched before the socket is looked at again, and a client
+	// that floods it has its next turn after the queues had theirs.
+	if s.busy || !s.take() {
+		return
 	}
-	if !s.busy {
+	eof, err := s.recv.Fill()
+	switch {
+	case err == unix.EAGAIN:
+	case eof && err == nil:
+		s.hangUp(io.EOF)
+	case err != nil:
+		s.hangUp(err)
+	default:
 		s.take()
 	}
 }
