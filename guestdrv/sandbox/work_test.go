@@ -29,7 +29,7 @@ func TestWorkloadRuns(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer func() { _ = unix.Close(l) }()
+			defer func() { _ = errors.Join(unix.Close(l), os.Remove(path)) }()
 			if err := errors.Join(unix.Bind(l, &unix.SockaddrUnix{Name: path}), unix.Listen(l, 1), os.Chmod(path, 0o666)); err != nil {
 				t.Fatal(err)
 			}
