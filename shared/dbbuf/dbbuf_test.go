@@ -233,9 +233,6 @@ func TestKindsOfDoorbell(t *testing.T) {
 		t.Error("a doorbell register without memory is quiet")
 	}
 	poll := dbbuf.NewPoller(&word, nil, 8)
-	if poll.Shared() || !dbbuf.NewPoller(&word, &ei, 8).Shared() {
-		t.Error("Shared does not tell the kinds apart")
-	}
 	poll.Behind(3)
 	poll.BehindNow(3)
 	if !poll.Arm(5) || poll.Arm(4) || ei.Load() != 5 {

@@ -29,9 +29,6 @@ func (p *Poller) Load() uint32 {
 	return p.seen
 }
 
-// Shared reports whether the doorbell has an event index.
-func (p *Poller) Shared() bool { return p.ei != nil }
-
 // Behind keeps the driver from ringing while the device polls: it publishes one
 // behind the consumed index, which the driver cannot reach before it laps the
 // ring. It stores only when the driver has come a quarter of the ring further since the last time, so that the

@@ -100,13 +100,6 @@ func CanShrink(fd int) bool {
 	return err != nil || seals&unix.F_SEAL_SHRINK == 0
 }
 
-// HugePages asks the kernel for transparent huge pages; it is only a hint.
-func (r *Region) HugePages() {
-	if r.mapping != nil {
-		_ = unix.Madvise(r.mapping.raw, unix.MADV_HUGEPAGE)
-	}
-}
-
 // Close unmaps the region and closes its memfd. On a view and on heap memory it
 // does nothing. It may be called more than once.
 func (r *Region) Close() error {

@@ -307,6 +307,15 @@ func TestMapHugetlb(t *testing.T) {
 	}
 }
 
+// without ends a test that lacks what the machine cannot give: in CI, where it must, as a failure.
+func without(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
 // reserveHugePages lends n free 2 MiB pages to the test, from the kernel's pool if it
 // has them, otherwise by enlarging the pool until the test ends.
 func reserveHugePages(t *testing.T, n int) {
@@ -315,7 +324,7 @@ func reserveHugePages(t *testing.T, n int) {
 	count := func(file string) int {
 		b, err := os.ReadFile(dir + file)
 		if err != nil {
-			t.Skipf("the kernel has no 2 MiB pages: %v", err)
+			without(t, "the kernel has no 2 MiB pages: %v", err)
 		}
 		v, err := strconv.Atoi(strings.TrimSpace(string(b)))
 		if err != nil {
@@ -331,7 +340,7 @@ func reserveHugePages(t *testing.T, n int) {
 		return os.WriteFile(dir+"nr_hugepages", []byte(strconv.Itoa(v)), 0o644)
 	}
 	if err := set(had + n); err != nil {
-		t.Skipf("no %d free huge pages, and more cannot be reserved: %v", n, err)
+		without(t, "no %d free huge pages, and more cannot be reserved: %v", n, err)
 	}
 	t.Cleanup(func() {
 		if err := set(had); err != nil {
@@ -339,6 +348,6 @@ func reserveHugePages(t *testing.T, n int) {
 		}
 	})
 	if count("free_hugepages") < n {
-		t.Skipf("the kernel found only %d of %d huge pages", count("free_hugepages"), n)
+		without(t, "the kernel found only %d of %d huge pages", count("free_hugepages"), n)
 	}
 }

@@ -147,7 +147,6 @@ func TestHeapIsPageAligned(t *testing.T) {
 		if r.FD() != -1 {
 			t.Errorf("heap memory has the descriptor %d", r.FD())
 		}
-		r.HugePages()
 		if err := r.Close(); err != nil {
 			t.Error(err)
 		}
@@ -230,7 +229,6 @@ func TestViewLifetime(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		v.HugePages()
 		if err := vv.Write(0, []byte("shared")); err != nil {
 			t.Fatal(err)
 		}

@@ -135,10 +135,3 @@ func (t *Table) each(iova uint64, p []byte, write bool, f func(guest, p []byte))
 	}
 	return true
 }
-
-// Ranges calls f for each reachable range's host memory.
-func (t *Table) Ranges(f func(iova uint64, mem []byte)) {
-	for i := range t.spans {
-		f(t.spans[i].iova, t.spans[i].mem)
-	}
-}
