@@ -2,6 +2,7 @@ package lint
 
 import (
 	"errors"
+	"flag"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -19,6 +20,33 @@ func TestPackageNames(t *testing.T)    { report(t, PackageNames(tree(t))) }
 func TestEveryRuleTested(t *testing.T) { report(t, RuleTests(tree(t), later)) }
 func TestFileLengths(t *testing.T)     { report(t, FileLengths(tree(t))) }
 func TestLocalPaths(t *testing.T)      { report(t, LocalPaths(tree(t))) }
+
+//go:generate go test -run ^TestRuleTable$ -update .
+
+var update = flag.Bool("update", false, "write docs/doorbell-rules.md anew")
+
+// TestRuleTable holds docs/doorbell-rules.md to the rules and their tests.
+func TestRuleTable(t *testing.T) {
+	const doc = "../../docs/doorbell-rules.md"
+	was, err := os.ReadFile(doc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, _, ok := strings.Cut(string(was), "\n## ")
+	if !ok {
+		t.Fatalf("%s has no table", doc)
+	}
+	want := head + RuleTable(tree(t))
+	if want == string(was) {
+		return
+	}
+	if !*update {
+		t.Fatalf("%s is not what the tests say: run make gen", doc)
+	}
+	if err := os.WriteFile(doc, []byte(want), 0o666); err != nil {
+		t.Fatal(err)
+	}
+}
 
 func report(t *testing.T, problems []string) {
 	t.Helper()
@@ -102,7 +130,7 @@ func TestChecksBite(t *testing.T) {
 	home := "/ho" + "me/joe"
 	rules := func(files []File) []string {
 		all := make(map[int]string)
-		for n := 2; n <= Rules; n++ {
+		for n := 2; n <= len(Rules); n++ {
 			all[n] = "not in this tree"
 		}
 		return RuleTests(files, all)
