@@ -231,7 +231,7 @@ func (c *Client) received(m *Message) error {
 	if !waited || s.id() != m.ID || s.cmd != m.Cmd {
 		return fmt.Errorf("%w: reply to nothing: %s", ErrProtocol, m.Header)
 	}
-	if len(m.FDs) != 0 && s.cmd != CmdDeviceGetRegionInfo {
+	if len(m.FDs) != 0 && s.cmd != CmdDeviceGetRegionInfo || len(m.FDs) > MaxFDs {
 		return fmt.Errorf("%w: reply with %d file descriptors: %s", ErrProtocol, len(m.FDs), m.Header)
 	}
 	if s.state == slotLost {

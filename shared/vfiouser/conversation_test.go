@@ -308,6 +308,54 @@ func TestSPDKStartUp(t *testing.T) {
 	}
 }
 
+// What Cloud Hypervisor's client sends: it takes one descriptor a message, asks for every region, reads
+// no more than a header of most replies, and passes the eventfds of all vectors in one message.
+func TestCloudHypervisorStartUp(t *testing.T) {
+	checkFDs(t)
+	const vectors = 65
+	files := memFDs(t, 2+vectors)
+	mem, page, events := files[0], files[1], files[2:]
+	dev := newFakeDevice()
+	dev.mapDoorbells(page)
+	dev.irqs[IRQMSIX] = IRQInfo{Flags: IRQEventFD | IRQNoResize, Count: vectors}
+	fd, _ := startServer(t, dev)
+	c := newRawClient(t, fd)
+
+	v := append([]byte{0, 0, 0, 0}, `{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}`+"\x00"...)
+	if answer := c.ask(CmdVersion, v).Payload; answer[len(answer)-1] != 0 {
+		t.Fatalf("VERSION: %q: the last byte must be NUL", answer)
+	}
+	info := c.ask(CmdDeviceGetInfo, []byte{36, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	if len(info.Payload) != 20 || le.Uint32(info.Payload) != 20 || le.Uint32(info.Payload[8:]) != NumRegions || le.Uint32(info.Payload[16:]) != 0 {
+		t.Fatalf("GET_INFO: %x: the client reads 20 bytes", info.Payload)
+	}
+	for i := range uint32(NumRegions) {
+		m := c.regionInfo(i, 32)
+		if need := le.Uint32(m.Payload); need > 32 {
+			m = c.regionInfo(i, need)
+			sameFiles(t, m.FDs, []int{page})
+			closeAll(m.FDs)
+		}
+	}
+	ram := DMAMap{3, 0, 0, 512 << 20}
+	if m := c.ask(CmdDMAMap, ram.Append(nil), mem); len(m.Payload) != 0 {
+		t.Fatalf("DMA_MAP reply %x: the client reads a header", m.Payload)
+	}
+	c.ask(CmdDeviceGetIRQInfo, (&IRQInfo{Index: IRQMSIX}).Append(nil))
+	req := SetIRQs{Flags: 0x24, Index: IRQMSIX, Count: vectors}
+	push(t, fd, message(c.id, CmdDeviceSetIRQs, 0, req.Append(nil)), events...)
+	c.id++
+	c.reply(CmdDeviceSetIRQs, 0)
+	dev.mu.Lock()
+	last := dev.vectors[[2]uint32{IRQMSIX, vectors - 1}]
+	dev.mu.Unlock()
+	sameFiles(t, []int{last}, events[vectors-1:])
+	u := DMAUnmap{0, 0, 512 << 20}
+	if m := c.ask(CmdDMAUnmap, u.Append(nil)); len(m.Payload) != DMAUnmapSize {
+		t.Fatalf("DMA_UNMAP reply %x", m.Payload)
+	}
+}
+
 // A client that sends rubbish loses its connection, and the server nothing else.
 func TestServerGarbage(t *testing.T) {
 	for name, b := range map[string][]byte{

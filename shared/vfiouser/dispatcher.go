@@ -232,7 +232,7 @@ func (d *Dispatcher) deviceInfo(m *Message, reply *Reply) error {
 		return errShort
 	}
 	info := d.dev.Info()
-	d.buf = info.Append(d.buf[:0])
+	d.buf = info.AppendReply(d.buf[:0], min(le.Uint32(m.Payload), uint32(len(m.Payload))))
 	reply.Payload = d.buf
 	return nil
 }

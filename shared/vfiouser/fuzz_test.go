@@ -55,7 +55,7 @@ func FuzzReceiver(f *testing.F) {
 					if dead = err != nil; dead || !ok {
 						break
 					}
-					if m.Size < HeaderSize || m.Size > limit || len(m.FDs) > MaxFDs {
+					if m.Size < HeaderSize || m.Size > limit || len(m.FDs) > MaxFDsTaken {
 						t.Fatalf("%v with %d descriptors", m.Header, len(m.FDs))
 					}
 					whole := append(m.Header.Append(nil), m.Payload...)

@@ -118,6 +118,19 @@ func (m *DeviceInfo) Append(b []byte) []byte {
 	return le.AppendUint32(b, m.NumIRQs)
 }
 
+// AppendReply appends the payload for a client with room for argsz bytes: with cap_offset, which is 0, for one
+// that takes struct vfio_device_info as it has been since Linux 5.11 (Cloud Hypervisor waits for it).
+func (m *DeviceInfo) AppendReply(b []byte, argsz uint32) []byte {
+	const withCaps = DeviceInfoSize + 4
+	at := len(b)
+	b = m.Append(b)
+	if argsz >= withCaps {
+		b = le.AppendUint32(b, 0)
+		le.PutUint32(b[at:], withCaps)
+	}
+	return b
+}
+
 // ParseDeviceInfo reads a payload; false if it, or the argsz in it, is too short.
 func ParseDeviceInfo(p []byte) (m DeviceInfo, ok bool) {
 	if len(p) < DeviceInfoSize || le.Uint32(p) < DeviceInfoSize {

@@ -5,7 +5,8 @@
 // The wire format is that of "vfio-user Protocol Specification" (QEMU,
 // docs/interop/vfio-user.rst), cited here as "vfio-user 0.9.1" after the revision
 // whose text it is. Clients that are known to talk to the device side: QEMU's
-// vfio-user-pci, SPDK's user-space driver, and Client.
+// vfio-user-pci, SPDK's user-space driver, and Client; what Cloud Hypervisor's sends is
+// held by a test.
 //
 // What it does: message framing with partial reads, file descriptors passed and
 // never leaked, limits on every size that the other side names, version
@@ -29,9 +30,14 @@ import (
 const (
 	HeaderSize = 16
 
-	// MaxFDs is how many file descriptors one message may carry. QEMU refuses a
-	// server that names more.
+	// MaxFDs is how many file descriptors one message may carry: what is sent and
+	// what is named in VERSION. QEMU refuses a server that names more.
 	MaxFDs = 16
+
+	// MaxFDsTaken is how many are taken all the same, the most that Linux passes
+	// (SCM_MAX_FD): Cloud Hypervisor sends the eventfds of all MSI-X vectors at once,
+	// whatever VERSION said.
+	MaxFDsTaken = 253
 
 	// MaxDataXfer is the largest count of a region access: the protocol's default
 	// for max_data_xfer_size.

@@ -98,7 +98,7 @@ func (r *Receiver) received(n, oobn, flags int) (eof bool, err error) {
 	}
 	if flags&unix.MSG_CTRUNC != 0 {
 		closeAll(fds)
-		r.err = fmt.Errorf("%w: file descriptors lost: more than %d in a message, or this process has no room for more (ulimit -n)", ErrProtocol, MaxFDs)
+		r.err = fmt.Errorf("%w: file descriptors lost: this process has no room for more (ulimit -n)", ErrProtocol)
 		return false, r.err
 	}
 	if n == 0 {
@@ -177,9 +177,9 @@ func (r *Receiver) file(fds []int) error {
 	} else {
 		r.lastAt = r.last
 	}
-	if len(*to)+len(fds) > MaxFDs {
+	if len(*to)+len(fds) > MaxFDsTaken {
 		closeAll(fds)
-		r.err = fmt.Errorf("%w: more than %d file descriptors in a message", ErrProtocol, MaxFDs)
+		r.err = fmt.Errorf("%w: more than %d file descriptors in a message", ErrProtocol, MaxFDsTaken)
 		return r.err
 	}
 	*to = append(*to, fds...)

@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// oobSize is the control buffer for exactly MaxFDs descriptors: with more, the
-// kernel says MSG_CTRUNC.
-const oobSize = unix.SizeofCmsghdr + 4*MaxFDs
+// oobSize is the control buffer for MaxFDsTaken descriptors, rounded up to the
+// alignment of control messages.
+const oobSize = (unix.SizeofCmsghdr + 4*MaxFDsTaken + 7) &^ 7
 
 // recvmsg is one non-blocking recvmsg. The raw system call: it returns at once,
 // and a worker that polls must not lose its P over it.
