@@ -82,7 +82,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: p.namespaces, Mode: p.mode,
 		MaxQueues: maxQueues, Vectors: vectors, MDTSBytes: mdtsBytes,
 		PageSize: func() uint32 { return s.ctl.PageSize() },
-		OnAdmin:  func() { s.kicked.Store(true); s.wake() },
+		OnAdmin:  s.kickAdmin,
 		OnError:  s.fault,
 	})
 	if err != nil {
@@ -93,6 +93,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		CNTLID: uint16(p.index + 1), SubNQN: nqn, Serial: serial, Model: "shadowbell NVMe", Firmware: "1.0",
 		Namespaces: p.namespaces, MaxIOQueues: maxQueues, MaxDepth: maxDepth, MDTSBytes: mdtsBytes, Vectors: vectors,
 		Mode: p.mode, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats,
+		Wake: s.kickAdmin,
 	}, s.data, guestMemory{s.mem})
 	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
 	s.disp.OnError = func(h vfiouser.Header, err error) {
@@ -204,6 +205,12 @@ func (s *session) gone() (gone bool) {
 	p := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLRDHUP}}
 	n, err := unix.Poll(p, 0)
 	return err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+}
+
+// kickAdmin makes the goroutine look at the admin queue. Any goroutine may call it.
+func (s *session) kickAdmin() {
+	s.kicked.Store(true)
+	s.wake()
 }
 
 func (s *session) wake() {

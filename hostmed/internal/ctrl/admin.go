@@ -17,7 +17,7 @@ import (
 //  3. one interrupt for all of them
 //  4. arm both doorbells; if one has moved, again from 1
 //
-// Commands run to their end here, one at a time, except Asynchronous Event Request.
+// Commands run to their end here, one at a time, except Asynchronous Event Request and those that take long (async.go).
 
 // kickBudget is how many commands and how many rounds one AdminKick does before it lets the session look at its other work.
 const kickBudget = 512
@@ -29,14 +29,16 @@ type adminQueue struct {
 	stopped    bool // after an invalid doorbell: nothing is fetched until a reset
 	badHead    bool // and the CQ head is not looked at
 
-	waiting []ring.Entry // completions without room in the CQ, oldest first; at most aerLimit+2
+	waiting []ring.Entry // completions without room in the CQ, oldest first; at most aerLimit+asyncLimit+2
 	posted  bool         // an interrupt is due
 	cmd     nvme.Command // being run
 }
 
 // AdminKick serves the admin queue: one of its doorbells has moved, or may have. It reports
-// whether there is more to do, in which case the caller calls it again, soon and without waiting for a doorbell.
+// whether there is more to do, in which case the caller calls it again, soon and without waiting for a doorbell. It also does
+// what was posted (async.go).
 func (c *Controller) AdminKick() (more bool) {
+	c.readMail()
 	return c.guarded(c.serveAdmin)
 }
 
@@ -53,13 +55,20 @@ func (c *Controller) guarded(fn func() bool) (more bool) {
 	return more && c.ready
 }
 
+// guardedMail is guarded for what has to be done in any state.
+func (c *Controller) guardedMail(fn func()) {
+	if err := shm.Guard(fn); err != nil {
+		c.fatal("admin queue memory", err)
+	}
+}
+
 func (c *Controller) serveAdmin() (more bool) {
 	sqTail, cqHead := c.dp.AdminDoorbells()
 	a := &c.admin
 	budget := kickBudget
 	for range kickBudget {
 		c.takeHead(a.head.load(cqHead))
-		for n := c.takeTail(a.tail.load(sqTail)); n > 0 && budget > 0 && a.room(); n-- {
+		for n := c.takeTail(a.tail.load(sqTail)); n > 0 && budget > 0 && a.room() && c.async.running < asyncLimit; n-- {
 			a.sq.Fetch(&a.cmd)
 			c.run(&a.cmd)
 			budget--
@@ -151,7 +160,7 @@ type result struct {
 	loc    location
 	cause  string
 	err    error // beneath cause, or nil
-	later  bool  // an Asynchronous Event Request that waits
+	later  bool  // it is completed later: an Asynchronous Event Request, or in the background
 }
 
 // location is the Parameter Error Location of the error log: byte of the SQE in bits 7:0, bit of it in bits 10:8.
@@ -184,10 +193,13 @@ func (c *Controller) run(cmd *nvme.Command) {
 		// QEMU with share=off passes the file of memory that it writes to elsewhere.
 		c.log.warn("an admin command of zeroes: is the client's memory shared? QEMU needs share=on")
 	}
-	r := c.dispatch(cmd)
-	if r.later {
-		return
+	if r := c.dispatch(cmd); !r.later {
+		c.finish(cmd, r)
 	}
+}
+
+// finish completes a command that was run.
+func (c *Controller) finish(cmd *nvme.Command, r result) {
 	if !r.status.OK() {
 		c.errors.add(nvme.ErrorLogEntry{CID: cmd.CID, Location: uint16(r.loc), NSID: cmd.NSID}, r.status.WithMore())
 		r.status = r.status.WithMore() // the error log has more

@@ -4,8 +4,8 @@
 //
 // What it does not do: it fetches no I/O command, and knows no socket and no PCI configuration
 // space. I/O queues are made and unmade through [DataPath], guest memory is reached through [Memory].
-// All methods are called from one goroutine, the session's, except InterruptMask. Only the flush of
-// a shutdown has a goroutine of its own, which Close waits for.
+// All methods are called from one goroutine, the session's, except InterruptMask and Post. Only the flush of
+// a shutdown and commands that take long have goroutines of their own, which Close waits for.
 //
 // The flow: WriteReg(CC.EN) maps the admin queues (enable.go); a doorbell of queue 0 becomes AdminKick, which
 // fetches, runs and completes admin commands (admin.go, doorbells.go); those are in queues.go, identify.go, features.go and
@@ -140,6 +140,10 @@ type Config struct {
 	VID, SSVID                      uint16
 	Logger                          hclog.Logger   // [none]
 	Stats                           func() IOStats // [nothing was done]
+
+	// Wake makes the session call AdminKick soon. It is called from any goroutine, and must not block. [mail waits for the
+	// next doorbell]
+	Wake func()
 }
 
 // Controller is one virtual NVMe controller.
@@ -165,6 +169,7 @@ type Controller struct {
 
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher
+	async        async
 }
 
 // New returns a controller that is disabled, as after power-on. What cfg asks for beyond the limits is cut to them.
@@ -195,6 +200,9 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	}
 	if cfgp.Stats == nil {
 		cfgp.Stats = func() IOStats { return IOStats{} }
+	}
+	if cfgp.Wake == nil {
+		cfgp.Wake = func() {}
 	}
 	cfgp.Namespaces = sortedNamespaces(cfgp.Namespaces)
 	c.log = limiter{log: cfgp.Logger}
@@ -232,9 +240,12 @@ func (c *Controller) namespace(nsid uint32) *Namespace {
 	return findNamespace(c.cfg.Namespaces, nsid)
 }
 
-// Close waits for a shutdown's flush, after which the backends may be closed. The controller is not used
-// afterwards.
-func (c *Controller) Close() { c.flush.wait.Wait() }
+// Close waits for a shutdown's flush and for what else runs in the background, after which the backends may be closed. The
+// controller is not used afterwards.
+func (c *Controller) Close() {
+	c.flush.wait.Wait()
+	c.closeAsync()
+}
 
 // highestNSID is NN of Identify Controller.
 func (c *Controller) highestNSID() uint32 {

@@ -105,6 +105,7 @@ func (c *Controller) disable() {
 	c.pages = doorbellPages{}
 	c.zeroAdminDoorbells()
 	c.admin = adminQueue{}
+	c.forgetBackground()
 	c.queues = newQueueTable(c.cfg.MaxIOQueues)
 	c.events = events{}
 	c.health.reported, c.health.changed = 0, nil
