@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -307,6 +308,7 @@ func (s *session) tearDown() {
 	if s.log.IsDebug() {
 		s.log.Debug("queues of a client that goes", "state", s.data.String())
 	}
+	did := s.data.Stats()
 	if err := s.data.Close(); err != nil {
 		s.log.Error("stopping the queues", "error", err)
 	}
@@ -326,11 +328,12 @@ func (s *session) tearDown() {
 	for _, fd := range s.msg.FDs {
 		unix.Close(fd)
 	}
+	args := []any{"reason", why, "reads", did.Reads, "writes", did.Writes, "errors", did.Errors, "mmio_per_io", strconv.FormatFloat(did.MMIO(), 'g', 2, 64)}
 	switch {
 	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
-		s.log.Info("client disconnected", "reason", why)
+		s.log.Info("client disconnected", args...)
 	default:
-		s.log.Warn("client dropped", "reason", why)
+		s.log.Warn("client dropped", args...)
 	}
 }
 

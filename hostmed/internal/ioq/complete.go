@@ -141,6 +141,17 @@ type Stats struct {
 	BytesRead, BytesWritten uint64
 	Errors                  uint64
 	Interrupts              uint64
+	SQDoorbells             uint64 // that came as messages, each a VM exit in a guest; queue 0's not counted
+	CQDoorbells             uint64
+}
+
+// MMIO is how many doorbell writes an I/O command cost its driver; 0 before the first.
+func (s Stats) MMIO() float64 {
+	n := s.Reads + s.Writes + s.Others + s.Errors
+	if n == 0 {
+		return 0
+	}
+	return float64(s.SQDoorbells+s.CQDoorbells) / float64(n)
 }
 
 func (s *Stats) count(r *request) {
@@ -164,4 +175,6 @@ func (s *Stats) add(o Stats) {
 	s.BytesWritten += o.BytesWritten
 	s.Errors += o.Errors
 	s.Interrupts += o.Interrupts
+	s.SQDoorbells += o.SQDoorbells
+	s.CQDoorbells += o.CQDoorbells
 }

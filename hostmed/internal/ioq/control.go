@@ -63,6 +63,8 @@ type Controller struct {
 	cqs     []atomic.Pointer[group]
 	vectors []Vector
 
+	rung [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
+
 	quiet      atomic.Bool // FeatureQuiet
 	coalescing coalescing
 }
@@ -441,6 +443,7 @@ func (c *Controller) Abort(sqid, cid uint16) bool { return false }
 // Stats returns what the controller has done so far.
 func (c *Controller) Stats() Stats {
 	s := c.past
+	s.SQDoorbells, s.CQDoorbells = c.rung[0].Load(), c.rung[1].Load()
 	c.each(func(_ *Worker, g *group) { s.add(g.stats) })
 	return s
 }

@@ -74,6 +74,7 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 		c.cfg.OnError(QueueError{QID: uint16(qid), Kind: NoQueue, Err: fmt.Errorf("doorbell write for queue %d, which does not exist", qid)})
 		return
 	}
+	c.rung[index%2].Add(1)
 	if !c.shared.Load() {
 		if x, err := c.bells.Word32(off); err == nil {
 			x.Store(value)

@@ -403,6 +403,26 @@ func TestDoorbellOfNoQueue(t *testing.T) {
 	}
 }
 
+func TestDoorbellMessagesAreCounted(t *testing.T) {
+	r := newRig(t, rigConfig{mode: ctrl.Trap})
+	p := r.pair(1, 16, false)
+	w := r.workers[0]
+	w.Call(func() {
+		r.ctl.Doorbell(w, 8, 0)
+		r.ctl.Doorbell(w, 8, 0)
+		r.ctl.Doorbell(w, 12, 0)
+		r.ctl.Doorbell(w, 16, 0) // queue 2, which does not exist
+		r.ctl.Doorbell(w, 0, 0)
+	})
+	if s := r.ctl.Stats(); s.SQDoorbells != 2 || s.CQDoorbells != 1 || s.MMIO() != 0 {
+		t.Errorf("%+v, %v per command", s, s.MMIO())
+	}
+	p.do(nvme.Command{Opcode: nvme.IOFlush, NSID: 1})
+	if s := r.ctl.Stats(); s.MMIO() != float64(s.SQDoorbells+s.CQDoorbells) || s.SQDoorbells != 3 {
+		t.Errorf("%+v, %v per command", s, s.MMIO())
+	}
+}
+
 func TestMappedAdminDoorbellIsSeen(t *testing.T) {
 	r := newRig(t, rigConfig{mode: ctrl.Mmap})
 	tail, _ := r.ctl.AdminDoorbells()
