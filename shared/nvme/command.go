@@ -41,13 +41,15 @@ const (
 	PSDTPRP     = 0 // PRPs
 	PSDTSGL     = 1 // SGL, MPTR is an address
 	PSDTSGLMPTR = 2 // SGL, MPTR is the address of an SGL segment
+
+	psdtShift = 6
 )
 
 // FUSE returns the fused-operation field, 0 to 3.
 func (c *Command) FUSE() uint8 { return c.Flags & 3 }
 
 // PSDT returns what the data pointer holds, 0 to 3.
-func (c *Command) PSDT() uint8 { return c.Flags >> 6 }
+func (c *Command) PSDT() uint8 { return c.Flags >> psdtShift }
 
 // Bits of CDW12 of Read, Write, Compare, Write Zeroes and Verify. NVM Command Set 1.0c 3.2.
 const (

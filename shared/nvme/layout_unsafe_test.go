@@ -21,6 +21,7 @@ func TestLayout(t *testing.T) {
 		eff CommandEffects
 		dsm DSMRange
 		lba LBAFormat
+		sgl SGLDescriptor
 	)
 	tests := []struct {
 		name      string
@@ -34,6 +35,8 @@ func TestLayout(t *testing.T) {
 		{"SQE.PRP2", unsafe.Offsetof(sqe.PRP2), 32},
 		{"SQE.CDW10", unsafe.Offsetof(sqe.CDW10), 40},
 		{"SQE.CDW15", unsafe.Offsetof(sqe.CDW15), 60},
+		{"SGL.Length", unsafe.Offsetof(sgl.Length), 8},
+		{"SGL.ID", unsafe.Offsetof(sgl.ID), 15},
 		{"CQE.SQHead", unsafe.Offsetof(cqe.SQHead), 8},
 		{"CQE.SQID", unsafe.Offsetof(cqe.SQID), 10},
 		{"CQE.CID", unsafe.Offsetof(cqe.CID), 12},

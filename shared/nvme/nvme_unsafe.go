@@ -7,6 +7,7 @@ var (
 	_ [CommandSize]byte    = [unsafe.Sizeof(Command{})]byte{}
 	_ [CompletionSize]byte = [unsafe.Sizeof(Completion{})]byte{}
 	_ [DSMRangeSize]byte   = [unsafe.Sizeof(DSMRange{})]byte{}
+	_ [16]byte             = [unsafe.Sizeof(SGLDescriptor{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyController{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyControllerNVM{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyNamespace{})]byte{}
@@ -73,3 +74,6 @@ func (v *CommandEffects) Bytes() *[4096]byte { return (*[4096]byte)(unsafe.Point
 
 // Bytes returns v's own memory.
 func (v *HostBehavior) Bytes() *[512]byte { return (*[512]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *SGLDescriptor) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)) }

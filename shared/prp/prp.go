@@ -1,9 +1,10 @@
-// Package prp builds and walks physical region pages, the lists of memory pages by which an
-// NVMe command says where its data is (NVMe Base 2.0c 4.1.1).
+// Package prp builds and walks the two ways in which an NVMe command says where its data is:
+// physical region pages, PRPs, which are lists of memory pages (NVMe Base 2.0c 4.1.1), and scatter gather
+// lists, SGLs (4.1.2).
 //
-// Build is the driver's half: it knows only buffers that are contiguous in IOVA
-// space. Walk is the device's: it trusts nothing, is bounded before it begins, and reads each list entry
-// once. Neither allocates, touches the data, or knows what an IOVA maps to. SGLs are not here.
+// Build and BuildSGL are the driver's half; Build knows only buffers that are contiguous in IOVA
+// space. Walk and WalkSGL are the device's: they trust nothing, are bounded before they begin, and read each
+// list entry once. None allocates, touches the data, or knows what an IOVA maps to.
 package prp
 
 import (
