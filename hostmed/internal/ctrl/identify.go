@@ -108,6 +108,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		NN:        c.highestNSID(),
 		ONCS:      nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSSaveSelect | nvme.ONCSTimestamp,
 		VWC:       nvme.VWCFlushAllNo,
+		SGLS:      nvme.SGLSByteAligned | nvme.SGLSBitBucket | nvme.SGLSMetadataSGL,
 	}
 	if c.writeCache() {
 		id.VWC |= nvme.VWCPresent

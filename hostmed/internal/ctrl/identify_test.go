@@ -18,7 +18,7 @@ func TestIdentifyController(t *testing.T) {
 	if id.VID != 0x1ae0 || id.CNTLID != 7 || id.VER != version || id.CNTRLTYPE != nvme.ControllerTypeIO {
 		t.Errorf("VID %#x CNTLID %d VER %v CNTRLTYPE %d", id.VID, id.CNTLID, id.VER, id.CNTRLTYPE)
 	}
-	if id.MaxTransfer(0) != 1<<20 || id.SQES != 0x66 || id.CQES != 0x44 || id.NN != 3 || id.SGLS != 0 {
+	if id.MaxTransfer(0) != 1<<20 || id.SQES != 0x66 || id.CQES != 0x44 || id.NN != 3 || id.SGLS != 0x90001 {
 		t.Errorf("MDTS %d SQES %#x CQES %#x NN %d SGLS %#x", id.MDTS, id.SQES, id.CQES, id.NN, id.SGLS)
 	}
 	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != nvme.ONCSCompare|nvme.ONCSDSM|nvme.ONCSWriteZeroes|nvme.ONCSSaveSelect|nvme.ONCSTimestamp {

@@ -53,6 +53,9 @@ func (w *Worker) give(r *request) {
 		r.buf = nil
 	}
 	r.dsm = nil
+	if cap(r.vec) > keepVec {
+		r.vec = make([]backend.Seg, 0, 2) // of a long SGL
+	}
 	r.sq, r.ns = nil, nil
 	w.free = append(w.free, r)
 }
@@ -61,7 +64,7 @@ func (w *Worker) give(r *request) {
 func (w *Worker) start(r *request) {
 	c := &r.cmd
 	ctl := r.sq.g.ctl
-	if c.Flags != 0 { // fused operations and SGLs are not offered
+	if c.Flags != 0 && !r.flags() {
 		w.complete(r, nvme.StatusInvalidField.WithDNR())
 		return
 	}
@@ -106,6 +109,11 @@ func (w *Worker) start(r *request) {
 	w.enqueue(r)
 }
 
+// flags says whether the command's flags, which are not all zero, can be: fused operations are not offered.
+func (r *request) flags() bool {
+	return r.cmd.FUSE() == nvme.FuseNormal && r.cmd.PSDT() <= nvme.PSDTSGLMPTR
+}
+
 // blocks sets the byte range of n LBAs from slba, if the namespace has them.
 func (r *request) blocks(slba, n uint64) nvme.Status {
 	info := &r.ns.info
@@ -114,46 +122,6 @@ func (r *request) blocks(slba, n uint64) nvme.Status {
 	}
 	r.Off = slba << info.LBAShift
 	r.Len = n << info.LBAShift
-	return nvme.StatusSuccess
-}
-
-// data sets the range of a command that moves data, and translates its PRPs. toGuest says
-// which way.
-func (w *Worker) data(r *request, toGuest bool) nvme.Status {
-	if st := r.blocks(r.cmd.SLBA(), uint64(r.cmd.NLB().Count())); st != nvme.StatusSuccess {
-		return st
-	}
-	return w.translate(r, toGuest)
-}
-
-// translate turns the command's PRPs into host memory, in r.Vec.
-func (w *Worker) translate(r *request, toGuest bool) nvme.Status {
-	ctl := r.sq.g.ctl
-	if r.Len > ctl.mdts {
-		return nvme.StatusInvalidField.WithDNR()
-	}
-	table := ctl.mem.Table()
-	c := &r.cmd
-	page := r.sq.pageSize
-	if off := c.PRP1 & uint64(page-1); off+r.Len <= uint64(page) && off&3 == 0 {
-		// One page: no list to walk.
-		var ok bool
-		if r.vec, ok = table.Translate(r.vec[:0], c.PRP1, uint32(r.Len), toGuest); !ok {
-			return nvme.StatusDataTransferError.WithDNR()
-		}
-		r.Vec = r.vec
-		return nvme.StatusSuccess
-	}
-	ext, st := w.walker.Walk(c.PRP1, c.PRP2, uint32(r.Len), page, r.sq.maxPages, table, w.extents[:0])
-	w.extents = ext[:0]
-	if st != nvme.StatusSuccess {
-		return st.WithDNR()
-	}
-	var ok bool
-	if r.vec, ok = table.TranslateAll(r.vec[:0], ext, toGuest); !ok {
-		return nvme.StatusDataTransferError.WithDNR()
-	}
-	r.Vec = r.vec
 	return nvme.StatusSuccess
 }
 

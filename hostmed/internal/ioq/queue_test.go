@@ -160,7 +160,7 @@ func TestBadCommands(t *testing.T) {
 		"past the end":      {with(func(c *nvme.Command) { c.SetSLBA(blocks - 7) }), nvme.StatusLBAOutOfRange},
 		"wrapping range":    {with(func(c *nvme.Command) { c.SetSLBA(^uint64(0) - 2) }), nvme.StatusLBAOutOfRange},
 		"over MDTS":         {with(func(c *nvme.Command) { c.SetNLB(2048) }), nvme.StatusInvalidField},
-		"SGL":               {with(func(c *nvme.Command) { c.Flags = 0x40 }), nvme.StatusInvalidField},
+		"PSDT 11b":          {with(func(c *nvme.Command) { c.Flags = 0xc0 }), nvme.StatusInvalidField},
 		"fused":             {with(func(c *nvme.Command) { c.Flags = 1 }), nvme.StatusInvalidField},
 		"unmapped PRP":      {with(func(c *nvme.Command) { c.PRP1 = 0x1000 }), nvme.StatusDataTransferError},
 		"PRP at the end":    {with(func(c *nvme.Command) { c.PRP1 = base + guestSize - 2048; c.PRP2 = base + guestSize }), nvme.StatusDataTransferError},
