@@ -109,6 +109,10 @@ func listSize(maxTransfer uint32) uint64 {
 // point sets the data pointer of a command in a slot to length bytes at iova. It allocates nothing but, once for some slots together,
 // the memory for their PRP lists.
 func (q *ioQueue) point(slot uint16, cmd *nvme.Command, iova uint64, length uint32) error {
+	if q.c.opts.SGL {
+		cmd.SetSGL(nvme.MakeSGL(nvme.SGLDataBlock, iova, length))
+		return nil
+	}
 	// Two pages are the most that need no list.
 	if iova&(pageSize-1)+uint64(length) <= 2*pageSize {
 		return prp.Build(cmd, iova, length, pageSize, prp.ListPage{})
@@ -148,7 +152,7 @@ func (q *ioQueue) addLists(slot uint16) error {
 
 // addAllLists is for a queue whose commands must not fail because others have taken all memory.
 func (q *ioQueue) addAllLists() error {
-	if q.listSize == 0 {
+	if q.listSize == 0 || q.c.opts.SGL {
 		return nil
 	}
 	for slot := range q.lists {

@@ -168,6 +168,9 @@ func (c *Controller) limits() error {
 		n = maxTransfer
 	}
 	c.maxTransfer = uint32(min(n, maxTransfer))
+	if c.opts.SGL && c.adm.Identity().SGLS&(nvme.SGLSByteAligned|nvme.SGLSDwordAligned) == 0 {
+		return fmt.Errorf("its SGLs (SGLS %#x): %w", c.adm.Identity().SGLS, ErrUnsupported)
+	}
 	return nil
 }
 

@@ -58,6 +58,10 @@ type Options struct {
 	// Vendor2014 shares the doorbell pages by the vendor command of 2014 (C0h) and not by Doorbell Buffer Config (7Ch).
 	Vendor2014 bool
 
+	// SGL points commands at their data by scatter gather lists and not by PRPs; Open fails with ErrUnsupported if the controller has
+	// none. Memory here is contiguous, so each list is one descriptor, in the command.
+	SGL bool
+
 	// DMASize is the size in bytes of the memory that the controller can reach; 0: DefaultDMASize. It holds the queues, every
 	// Buffer, and data on its way to and from memory that is no Buffer. Pages of it that were never touched cost nothing.
 	DMASize uint64

@@ -160,7 +160,7 @@ func (p *QueuePair) build(slot uint16, io *IO) error {
 	if io.FUA {
 		cmd.CDW12 |= nvme.RWForceUnit
 	}
-	if io.IOVA&3 == 0 && io.IOVA&(pageSize-1)+bytes <= pageSize {
+	if io.IOVA&3 == 0 && io.IOVA&(pageSize-1)+bytes <= pageSize && !p.io.c.opts.SGL {
 		cmd.PRP1, cmd.PRP2 = io.IOVA, 0
 		return nil
 	}

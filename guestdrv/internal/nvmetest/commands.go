@@ -131,6 +131,7 @@ func (d *Device) identity() *nvme.IdentifyController {
 		VID: nvme.PCIVendorGoogle, MDTS: d.cfg.MDTS, VER: nvme.MakeVersion(1, 4, 0), CNTRLTYPE: nvme.ControllerTypeIO,
 		SQES: 0x66, CQES: 0x44, NN: uint32(len(d.cfg.Namespaces)), AERL: 3, OAES: uint32(nvme.EventConfigNamespace),
 		ONCS: nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes,
+		SGLS: d.cfg.SGLS,
 	}
 	nvme.SetASCII(id.SN[:], "TEST")
 	nvme.SetASCII(id.MN[:], "nvmetest")
@@ -207,6 +208,10 @@ func slice(disk []byte, shift uint8, lba, blocks uint64) ([]byte, bool) {
 func (d *Device) extents(cmd *nvme.Command, n int) ([]prp.Extent, nvme.Status) {
 	if max := d.identity().MaxTransfer(0); max != 0 && uint64(n) > max {
 		return nil, nvme.StatusInvalidField.WithDNR()
+	}
+	if cmd.PSDT() == nvme.PSDTSGL {
+		var w prp.Walker
+		return w.WalkSGL(cmd.SGL1(), uint32(n), cmd.Opcode == nvme.IORead, d, nil)
 	}
 	return prp.Walk(cmd.PRP1, cmd.PRP2, uint32(n), prp.PageSize, 1<<12, d, nil)
 }

@@ -24,6 +24,7 @@ type Config struct {
 	Namespaces []Namespace
 	CAP        nvme.CAP // 0: 1024 entries, stride 4, 1 s
 	MDTS       uint8    // as in Identify Controller
+	SGLS       uint32   // as in Identify Controller
 	Vectors    int      // MSI-X; 0: 32, -1: none
 	Queues     int      // I/O queue pairs; 0: 16
 	NoShadow   bool     // Doorbell Buffer Config is not offered
