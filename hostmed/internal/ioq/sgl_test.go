@@ -122,16 +122,20 @@ func TestBadSGLs(t *testing.T) {
 		c    nvme.Command
 		want nvme.Status
 	}{
-		"too short":           {read(nvme.MakeSGL(nvme.SGLDataBlock, d, 4095)), nvme.StatusSGLDataLengthInvalid},
-		"too long":            {read(nvme.MakeSGL(nvme.SGLDataBlock, d, 4097)), nvme.StatusSGLDataLengthInvalid},
-		"not mapped":          {read(nvme.MakeSGL(nvme.SGLDataBlock, 0x1000, 4096)), nvme.StatusDataTransferError},
-		"past the end":        {read(nvme.MakeSGL(nvme.SGLDataBlock, base+guestSize-4095, 4096)), nvme.StatusDataTransferError},
-		"segment not mapped":  {read(nvme.MakeSGL(nvme.SGLLastSegment, 0x1000, 16)), nvme.StatusDataTransferError},
-		"its own next":        {read(self), nvme.StatusSGLCountInvalid},
-		"misaligned segment":  {read(nvme.MakeSGL(nvme.SGLLastSegment, base+sglOff+4, 16)), nvme.StatusSGLSegmentInvalid},
-		"keyed":               {read(nvme.MakeSGL(nvme.SGLKeyedData, d, 4096)), nvme.StatusSGLTypeInvalid},
-		"a write of a bucket": {func() nvme.Command { c := read(nvme.MakeSGL(nvme.SGLBitBucket, 0, 4096)); c.Opcode = nvme.IOWrite; return c }(), nvme.StatusSGLDataLengthInvalid},
-		"over MDTS":           {func() nvme.Command { c := read(nvme.MakeSGL(nvme.SGLDataBlock, d, 2<<20)); c.SetNLB(4095); return c }(), nvme.StatusInvalidField},
+		"too short":          {read(nvme.MakeSGL(nvme.SGLDataBlock, d, 4095)), nvme.StatusSGLDataLengthInvalid},
+		"too long":           {read(nvme.MakeSGL(nvme.SGLDataBlock, d, 4097)), nvme.StatusSGLDataLengthInvalid},
+		"not mapped":         {read(nvme.MakeSGL(nvme.SGLDataBlock, 0x1000, 4096)), nvme.StatusDataTransferError},
+		"past the end":       {read(nvme.MakeSGL(nvme.SGLDataBlock, base+guestSize-4095, 4096)), nvme.StatusDataTransferError},
+		"segment not mapped": {read(nvme.MakeSGL(nvme.SGLLastSegment, 0x1000, 16)), nvme.StatusDataTransferError},
+		"its own next":       {read(self), nvme.StatusSGLCountInvalid},
+		"misaligned segment": {read(nvme.MakeSGL(nvme.SGLLastSegment, base+sglOff+4, 16)), nvme.StatusSGLSegmentInvalid},
+		"keyed":              {read(nvme.MakeSGL(nvme.SGLKeyedData, d, 4096)), nvme.StatusSGLTypeInvalid},
+		"a write of a bucket": {func() nvme.Command {
+			c := read(nvme.MakeSGL(nvme.SGLBitBucket, 0, 4096))
+			c.Opcode = nvme.IOWrite
+			return c
+		}(), nvme.StatusSGLDataLengthInvalid},
+		"over MDTS": {func() nvme.Command { c := read(nvme.MakeSGL(nvme.SGLDataBlock, d, 2<<20)); c.SetNLB(4095); return c }(), nvme.StatusInvalidField},
 	} {
 		if st := p.do(x.c); st.Code() != x.want || !st.DNR() {
 			t.Errorf("%s: %v, want %v with DNR", name, st, x.want)

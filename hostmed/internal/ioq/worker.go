@@ -92,7 +92,7 @@ type Worker struct {
 	reqs     []*request
 	free     []*request
 	scratch  []*shm.Region // for Compare
-	sink     *shm.Region    // for bit buckets
+	sink     *shm.Region   // for bit buckets
 	walker   prp.Walker
 	extents  []prp.Extent
 	batch    []*backend.Request // being collected for one backend
