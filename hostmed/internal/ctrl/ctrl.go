@@ -140,6 +140,7 @@ type Config struct {
 	VID, SSVID                      uint16
 	Logger                          hclog.Logger   // [none]
 	Stats                           func() IOStats // [nothing was done]
+	Persistent                      *Persistent    // of this controller's identity, used by one Controller at a time [one that ends with it]
 
 	// Wake makes the session call AdminKick soon. It is called from any goroutine, and must not block. [mail waits for the
 	// next doorbell]
@@ -164,8 +165,8 @@ type Controller struct {
 	queues queueTable
 	feat   features
 	events events
-	errors errorLog
 	health health
+	power  power
 
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher
@@ -204,12 +205,15 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	if cfgp.Wake == nil {
 		cfgp.Wake = func() {}
 	}
+	if cfgp.Persistent == nil {
+		cfgp.Persistent = &Persistent{log: cfgp.Logger}
+	}
 	cfgp.Namespaces = sortedNamespaces(cfgp.Namespaces)
 	c.log = limiter{log: cfgp.Logger}
-	c.health.start = c.now()
 	c.regs = newRegisters(cfgp)
 	c.queues = newQueueTable(cfgp.MaxIOQueues)
-	c.feat = c.defaultFeatures()
+	c.feat = c.newFeatures()
+	c.powerOn()
 	return c
 }
 
@@ -241,10 +245,12 @@ func (c *Controller) namespace(nsid uint32) *Namespace {
 }
 
 // Close waits for a shutdown's flush and for what else runs in the background, after which the backends may be closed. The
-// controller is not used afterwards.
+// data path is closed before. The controller is not used afterwards.
 func (c *Controller) Close() {
 	c.flush.wait.Wait()
 	c.closeAsync()
+	c.status() // a shutdown that nobody has looked at is one all the same
+	c.powerOff()
 }
 
 // highestNSID is NN of Identify Controller.

@@ -52,6 +52,8 @@ func (c *Controller) enable() {
 		return
 	}
 	c.ready = true
+	c.applyFeatures()
+	c.setAtRisk(true)
 	c.regs.csts = c.regs.csts.WithRDY(true)
 	c.log.debug("controller enabled", "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
@@ -131,6 +133,7 @@ func (c *Controller) subsystemReset() {
 // shutdown begins to make the data durable; status says when that is done. NVMe Base 2.0c 3.6.1.
 func (c *Controller) shutdown() {
 	c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTOccurs)
+	c.sample()
 	c.log.debug("controller shuts down", "shn", c.regs.cc.SHN())
 	c.shutdownDone = make(chan error, 1)
 	c.flush.start(c.dp.Flush, c.shutdownDone)
@@ -176,6 +179,8 @@ func (c *Controller) status() nvme.CSTS {
 		c.shutdownDone = nil
 		if err != nil {
 			c.log.warn("shutdown: data may not be durable", "error", err)
+		} else {
+			c.setAtRisk(false)
 		}
 		c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTComplete)
 	default:

@@ -44,14 +44,14 @@ func (c *Controller) QueueError(qid uint16, kind QueueErrorKind) {
 }
 
 func (c *Controller) queueError(qid uint16, kind QueueErrorKind) {
-	c.errors.add(nvme.ErrorLogEntry{SQID: qid, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusSuccess)
+	c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: qid, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusSuccess)
 	c.raise(nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError))
 }
 
 // RecordIOError puts a failed I/O command in the error log. The completion of one that was recorded
 // should carry the More bit.
 func (c *Controller) RecordIOError(sqid, cid uint16, status nvme.Status, nsid uint32, lba uint64) {
-	c.errors.add(nvme.ErrorLogEntry{SQID: sqid, CID: cid, Location: uint16(nowhere), NSID: nsid, LBA: lba}, status)
+	c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: sqid, CID: cid, Location: uint16(nowhere), NSID: nsid, LBA: lba}, status)
 }
 
 // UpdateNamespaces replaces the namespaces. Ids that came, went or changed size go to the Changed Namespace List,
@@ -68,7 +68,7 @@ func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
 	}
 	slices.Sort(changed)
 	c.health.changed = slices.Compact(changed)
-	if len(c.health.changed) == 0 || c.feat.events&nvme.EventConfigNamespace == 0 {
+	if len(c.health.changed) == 0 || c.eventConfig()&nvme.EventConfigNamespace == 0 {
 		return
 	}
 	c.guarded(func() bool {

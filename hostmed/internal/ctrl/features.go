@@ -1,57 +1,127 @@
 package ctrl
 
 import (
-	"time"
+	"fmt"
+	"strconv"
+	"strings"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// Get and Set Features. NVMe Base 2.0c 5.15 and 5.27, NVM Command Set 1.0c 4.1.3.
+// Get and Set Features. NVMe Base 2.0c 4.4, 5.15 and 5.27, NVM Command Set 1.0c 4.1.3.
 //
-// No feature can be saved: Set Features with SV fails, and the saved value that Get Features returns is the default. A
-// reset puts every feature back.
+// The value of a feature is 32 bits, or several of those: one for each namespace, vector or threshold, told apart by featureKey.sub.
+// The current value is what was set since the last reset, else what was saved, else the default.
+// Features whose value is a data structure are in featuredata.go.
 
-// features are the values that can be set.
-type features struct {
-	arbitration    uint32
-	power          nvme.PowerManagement
-	tempOver       uint16 // kelvin
-	tempUnder      uint16
-	errorRecovery  map[uint32]nvme.ErrorRecovery // by NSID; absent: 0
-	queues         nvme.QueueCounts              // granted
-	coalescing     nvme.Coalescing
-	uncoalesced    map[uint16]bool // vectors with coalescing disabled
-	writeAtomicity uint32
-	events         nvme.EventConfig
-	quiet          bool
-
-	timestamp       uint64 // milliseconds, when it was set
-	timestampSet    time.Time
-	timestampOrigin uint8
+// featureKey is one 32-bit value of a feature.
+type featureKey struct {
+	fid nvme.FeatureID
+	sub uint32 // NSID, vector, type of a temperature threshold; 0 for features of one value
 }
 
-func (c *Controller) defaultFeatures() features {
-	most, _ := nvme.ToZeroBased16(uint32(c.cfg.MaxIOQueues))
-	return features{
-		arbitration:  7, // AB: no limit
-		tempOver:     warningTemperature,
-		queues:       nvme.MakeQueueCounts(most, most),
-		timestampSet: c.now(),
+// MarshalText is the name of the value in saved state: "04/1", the feature in hexadecimal.
+func (k featureKey) MarshalText() ([]byte, error) {
+	return fmt.Appendf(nil, "%02x/%d", uint8(k.fid), k.sub), nil
+}
+
+func (k *featureKey) UnmarshalText(b []byte) error {
+	fid, sub, ok := strings.Cut(string(b), "/")
+	f, err1 := strconv.ParseUint(fid, 16, 8)
+	s, err2 := strconv.ParseUint(sub, 10, 32)
+	if !ok || err1 != nil || err2 != nil {
+		return fmt.Errorf("%q is not a feature", b)
 	}
+	*k = featureKey{nvme.FeatureID(f), uint32(s)}
+	return nil
 }
 
-// resetFeatures puts the defaults back, in the data path too.
+// features is what was set since the last reset.
+type features struct {
+	now   map[featureKey]uint32
+	data  featureData
+	quiet bool // FeatureQuiet, for those who look often
+}
+
+func (c *Controller) feature(fid nvme.FeatureID) uint32 { return c.featureOf(featureKey{fid: fid}) }
+
+// featureOf returns the current value.
+func (c *Controller) featureOf(k featureKey) uint32 {
+	if v, ok := c.feat.now[k]; ok {
+		return v
+	}
+	return c.featureSaved(k)
+}
+
+func (c *Controller) featureSaved(k featureKey) uint32 {
+	if v, ok := c.cfg.Persistent.savedFeature(k); ok {
+		return v
+	}
+	return c.featureDefault(k)
+}
+
+func (c *Controller) featureDefault(k featureKey) uint32 {
+	switch k.fid {
+	case nvme.FeatureArbitration:
+		return 7 // AB: no limit
+	case nvme.FeatureTemperature:
+		if k.sub == nvme.TempOver {
+			return warningTemperature
+		}
+	case nvme.FeatureWriteCache:
+		return nvme.WriteCacheEnabled
+	case nvme.FeatureQueues:
+		most, _ := nvme.ToZeroBased16(uint32(c.cfg.MaxIOQueues))
+		return uint32(nvme.MakeQueueCounts(most, most))
+	case nvme.FeatureVectorConfig:
+		return k.sub
+	}
+	return 0
+}
+
+// queueCounts is how many I/O queues the host may make.
+func (c *Controller) queueCounts() nvme.QueueCounts {
+	return nvme.QueueCounts(c.feature(nvme.FeatureQueues))
+}
+
+func (c *Controller) eventConfig() nvme.EventConfig {
+	return nvme.EventConfig(c.feature(nvme.FeatureAsyncEvents))
+}
+
+// resetFeatures forgets what was set, in the data path too.
 func (c *Controller) resetFeatures() {
 	if c.feat.quiet {
 		c.dp.SetQuiet(false)
 	}
-	if c.feat.coalescing != 0 {
+	if c.feature(nvme.FeatureCoalescing) != 0 {
 		c.dp.SetCoalescing(0, 0)
 	}
-	for v := range c.feat.uncoalesced {
-		c.dp.SetVectorConfig(v, false)
+	for v := range c.cfg.Vectors {
+		if c.uncoalesced(v) {
+			c.dp.SetVectorConfig(v, false)
+		}
 	}
-	c.feat = c.defaultFeatures()
+	c.feat = c.newFeatures()
+}
+
+func (c *Controller) newFeatures() features {
+	return features{now: map[featureKey]uint32{}, data: c.newFeatureData()}
+}
+
+// applyFeatures tells the data path of features that were saved, when the controller is enabled.
+func (c *Controller) applyFeatures() {
+	if v := nvme.Coalescing(c.feature(nvme.FeatureCoalescing)); v != 0 {
+		c.dp.SetCoalescing(uint8(v.Threshold()), v.Time100us())
+	}
+	for v := range c.cfg.Vectors {
+		if c.uncoalesced(v) {
+			c.dp.SetVectorConfig(v, true)
+		}
+	}
+}
+
+func (c *Controller) uncoalesced(vector uint16) bool {
+	return nvme.VectorConfig(c.featureOf(featureKey{nvme.FeatureVectorConfig, uint32(vector)})).CoalescingDisabled()
 }
 
 // quietSupported says that doorbells are words in memory, where FeatureQuiet's bit can be.
@@ -69,11 +139,13 @@ func (c *Controller) writeCache() bool {
 // featureCaps returns the FeatureCap bits of a feature; ok is false if there is no such feature.
 func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 	switch fid {
-	case nvme.FeatureArbitration, nvme.FeaturePowerManagement, nvme.FeatureTemperature, nvme.FeatureQueues, nvme.FeatureCoalescing,
-		nvme.FeatureVectorConfig, nvme.FeatureWriteAtomicity, nvme.FeatureAsyncEvents, nvme.FeatureTimestamp:
-		return nvme.FeatureCapChangeable, true
+	case nvme.FeatureArbitration, nvme.FeaturePowerManagement, nvme.FeatureTemperature, nvme.FeatureCoalescing,
+		nvme.FeatureVectorConfig, nvme.FeatureWriteAtomicity, nvme.FeatureAsyncEvents:
+		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable, true
 	case nvme.FeatureErrorRecovery:
-		return nvme.FeatureCapChangeable | nvme.FeatureCapNamespace, true
+		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable | nvme.FeatureCapNamespace, true
+	case nvme.FeatureQueues, nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+		return nvme.FeatureCapChangeable, true
 	case nvme.FeatureWriteCache:
 		return 0, c.writeCache() // it is always on
 	case nvme.FeatureQuiet:
@@ -83,75 +155,54 @@ func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 }
 
 func (c *Controller) getFeatures(cmd *nvme.Command) result {
-	fid := cmd.FID()
-	caps, ok := c.featureCaps(fid)
+	caps, ok := c.featureCaps(cmd.FID())
 	if !ok {
 		return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
 	}
 	if caps&nvme.FeatureCapNamespace != 0 && c.namespace(cmd.NSID) == nil {
 		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
 	}
-	var f features
+	var value func(featureKey) uint32
 	switch cmd.FeatureSelect() {
 	case nvme.FeatureCurrent:
-		f = c.feat
-	case nvme.FeatureDefault, nvme.FeatureSaved:
-		f = c.defaultFeatures()
+		value = c.featureOf
+	case nvme.FeatureDefault:
+		value = c.featureDefault
+	case nvme.FeatureSaved:
+		value = c.featureSaved
 	case nvme.FeatureSupported:
 		return result{dw0: caps}
 	default:
 		return fail(nvme.StatusInvalidField, dword(10, 8), "reserved value of SEL")
 	}
-	return c.featureValue(&f, cmd)
-}
-
-// featureValue answers Get Features from f, the current or the default values.
-func (c *Controller) featureValue(f *features, cmd *nvme.Command) result {
-	switch cmd.FID() {
-	case nvme.FeatureArbitration:
-		return result{dw0: f.arbitration}
-	case nvme.FeaturePowerManagement:
-		return result{dw0: uint32(f.power)}
+	k := featureKey{fid: cmd.FID()}
+	switch k.fid {
+	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+		return c.getFeatureData(cmd)
 	case nvme.FeatureTemperature:
 		t := nvme.TemperatureThreshold(cmd.CDW11)
-		switch {
-		case t.Sensor() != nvme.TempSensorComposite:
-			return fail(nvme.StatusInvalidField, dword(11, 16), "no such temperature sensor")
-		case t.Type() == nvme.TempOver:
-			return result{dw0: uint32(f.tempOver)}
-		case t.Type() == nvme.TempUnder:
-			return result{dw0: uint32(f.tempUnder)}
+		if r := checkThreshold(t, t.Sensor() == nvme.TempSensorComposite); !r.status.OK() {
+			return r
 		}
-		return fail(nvme.StatusInvalidField, dword(11, 20), "reserved value of THSEL")
+		k.sub = uint32(t.Type())
 	case nvme.FeatureErrorRecovery:
-		return result{dw0: uint32(f.errorRecovery[cmd.NSID])}
-	case nvme.FeatureWriteCache:
-		return result{dw0: nvme.WriteCacheEnabled}
-	case nvme.FeatureQueues:
-		return result{dw0: uint32(f.queues)}
-	case nvme.FeatureCoalescing:
-		return result{dw0: uint32(f.coalescing)}
+		k.sub = cmd.NSID
 	case nvme.FeatureVectorConfig:
-		v := nvme.VectorConfig(cmd.CDW11).Vector()
-		if v >= c.cfg.Vectors {
+		if k.sub = uint32(nvme.VectorConfig(cmd.CDW11).Vector()); k.sub >= uint32(c.cfg.Vectors) {
 			return fail(nvme.StatusInvalidField, dword(11, 0), "no such interrupt vector")
 		}
-		return result{dw0: uint32(nvme.MakeVectorConfig(v, f.uncoalesced[v]))}
-	case nvme.FeatureWriteAtomicity:
-		return result{dw0: f.writeAtomicity}
-	case nvme.FeatureAsyncEvents:
-		return result{dw0: uint32(f.events)}
-	case nvme.FeatureTimestamp:
-		now := f.timestamp + uint64(c.now().Sub(f.timestampSet).Milliseconds())
-		t := nvme.MakeTimestamp(now, f.timestampOrigin<<nvme.TimestampOriginShift)
-		return c.toHost(cmd, t[:])
-	case nvme.FeatureQuiet:
-		if f.quiet {
-			return result{dw0: nvme.FeatureQuietOn}
-		}
-		return result{}
 	}
-	return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
+	return result{dw0: value(k)}
+}
+
+func checkThreshold(t nvme.TemperatureThreshold, sensor bool) result {
+	switch {
+	case !sensor:
+		return fail(nvme.StatusInvalidField, dword(11, 16), "no such temperature sensor")
+	case t.Type() != nvme.TempOver && t.Type() != nvme.TempUnder:
+		return fail(nvme.StatusInvalidField, dword(11, 20), "reserved value of THSEL")
+	}
+	return result{}
 }
 
 func (c *Controller) setFeatures(cmd *nvme.Command) result {
@@ -159,8 +210,8 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 	switch {
 	case !ok:
 		return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
-	case cmd.FeatureSave():
-		return fail(nvme.StatusFeatureNotSaveable, dword(10, 31), "no feature can be saved")
+	case cmd.FeatureSave() && caps&nvme.FeatureCapSaveable == 0:
+		return fail(nvme.StatusFeatureNotSaveable, dword(10, 31), "the feature cannot be saved")
 	}
 	if cmd.NSID != nvme.NSIDAll {
 		perNamespace := caps&nvme.FeatureCapNamespace != 0
@@ -171,82 +222,79 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 			return fail(nvme.StatusFeatureNotPerNamespace, inNSID, "the feature belongs to the controller")
 		}
 	}
-	return c.setFeature(cmd)
+	switch cmd.FID() {
+	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+		return c.setFeatureData(cmd)
+	}
+	values := map[featureKey]uint32{}
+	r := c.checkFeature(cmd, values)
+	if !r.status.OK() {
+		return r
+	}
+	for k, v := range values {
+		c.feat.now[k] = v
+		c.applyFeature(k.fid, v)
+	}
+	if cmd.FeatureSave() {
+		c.cfg.Persistent.saveFeatures(values)
+	}
+	return r
 }
 
-func (c *Controller) setFeature(cmd *nvme.Command) result {
-	f, v := &c.feat, cmd.CDW11
-	switch cmd.FID() {
+// checkFeature checks what Set Features asks for, and puts what is to be set in values.
+func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint32) result {
+	k, v := featureKey{fid: cmd.FID()}, cmd.CDW11
+	switch k.fid {
 	case nvme.FeatureArbitration:
-		f.arbitration = v &^ 0xf8
+		v &^= 0xf8
 	case nvme.FeaturePowerManagement:
-		p := nvme.PowerManagement(v)
-		if p.PS() != 0 {
+		if nvme.PowerManagement(v).PS() != 0 {
 			return fail(nvme.StatusInvalidField, dword(11, 0), "there is only power state 0")
 		}
-		f.power = p & 0xff
+		v &= 0xff
 	case nvme.FeatureTemperature:
-		return c.setTemperature(nvme.TemperatureThreshold(v))
+		t := nvme.TemperatureThreshold(v)
+		if r := checkThreshold(t, t.Sensor() == nvme.TempSensorComposite || t.Sensor() == nvme.TempSensorAll); !r.status.OK() {
+			return r
+		}
+		k.sub, v = uint32(t.Type()), uint32(t.Kelvin())
 	case nvme.FeatureErrorRecovery:
-		return c.setErrorRecovery(cmd.NSID, nvme.ErrorRecovery(v))
+		if nvme.ErrorRecovery(v).DULBE() {
+			return fail(nvme.StatusInvalidField, dword(11, 16), "no namespace has NSFEAT.DAE")
+		}
+		for i := range c.cfg.Namespaces {
+			if id := c.cfg.Namespaces[i].NSID; cmd.NSID == id || cmd.NSID == nvme.NSIDAll {
+				values[featureKey{k.fid, id}] = v & 0xffff
+			}
+		}
+		return result{}
 	case nvme.FeatureWriteCache:
 		if v&nvme.WriteCacheEnabled == 0 {
 			return fail(nvme.StatusFeatureNotChangeable, dword(11, 0), "the write cache cannot be turned off")
 		}
+		v &= nvme.WriteCacheEnabled
 	case nvme.FeatureQueues:
-		return c.setQueues(nvme.QueueCounts(v))
+		return c.checkQueues(nvme.QueueCounts(v), values)
 	case nvme.FeatureCoalescing:
-		f.coalescing = nvme.Coalescing(v & 0xffff)
-		c.dp.SetCoalescing(uint8(f.coalescing.Threshold()), f.coalescing.Time100us())
+		v &= 0xffff
 	case nvme.FeatureVectorConfig:
-		return c.setVectorConfig(nvme.VectorConfig(v))
-	case nvme.FeatureWriteAtomicity:
-		f.writeAtomicity = v & nvme.WriteAtomicityDisableNormal
-	case nvme.FeatureAsyncEvents:
-		f.events = nvme.EventConfig(v) & supportedEvents
-		c.checkHealth()
-	case nvme.FeatureTimestamp:
-		return c.setTimestamp(cmd)
-	case nvme.FeatureQuiet:
-		f.quiet = v&nvme.FeatureQuietOn != 0
-		c.dp.SetQuiet(f.quiet)
-	}
-	return result{}
-}
-
-func (c *Controller) setTemperature(t nvme.TemperatureThreshold) result {
-	if s := t.Sensor(); s != nvme.TempSensorComposite && s != nvme.TempSensorAll {
-		return fail(nvme.StatusInvalidField, dword(11, 16), "no such temperature sensor")
-	}
-	switch t.Type() {
-	case nvme.TempOver:
-		c.feat.tempOver = t.Kelvin()
-	case nvme.TempUnder:
-		c.feat.tempUnder = t.Kelvin()
-	default:
-		return fail(nvme.StatusInvalidField, dword(11, 20), "reserved value of THSEL")
-	}
-	c.checkHealth()
-	return result{}
-}
-
-func (c *Controller) setErrorRecovery(nsid uint32, e nvme.ErrorRecovery) result {
-	if e.DULBE() {
-		return fail(nvme.StatusInvalidField, dword(11, 16), "no namespace has NSFEAT.DAE")
-	}
-	if c.feat.errorRecovery == nil {
-		c.feat.errorRecovery = map[uint32]nvme.ErrorRecovery{}
-	}
-	for i := range c.cfg.Namespaces {
-		if id := c.cfg.Namespaces[i].NSID; nsid == id || nsid == nvme.NSIDAll {
-			c.feat.errorRecovery[id] = e & 0xffff
+		if k.sub = uint32(nvme.VectorConfig(v).Vector()); k.sub >= uint32(c.cfg.Vectors) {
+			return fail(nvme.StatusInvalidField, dword(11, 0), "no such interrupt vector")
 		}
+		v &= 1<<17 - 1
+	case nvme.FeatureWriteAtomicity:
+		v &= nvme.WriteAtomicityDisableNormal
+	case nvme.FeatureAsyncEvents:
+		v &= uint32(supportedEvents)
+	case nvme.FeatureQuiet:
+		v &= nvme.FeatureQuietOn
 	}
+	values[k] = v
 	return result{}
 }
 
-// setQueues grants what was asked for, up to what there is.
-func (c *Controller) setQueues(ask nvme.QueueCounts) result {
+// checkQueues grants what was asked for, up to what there is.
+func (c *Controller) checkQueues(ask nvme.QueueCounts, values map[featureKey]uint32) result {
 	if c.queues.any() {
 		return fail(nvme.StatusSequenceError, dword(10, 0), "there are I/O queues")
 	}
@@ -254,33 +302,24 @@ func (c *Controller) setQueues(ask nvme.QueueCounts) result {
 		return fail(nvme.StatusInvalidField, dword(11, 0), "65536 queues")
 	}
 	most, _ := nvme.ToZeroBased16(uint32(c.cfg.MaxIOQueues))
-	c.feat.queues = nvme.MakeQueueCounts(min(ask.SQs(), most), min(ask.CQs(), most))
-	return result{dw0: uint32(c.feat.queues)}
+	granted := uint32(nvme.MakeQueueCounts(min(ask.SQs(), most), min(ask.CQs(), most)))
+	values[featureKey{fid: nvme.FeatureQueues}] = granted
+	return result{dw0: granted}
 }
 
-func (c *Controller) setVectorConfig(v nvme.VectorConfig) result {
-	if v.Vector() >= c.cfg.Vectors {
-		return fail(nvme.StatusInvalidField, dword(11, 0), "no such interrupt vector")
+// applyFeature does what a value that was just set asks for.
+func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
+	switch fid {
+	case nvme.FeatureTemperature, nvme.FeatureAsyncEvents:
+		c.checkHealth()
+	case nvme.FeatureCoalescing:
+		x := nvme.Coalescing(v)
+		c.dp.SetCoalescing(uint8(x.Threshold()), x.Time100us())
+	case nvme.FeatureVectorConfig:
+		x := nvme.VectorConfig(v)
+		c.dp.SetVectorConfig(x.Vector(), x.CoalescingDisabled())
+	case nvme.FeatureQuiet:
+		c.feat.quiet = v&nvme.FeatureQuietOn != 0
+		c.dp.SetQuiet(c.feat.quiet)
 	}
-	if c.feat.uncoalesced == nil {
-		c.feat.uncoalesced = map[uint16]bool{}
-	}
-	if v.CoalescingDisabled() {
-		c.feat.uncoalesced[v.Vector()] = true
-	} else {
-		delete(c.feat.uncoalesced, v.Vector())
-	}
-	c.dp.SetVectorConfig(v.Vector(), v.CoalescingDisabled())
-	return result{}
-}
-
-func (c *Controller) setTimestamp(cmd *nvme.Command) result {
-	t := new(nvme.Timestamp)
-	if r := c.fromHost(cmd, t[:]); !r.status.OK() {
-		return r
-	}
-	c.feat.timestamp = t.Milliseconds()
-	c.feat.timestampSet = c.now()
-	c.feat.timestampOrigin = nvme.TimestampOriginHost
-	return result{}
 }

@@ -8,6 +8,10 @@ import (
 )
 
 func TestFeatureSelect(t *testing.T) {
+	const (
+		changeable = nvme.FeatureCapChangeable
+		saveable   = nvme.FeatureCapChangeable | nvme.FeatureCapSaveable
+	)
 	h := newEnabled(t, testConfig())
 	for _, tt := range []struct {
 		fid       nvme.FeatureID
@@ -16,15 +20,15 @@ func TestFeatureSelect(t *testing.T) {
 		dflt      uint32
 		caps      uint32
 	}{
-		{nvme.FeatureArbitration, 0, 0x010203fb, 0x01020303, 7, nvme.FeatureCapChangeable},
-		{nvme.FeaturePowerManagement, 0, 0x20, 0x20, 0, nvme.FeatureCapChangeable},
-		{nvme.FeatureErrorRecovery, 1, 0x1234, 0x1234, 0, nvme.FeatureCapChangeable | nvme.FeatureCapNamespace},
+		{nvme.FeatureArbitration, 0, 0x010203fb, 0x01020303, 7, saveable},
+		{nvme.FeaturePowerManagement, 0, 0x20, 0x20, 0, saveable},
+		{nvme.FeatureErrorRecovery, 1, 0x1234, 0x1234, 0, saveable | nvme.FeatureCapNamespace},
 		{nvme.FeatureWriteCache, 0, 1, 1, 1, 0},
-		{nvme.FeatureQueues, 0, 0x00020001, 0x00020001, 0x003f003f, nvme.FeatureCapChangeable},
-		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, nvme.FeatureCapChangeable},
-		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, nvme.FeatureCapChangeable},
-		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x11f, 0, nvme.FeatureCapChangeable},
-		{nvme.FeatureQuiet, 0, 1, 1, 0, nvme.FeatureCapChangeable},
+		{nvme.FeatureQueues, 0, 0x00020001, 0x00020001, 0x003f003f, changeable},
+		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, saveable},
+		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, saveable},
+		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x11f, 0, saveable},
+		{nvme.FeatureQuiet, 0, 1, 1, 0, changeable},
 	} {
 		t.Run(tt.fid.String(), func(t *testing.T) {
 			h.TB = t
@@ -32,26 +36,41 @@ func TestFeatureSelect(t *testing.T) {
 				t.Errorf("at first %#x, want %#x", got, tt.dflt)
 			}
 			h.ok(setFeature(tt.fid, tt.nsid, tt.set))
-			for sel, want := range map[nvme.FeatureSelect]uint32{
-				nvme.FeatureCurrent: tt.want, nvme.FeatureDefault: tt.dflt, nvme.FeatureSaved: tt.dflt, nvme.FeatureSupported: tt.caps,
-			} {
-				if got := h.ok(getFeature(tt.fid, tt.nsid, sel, 0)); got != want {
-					t.Errorf("select %d: %#x, want %#x", sel, got, want)
+			selects := func(current, saved uint32) {
+				for sel, want := range map[nvme.FeatureSelect]uint32{
+					nvme.FeatureCurrent: current, nvme.FeatureDefault: tt.dflt, nvme.FeatureSaved: saved, nvme.FeatureSupported: tt.caps,
+				} {
+					if got := h.ok(getFeature(tt.fid, tt.nsid, sel, 0)); got != want {
+						t.Errorf("select %d: %#x, want %#x", sel, got, want)
+					}
 				}
 			}
+			selects(tt.want, tt.dflt)
 			h.fails(getFeature(tt.fid, tt.nsid, 5, 0), nvme.StatusInvalidField)
 			save := setFeature(tt.fid, tt.nsid, tt.set)
 			save.CDW10 |= 1 << 31
-			h.fails(save, nvme.StatusFeatureNotSaveable)
+			if tt.caps&nvme.FeatureCapSaveable == 0 {
+				h.fails(save, nvme.StatusFeatureNotSaveable)
+				return
+			}
+			h.ok(save)
+			h.ok(setFeature(tt.fid, tt.nsid, tt.dflt))
+			selects(tt.dflt, tt.want)
 		})
 	}
 	h.TB = t
+	h.dp.calls = nil
 	h.disable()
 	h.enable()
-	if got := h.ok(getFeature(nvme.FeatureArbitration, 0, nvme.FeatureCurrent, 0)); got != 7 {
-		t.Errorf("after a reset arbitration is %#x", got)
+	for fid, want := range map[nvme.FeatureID]uint32{
+		nvme.FeatureArbitration: 0x01020303, nvme.FeatureCoalescing: 0x0507, nvme.FeatureAsyncEvents: 0x11f, // saved
+		nvme.FeatureQueues: 0x003f003f, nvme.FeatureQuiet: 0, // not
+	} {
+		if got := h.ok(getFeature(fid, 0, nvme.FeatureCurrent, 0)); got != want {
+			t.Errorf("%v after a reset: %#x, want %#x", fid, got, want)
+		}
 	}
-	for _, call := range []string{"SetCoalescing 7 5", "SetCoalescing 0 0", "SetQuiet true", "SetQuiet false"} {
+	for _, call := range []string{"SetCoalescing 7 5", "SetQuiet false"} {
 		if !h.dp.called(call) {
 			t.Errorf("the data path was not told %q: %q", call, h.dp.calls)
 		}

@@ -23,40 +23,15 @@ const (
 	featureScopeController = 1 << 21
 )
 
-// errorLog keeps the newest errors in a ring. It outlives resets, as the spec asks.
-type errorLog struct {
-	entry []nvme.ErrorLogEntry // made with the first error: an idle controller is small
-	count uint64               // of all errors ever
-}
-
-func (l *errorLog) add(e nvme.ErrorLogEntry, status nvme.Status) {
-	l.count++
-	e.Count = l.count
-	e.SetStatus(status)
-	if l.entry == nil {
-		l.entry = make([]nvme.ErrorLogEntry, errorLogSize)
-	}
-	l.entry[(l.count-1)%errorLogSize] = e
-}
-
-// page returns the log with the newest error first.
-func (l *errorLog) page() []byte {
-	p := make([]byte, 0, errorLogSize*errorEntrySize)
-	for i := range min(l.count, errorLogSize) {
-		p = append(p, l.entry[(l.count-1-i)%errorLogSize].Bytes()[:]...)
-	}
-	return p[:cap(p)]
-}
-
 // health is what the SMART and the Changed Namespace List log are made of.
 type health struct {
-	start    time.Time
 	reported uint8    // SMARTWarning bits that hold and were seen by checkHealth
 	changed  []uint32 // rising
 }
 
 func (c *Controller) criticalWarning() uint8 {
-	if compositeTemperature >= c.feat.tempOver || compositeTemperature <= c.feat.tempUnder {
+	over, under := c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempOver}), c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempUnder})
+	if compositeTemperature >= over || compositeTemperature <= under {
 		return nvme.SMARTWarningTemperature
 	}
 	return 0
@@ -64,7 +39,7 @@ func (c *Controller) criticalWarning() uint8 {
 
 // checkHealth raises an event for a warning that has come up and that the host wants to hear of.
 func (c *Controller) checkHealth() {
-	w := c.criticalWarning() & c.feat.events.SMART()
+	w := c.criticalWarning() & c.eventConfig().SMART()
 	if w&^c.health.reported != 0 {
 		c.raise(nvme.MakeAsyncEvent(nvme.EventSMART, nvme.EventSMARTTemperature, nvme.LogSMART))
 	}
@@ -127,7 +102,7 @@ func (c *Controller) logPage(lid nvme.LogPage) []byte {
 		}
 		return l.Bytes()[:]
 	case nvme.LogError:
-		return c.errors.page()
+		return c.cfg.Persistent.errorPage()
 	case nvme.LogSMART:
 		return c.smart().Bytes()[:]
 	case nvme.LogFirmwareSlot:
@@ -147,22 +122,21 @@ func (c *Controller) logPage(lid nvme.LogPage) []byte {
 }
 
 func (c *Controller) smart() *nvme.SMARTLog {
-	s := c.cfg.Stats()
+	c.sample()
 	count := func(v uint64) nvme.Uint128 { return nvme.Uint128{Lo: v} }
-	l := &nvme.SMARTLog{
-		CriticalWarning:  c.criticalWarning(),
-		AvailableSpare:   100,
-		SpareThreshold:   10,
-		DataUnitsRead:    nvme.DataUnits(s.ReadBytes),
-		DataUnitsWritten: nvme.DataUnits(s.WriteBytes),
-		HostReads:        count(s.ReadCommands),
-		HostWrites:       count(s.WriteCommands),
-		BusyMinutes:      count(uint64(s.Busy / time.Minute)),
-		PowerCycles:      count(1),
-		PowerOnHours:     count(uint64(c.now().Sub(c.health.start) / time.Hour)),
-		MediaErrors:      count(s.MediaErrors),
-		ErrorLogEntries:  count(c.errors.count),
-	}
+	l := &nvme.SMARTLog{CriticalWarning: c.criticalWarning(), AvailableSpare: 100, SpareThreshold: 10}
+	c.cfg.Persistent.read(func(v *persisted) {
+		l.DataUnitsRead = nvme.DataUnits(v.IO.ReadBytes)
+		l.DataUnitsWritten = nvme.DataUnits(v.IO.WriteBytes)
+		l.HostReads = count(v.IO.ReadCommands)
+		l.HostWrites = count(v.IO.WriteCommands)
+		l.BusyMinutes = count(uint64(v.IO.Busy / time.Minute))
+		l.PowerCycles = count(v.PowerCycles)
+		l.PowerOnHours = count(uint64(v.PowerOn / time.Hour))
+		l.UnsafeShutdowns = count(v.UnsafeShutdowns)
+		l.MediaErrors = count(v.IO.MediaErrors)
+		l.ErrorLogEntries = count(v.ErrorCount)
+	})
 	l.SetTemperature(compositeTemperature)
 	return l
 }

@@ -60,7 +60,7 @@ func (c *Controller) checkNewQueue(cmd *nvme.Command, exists bool, granted nvme.
 
 func (c *Controller) createCQ(cmd *nvme.Command) result {
 	qid := cmd.QID()
-	if r, ok := c.checkNewQueue(cmd, c.queues.hasCQ(qid), c.feat.queues.CQs()); !ok {
+	if r, ok := c.checkNewQueue(cmd, c.queues.hasCQ(qid), c.queueCounts().CQs()); !ok {
 		return r
 	}
 	if cmd.CQVector() >= c.cfg.Vectors {
@@ -80,11 +80,11 @@ func (c *Controller) createCQ(cmd *nvme.Command) result {
 
 func (c *Controller) createSQ(cmd *nvme.Command) result {
 	qid, cqid := cmd.QID(), cmd.SQCQID()
-	if r, ok := c.checkNewQueue(cmd, c.queues.hasSQ(qid), c.feat.queues.SQs()); !ok {
+	if r, ok := c.checkNewQueue(cmd, c.queues.hasSQ(qid), c.queueCounts().SQs()); !ok {
 		return r
 	}
 	switch {
-	case cqid == 0 || uint32(cqid) > c.feat.queues.CQs().Count():
+	case cqid == 0 || uint32(cqid) > c.queueCounts().CQs().Count():
 		return fail(nvme.StatusInvalidQueueID, dword(11, 16), "CQ id is 0 or more than was granted")
 	case !c.queues.hasCQ(cqid):
 		return fail(nvme.StatusInvalidCQ, dword(11, 16), "no such CQ")
