@@ -93,7 +93,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 	s.ctl = ctrl.New(ctrl.Config{
 		CNTLID: uint16(p.index + 1), SubNQN: nqn, Serial: serial, Model: "shadowbell NVMe", Firmware: "1.0",
 		Namespaces: p.namespaces, MaxIOQueues: maxQueues, MaxDepth: maxDepth, MDTSBytes: mdtsBytes, Vectors: vectors,
-		Mode: p.mode, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats,
+		Mode: p.mode, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
 		Wake: s.kickAdmin,
 	}, s.data, guestMemory{s.mem})
 	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
@@ -341,6 +341,7 @@ func (s *session) stats() ctrl.IOStats {
 	d := s.data.Stats()
 	return ctrl.IOStats{
 		ReadBytes: d.BytesRead, WriteBytes: d.BytesWritten, ReadCommands: d.Reads, WriteCommands: d.Writes,
+		MediaErrors: d.MediaErrors, Busy: d.Busy,
 	}
 }
 

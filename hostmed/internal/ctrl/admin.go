@@ -201,6 +201,7 @@ func (c *Controller) run(cmd *nvme.Command) {
 // finish completes a command that was run.
 func (c *Controller) finish(cmd *nvme.Command, r result) {
 	if !r.status.OK() {
+		c.takeIOErrors()
 		c.cfg.Persistent.addError(nvme.ErrorLogEntry{CID: cmd.CID, Location: uint16(r.loc), NSID: cmd.NSID}, r.status.WithMore())
 		r.status = r.status.WithMore() // the error log has more
 		c.log.failed(cmd, &r)

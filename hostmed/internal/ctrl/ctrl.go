@@ -126,6 +126,15 @@ type IOStats struct {
 	Busy                        time.Duration // with at least one command outstanding
 }
 
+// IOError is an I/O command that failed, as the error log has it.
+type IOError struct {
+	SQID, CID uint16
+	Status    nvme.Status // as in the completion
+	Location  uint16      // Parameter Error Location; 0xffff: none
+	NSID      uint32
+	LBA       uint64
+}
+
 // Config is one controller. Zeroes take the default in brackets.
 type Config struct {
 	CNTLID                          uint16
@@ -141,6 +150,8 @@ type Config struct {
 	Logger                          hclog.Logger   // [none]
 	Stats                           func() IOStats // [nothing was done]
 	Persistent                      *Persistent    // of this controller's identity, used by one Controller at a time [one that ends with it]
+	// IOErrors returns the I/O commands that failed since it was called last: how many, and the newest, oldest first. [none did]
+	IOErrors func() (newest []IOError, n uint64)
 
 	// Wake makes the session call AdminKick soon. It is called from any goroutine, and must not block. [mail waits for the
 	// next doorbell]
@@ -201,6 +212,9 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	}
 	if cfgp.Stats == nil {
 		cfgp.Stats = func() IOStats { return IOStats{} }
+	}
+	if cfgp.IOErrors == nil {
+		cfgp.IOErrors = func() ([]IOError, uint64) { return nil, 0 }
 	}
 	if cfgp.Wake == nil {
 		cfgp.Wake = func() {}

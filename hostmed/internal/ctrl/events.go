@@ -44,14 +44,20 @@ func (c *Controller) QueueError(qid uint16, kind QueueErrorKind) {
 }
 
 func (c *Controller) queueError(qid uint16, kind QueueErrorKind) {
+	c.takeIOErrors()
 	c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: qid, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusSuccess)
 	c.raise(nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError))
 }
 
-// RecordIOError puts a failed I/O command in the error log. The completion of one that was recorded
-// should carry the More bit.
-func (c *Controller) RecordIOError(sqid, cid uint16, status nvme.Status, nsid uint32, lba uint64) {
-	c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: sqid, CID: cid, Location: uint16(nowhere), NSID: nsid, LBA: lba}, status)
+// takeIOErrors brings the error log up to date. Those that are too many for it are counted.
+func (c *Controller) takeIOErrors() {
+	newest, n := c.cfg.IOErrors()
+	if missed := n - uint64(len(newest)); missed > 0 {
+		c.cfg.Persistent.update(func(v *persisted) { v.ErrorCount += missed })
+	}
+	for _, e := range newest {
+		c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: e.SQID, CID: e.CID, Location: e.Location, NSID: e.NSID, LBA: e.LBA}, e.Status)
+	}
 }
 
 // UpdateNamespaces replaces the namespaces. Ids that came, went or changed size go to the Changed Namespace List,

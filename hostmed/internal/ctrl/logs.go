@@ -62,6 +62,7 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 	case cmd.LID() == nvme.LogCommandEffects && cmd.LogCSI() != nvme.CSINVM:
 		return fail(nvme.StatusInvalidField, dword(14, 24), "only the NVM command set is there")
 	}
+	c.takeIOErrors()
 	page := c.logPage(cmd.LID())
 	if off > uint64(len(page)) {
 		return fail(nvme.StatusInvalidField, dword(12, 0), "offset is behind the log page")

@@ -26,12 +26,17 @@ func TestErrorLog(t *testing.T) {
 	h.fails(createSQ(5, 16, 0), nvme.StatusInvalidQueueID)
 	first := h.cid
 	h.fails(identifyCmd(nvme.CNSNamespace, 99), nvme.StatusInvalidNamespace)
-	h.c.RecordIOError(3, 42, nvme.StatusLBAOutOfRange, 1, 12345)
+	failed := []IOError{{SQID: 3, CID: 42, Status: nvme.StatusLBAOutOfRange, NSID: 1, LBA: 12345, Location: 40}}
+	h.c.cfg.IOErrors = func() ([]IOError, uint64) {
+		f := failed
+		failed = nil
+		return f, uint64(len(f))
+	}
 	es := h.errorEntries(4)
 	if es[3].Count != 0 {
 		t.Errorf("an entry that is none: %+v", es[3])
 	}
-	if e := es[0]; e.Count != 3 || e.SQID != 3 || e.CID != 42 || e.Status() != nvme.StatusLBAOutOfRange || e.LBA != 12345 || e.NSID != 1 {
+	if e := es[0]; e.Count != 3 || e.SQID != 3 || e.CID != 42 || e.Status() != nvme.StatusLBAOutOfRange || e.LBA != 12345 || e.NSID != 1 || e.Location != 40 {
 		t.Errorf("I/O error %+v", e)
 	}
 	if e := es[1]; e.Count != 2 || e.CID != first+1 || e.NSID != 99 || e.Location != uint16(inNSID) {
@@ -40,12 +45,26 @@ func TestErrorLog(t *testing.T) {
 	if e := es[2]; e.Count != 1 || e.SQID != 0 || e.CID != first || e.Status() != nvme.StatusInvalidQueueID.WithDNR().WithMore() || e.Location != 46 {
 		t.Errorf("first error %+v, want location dword 11 bit 16 = byte 46", e)
 	}
-	for range 100 {
+	for range 98 {
 		h.fails(nvme.Command{Opcode: 0xff}, nvme.StatusInvalidOpcode)
+	}
+	// Of three, the first is not told any more.
+	failed = []IOError{{SQID: 1, CID: 2}, {SQID: 1, CID: 3}}
+	h.c.cfg.IOErrors = func() ([]IOError, uint64) {
+		f := failed
+		failed = nil
+		return f, uint64(len(f)) * 3 / 2
+	}
+	if e := h.errorEntries(1)[0]; e.Count != 104 || e.CID != 3 {
+		t.Errorf("the newest of three: %+v", e)
 	}
 	es = h.errorEntries(65)
 	for i, e := range es[:64] {
-		if e.Count != uint64(103-i) {
+		want := 104 - i
+		if i > 1 {
+			want-- // one was left out
+		}
+		if e.Count != uint64(want) {
 			t.Fatalf("entry %d has count %d", i, e.Count)
 		}
 	}
@@ -54,7 +73,7 @@ func TestErrorLog(t *testing.T) {
 	}
 	h.disable()
 	h.enable()
-	if e := h.errorEntries(1)[0]; e.Count != 103 {
+	if e := h.errorEntries(1)[0]; e.Count != 104 {
 		t.Error("the log did not survive a reset")
 	}
 }

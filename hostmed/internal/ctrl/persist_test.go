@@ -189,10 +189,11 @@ func TestSavesAreLazy(t *testing.T) {
 		store := &countingStore{Store: state.NewMemory()}
 		p := openPersistent(t, store)
 		h := connect(t, p, new(IOStats))
+		h.c.cfg.IOErrors = func() ([]IOError, uint64) { return []IOError{{SQID: 1, Status: nvme.StatusLBAOutOfRange}}, 1 }
 		time.Sleep(saveAfter + time.Second)
 		was := store.saves()
 		for range 10_000 {
-			h.c.RecordIOError(1, 2, nvme.StatusLBAOutOfRange, 1, 3)
+			h.c.takeIOErrors()
 		}
 		if store.saves() != was {
 			t.Errorf("%d saves while the session waited", store.saves()-was)
@@ -203,7 +204,7 @@ func TestSavesAreLazy(t *testing.T) {
 		}
 		was = store.saves()
 		store.fail(errors.New("no room"))
-		h.c.RecordIOError(1, 2, nvme.StatusLBAOutOfRange, 1, 3)
+		h.c.takeIOErrors()
 		time.Sleep(saveAfter + time.Second)
 		if store.saves() != was+1 || !p.failed {
 			t.Errorf("%d saves, failed %v", store.saves()-was, p.failed)
@@ -217,7 +218,7 @@ func TestSavesAreLazy(t *testing.T) {
 			t.Errorf("%d errors were saved, want 10001", n)
 		}
 		was = store.saves()
-		h.c.RecordIOError(1, 2, nvme.StatusLBAOutOfRange, 1, 3)
+		h.c.takeIOErrors()
 		time.Sleep(time.Hour)
 		if store.saves() != was {
 			t.Error("a save after Close")

@@ -2,6 +2,7 @@ package ioq
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -13,10 +14,7 @@ func (w *Worker) complete(r *request, st nvme.Status) {
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
 	} else {
-		g.stats.Errors++
-		if w.log.IsDebug() {
-			w.log.Debug("command failed", "sq", r.sq.qid, "command", r.cmd.Describe(false), "status", st.String())
-		}
+		st = w.failed(r, st)
 	}
 	if g.state != Failed {
 		if len(g.staged) == 0 {
@@ -140,9 +138,11 @@ type Stats struct {
 	Reads, Writes, Others   uint64
 	BytesRead, BytesWritten uint64
 	Errors                  uint64
+	MediaErrors             uint64 // of those, what the medium could not do
 	Interrupts              uint64
 	SQDoorbells             uint64 // that came as messages, each a VM exit in a guest; queue 0's not counted
 	CQDoorbells             uint64
+	Busy                    time.Duration // with a command outstanding, as far as the worker looked at its clock
 }
 
 // MMIO is how many doorbell writes an I/O command cost its driver; 0 before the first.
@@ -174,6 +174,7 @@ func (s *Stats) add(o Stats) {
 	s.BytesRead += o.BytesRead
 	s.BytesWritten += o.BytesWritten
 	s.Errors += o.Errors
+	s.MediaErrors += o.MediaErrors
 	s.Interrupts += o.Interrupts
 	s.SQDoorbells += o.SQDoorbells
 	s.CQDoorbells += o.CQDoorbells

@@ -63,6 +63,9 @@ type Controller struct {
 	cqs     []atomic.Pointer[group]
 	vectors []Vector
 
+	busy     busyClock
+	failures failures
+
 	rung [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
 
 	quiet      atomic.Bool // FeatureQuiet
@@ -275,8 +278,8 @@ func (w *Worker) remove(g *group) {
 		clear(list[len(keep):])
 		return keep
 	}
-	w.active, w.mapped, w.due = drop(w.active), drop(w.mapped), drop(w.due)
-	g.listed, g.inMapped = false, false
+	w.active, w.mapped, w.due, w.dozing = drop(w.active), drop(w.mapped), drop(w.due), drop(w.dozing)
+	g.listed, g.inMapped, g.dozing = false, false, false
 	if w.current == g {
 		w.current = nil
 	}
@@ -445,6 +448,7 @@ func (c *Controller) Stats() Stats {
 	s := c.past
 	s.SQDoorbells, s.CQDoorbells = c.rung[0].Load(), c.rung[1].Load()
 	c.each(func(_ *Worker, g *group) { s.add(g.stats) })
+	s.Busy = c.busy.get()
 	return s
 }
 

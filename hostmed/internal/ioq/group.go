@@ -48,6 +48,8 @@ type group struct {
 	staged   []ring.Entry // completions to be posted in this round
 
 	worked    bool  // since the last tick
+	dozing    bool  // on the worker's list of those
+	busyAt    int64 // up to when the controller's busy time is counted
 	idleSince int64 // ns; 0: not idle
 	limit     int64 // ns that polling may go on without work
 	budget    spin.Budget
@@ -153,6 +155,7 @@ func (w *Worker) rest(g *group) bool {
 	if g.state != Polling {
 		return true
 	}
+	w.countBusy(g)
 	if g.worked {
 		g.worked = false
 		if g.idleSince != 0 {
@@ -211,6 +214,10 @@ func (w *Worker) arm(g *group) bool {
 		w.mapped = append(w.mapped, g)
 		w.nap = firstNap
 	}
+	if g.inflight > 0 && !g.dozing {
+		g.dozing = true
+		w.dozing = append(w.dozing, g)
+	}
 	g.state = Armed
 	return true
 }
@@ -235,6 +242,9 @@ func (w *Worker) resume(g *group) {
 	w.current = g
 	g.state = Polling
 	g.idleSince = 0
+	if !g.dozing {
+		g.busyAt = w.now
+	}
 	w.behind(g)
 	if !g.listed {
 		g.listed = true

@@ -76,7 +76,7 @@ func TestReadWriteCompare(t *testing.T) {
 		if err := r.guest.Write(to+5000, []byte{^want[5000]}); err != nil {
 			t.Fatal(err)
 		}
-		if st := p.do(cmp); st != nvme.StatusCompareFailure {
+		if st := p.do(cmp); st.Code() != nvme.StatusCompareFailure {
 			t.Fatalf("compare of different data: %v", st)
 		}
 		zero := nvme.Command{Opcode: nvme.IOWriteZeroes, NSID: 1, CDW10: 8, CDW12: 7}

@@ -92,7 +92,7 @@ func TestSGL(t *testing.T) {
 			t.Errorf("a large bucket: %v", st)
 		}
 		cmp := r.sgl(rw(nvme.IOCompare, 8, 128, 0), prp.Extent{IOVA: base + to + 0x10000, Len: 20 << 10}, prp.Extent{IOVA: base + to, Len: 44 << 10})
-		if st := p.do(cmp); st != nvme.StatusCompareFailure {
+		if st := p.do(cmp); st.Code() != nvme.StatusCompareFailure {
 			t.Errorf("compare: %v", st)
 		}
 		r.put(to+0x20000, want)

@@ -11,7 +11,8 @@ import (
 
 // slow is a backend that finishes nothing before it is told to.
 type slow struct {
-	info backend.Info
+	info   backend.Info
+	status nvme.Status // of what finishes
 
 	mu     sync.Mutex
 	queues []*slowQueue
@@ -40,6 +41,7 @@ func (s *slow) finish(n int) int {
 	for _, q := range s.queues {
 		q.mu.Lock()
 		for len(q.held) > 0 && done < n {
+			q.held[0].Status = s.status
 			q.done = append(q.done, q.held[0])
 			q.held = q.held[1:]
 			done++
@@ -84,9 +86,6 @@ func (q *slowQueue) Reap(done []*backend.Request) int {
 	defer q.mu.Unlock()
 	n := copy(done, q.done)
 	q.done = q.done[n:]
-	for _, r := range done[:n] {
-		r.Status = nvme.StatusSuccess
-	}
 	q.inflight -= n
 	return n
 }

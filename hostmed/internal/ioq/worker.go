@@ -81,6 +81,7 @@ type Worker struct {
 
 	active []*group // polled
 	due    []*group // interrupts held back by coalescing
+	dozing []*group // armed, with commands in flight
 
 	// Doorbells that cannot wake the worker, because they are in a mapped page:
 	mapped  []*group      // idle groups
@@ -301,6 +302,9 @@ func (w *Worker) tick(work int) {
 	}
 	if len(w.due) > 0 {
 		w.fireDue()
+	}
+	if len(w.dozing) > 0 {
+		w.countDozing()
 	}
 	if len(w.active) > 0 {
 		if w.now-w.sockets >= socketPeriod {
