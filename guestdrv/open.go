@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
+	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
@@ -24,26 +24,19 @@ const (
 	minPool = 1 << 20
 )
 
-// Open opens the controller that name says and makes it ready for I/O:
-//
-//	vfio-user:PATH   the server that listens on the socket PATH, or on PATH/cntrl if PATH is a directory
-//
+// Open opens the controller that name says, for instance vfio-user:PATH (package device/devices has all kinds), and makes it ready for I/O.
 // ctx ends the attempt only. After Open the package opens nothing more: no file, no socket, no shared memory.
 func Open(ctx context.Context, name string, o Options) (*Controller, error) {
-	path, ok := vfiouser.IsName(name)
-	if !ok || path == "" {
-		return nil, fmt.Errorf("device %q: unknown kind, want %sPATH", name, vfiouser.Scheme)
-	}
 	o, err := o.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	dev, err := vfiouser.Open(ctx, vfiouser.Path(path))
+	dev, err := devices.Open(ctx, name)
 	if err != nil {
-		return nil, fmt.Errorf("%s%w", vfiouser.Scheme, err)
+		return nil, err
 	}
-	if dev.Unmapped != "" {
-		o.Logger.Warn("doorbells are not mapped", "reason", dev.Unmapped)
+	if notice := devices.Notice(dev); notice != "" {
+		o.Logger.Warn(notice)
 	}
 	return OpenDevice(ctx, dev, o)
 }

@@ -329,6 +329,14 @@ func (d *Device) Done() <-chan struct{} { return d.client.Done() }
 // Err returns why Done is closed.
 func (d *Device) Err() error { return wrap(d.client.Err()) }
 
+// Notice says why the doorbells of a server that offers to have them mapped are messages all the same.
+func (d *Device) Notice() string {
+	if d.Unmapped == "" {
+		return ""
+	}
+	return "doorbells are not mapped: " + d.Unmapped
+}
+
 // PeerPID returns the server's process id.
 func (d *Device) PeerPID() int { return int(d.client.PeerCred().Pid) }
 
