@@ -108,6 +108,8 @@ type DataPath interface {
 	// AdminDoorbells returns where queue 0's doorbells are written by MMIO, or the mapped
 	// doorbell page's first two words. Shadow pages are not its business (R16).
 	AdminDoorbells() (sqTail, cqHead *atomic.Uint32)
+	// ZeroAdminDoorbells sets both to 0. Whatever the driver then writes is new, also what they held before.
+	ZeroAdminDoorbells()
 }
 
 // Memory is guest memory by IOVA.

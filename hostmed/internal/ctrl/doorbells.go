@@ -76,12 +76,6 @@ func (d *adminDoorbell) detach() {
 	d.slot, d.ei, d.owned = nil, nil, false
 }
 
-func (c *Controller) zeroAdminDoorbells() {
-	sqTail, cqHead := c.dp.AdminDoorbells()
-	sqTail.Store(0)
-	cqHead.Store(0)
-}
-
 // doorbellPages are the pages in use; shadow is nil without.
 type doorbellPages struct {
 	shadow             *shm.Region

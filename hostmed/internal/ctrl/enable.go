@@ -95,7 +95,7 @@ func (c *Controller) mapAdminQueues() error {
 	if err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
-	c.zeroAdminDoorbells() // what was rung while disabled does not count
+	c.dp.ZeroAdminDoorbells() // what was rung while disabled does not count
 	c.admin = adminQueue{sq: sq, cq: cq}
 	return nil
 }
@@ -105,7 +105,7 @@ func (c *Controller) disable() {
 	c.ready = false
 	c.dp.Stop()
 	c.pages = doorbellPages{}
-	c.zeroAdminDoorbells()
+	c.dp.ZeroAdminDoorbells()
 	c.admin = adminQueue{}
 	c.forgetBackground()
 	c.queues = newQueueTable(c.cfg.MaxIOQueues)

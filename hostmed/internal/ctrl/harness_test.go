@@ -112,6 +112,7 @@ func (f *fakePath) SetCoalescing(thr, time uint8)         { f.note("SetCoalescin
 func (f *fakePath) SetVectorConfig(v uint16, off bool)    { f.note("SetVectorConfig %d %v", v, off) }
 func (f *fakePath) Interrupt(uint16)                      { f.interrupts++ }
 func (f *fakePath) AdminDoorbells() (t, h *atomic.Uint32) { return &f.tail, &f.head }
+func (f *fakePath) ZeroAdminDoorbells()                   { f.tail.Store(0); f.head.Store(0) }
 
 func (f *fakePath) Stop() {
 	if f.onStop != nil {

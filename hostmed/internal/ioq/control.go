@@ -440,6 +440,21 @@ func (c *Controller) Interrupt(vector uint16) {
 // AdminDoorbells returns queue 0's doorbell registers.
 func (c *Controller) AdminDoorbells() (sqTail, cqHead *atomic.Uint32) { return c.admin[0], c.admin[1] }
 
+// ZeroAdminDoorbells sets them to 0. Where the worker watches them, it forgets what it has seen: a driver that resets the controller rings
+// the same values again, and the worker need not have looked in between.
+func (c *Controller) ZeroAdminDoorbells() {
+	zero := func() {
+		c.admin[0].Store(0)
+		c.admin[1].Store(0)
+		c.adminSeen = [2]uint32{}
+	}
+	if c.mode != ctrl.Mmap {
+		zero()
+		return
+	}
+	c.cfg.Home.Call(zero)
+}
+
 // Abort cannot take back what a backend has begun, and everything that was fetched has begun.
 func (c *Controller) Abort(sqid, cid uint16) bool { return false }
 

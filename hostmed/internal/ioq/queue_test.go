@@ -432,3 +432,14 @@ func TestMappedAdminDoorbellIsSeen(t *testing.T) {
 		r.eventually("the session to be told", func() bool { return r.admin.Load() > i })
 	}
 }
+
+// A driver that resets the controller rings the value that it rang before. The worker may not have looked while it was 0.
+func TestMappedAdminDoorbellIsSeenAfterAReset(t *testing.T) {
+	r := newRig(t, rigConfig{mode: ctrl.Mmap})
+	tail, _ := r.ctl.AdminDoorbells()
+	for i := range uint32(50) {
+		r.ctl.ZeroAdminDoorbells()
+		tail.Store(1)
+		r.eventually("the session to be told", func() bool { return r.admin.Load() > i })
+	}
+}
