@@ -210,6 +210,7 @@ func TestSavesAreLazy(t *testing.T) {
 			t.Errorf("%d saves, failed %v", store.saves()-was, p.failed)
 		}
 		store.fail(nil)
+		h.c.cfg.IOErrors = func() ([]IOError, uint64) { return nil, 0 }
 		h.c.Close()
 		if err := p.Close(); err != nil {
 			t.Fatal(err)
