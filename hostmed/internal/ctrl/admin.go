@@ -270,7 +270,7 @@ func (c *Controller) fromHost(cmd *nvme.Command, data []byte) result {
 }
 
 func (c *Controller) transfer(cmd *nvme.Command, data []byte, copyTo func(iova uint64, p []byte) bool) result {
-	maxPages := int(c.cfg.MDTSBytes/c.pageSize) + 1
+	maxPages := int(prp.Pages(uint64(c.pageSize-1), c.cfg.MDTSBytes, c.pageSize))
 	extents, status := prp.Walk(cmd.PRP1, cmd.PRP2, uint32(len(data)), c.pageSize, maxPages, c.mem, nil)
 	if !status.OK() {
 		return fail(status, inPRP1, "PRP")

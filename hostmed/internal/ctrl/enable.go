@@ -20,11 +20,16 @@ import (
 //
 // Each way to disabled stops the data path first, drops the doorbell pages, and says RDY=0 last (R21).
 
-// writeCC carries out a write of CC. While EN stays set only SHN can change.
+// writeCC carries out a write of CC. While EN stays set only SHN can change, and the sizes of I/O queue entries until there are I/O
+// queues: a host may wait for Identify to learn them. NVMe Base 2.0c 3.5.1.
 func (c *Controller) writeCC(v nvme.CC) {
 	old := c.regs.cc
 	if old.EN() && v.EN() {
-		v = old.WithSHN(v.SHN())
+		shn := v.SHN()
+		if c.queues.any() {
+			v = old
+		}
+		v = old.WithSHN(shn).WithIOSQES(v.IOSQES()).WithIOCQES(v.IOCQES())
 	}
 	c.regs.cc = v
 	switch {
@@ -34,7 +39,7 @@ func (c *Controller) writeCC(v nvme.CC) {
 		c.disable()
 		c.log.debug("controller disabled")
 	}
-	if v.SHN() != nvme.SHNNone && c.regs.csts.SHST() == nvme.SHSTNormal {
+	if (v.SHN() == nvme.SHNNormal || v.SHN() == nvme.SHNAbrupt) && c.regs.csts.SHST() == nvme.SHSTNormal {
 		c.shutdown()
 	}
 }
@@ -58,18 +63,14 @@ func (c *Controller) enable() {
 	c.log.debug("controller enabled", "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 
-// checkCC checks what CC asks for against CAP.
+// checkCC checks what CC asks for against CAP. The sizes of I/O queue entries count when a queue is created.
 func (c *Controller) checkCC() error {
 	cc, caps := c.regs.cc, c.regs.cap
 	switch {
-	case cc.IOSQES() != 6:
-		return fmt.Errorf("CC.IOSQES is %d, must be 6 (64 bytes)", cc.IOSQES())
-	case cc.IOCQES() != 4:
-		return fmt.Errorf("CC.IOCQES is %d, must be 4 (16 bytes)", cc.IOCQES())
 	case cc.MPS() < caps.MPSMIN() || cc.MPS() > caps.MPSMAX():
 		return fmt.Errorf("CC.MPS is %d, CAP allows %d to %d", cc.MPS(), caps.MPSMIN(), caps.MPSMAX())
-	case cc.CSS() != nvme.CSSNVM:
-		return fmt.Errorf("CC.CSS is %d, only the NVM command set (0) is supported", cc.CSS())
+	case cc.CSS() != nvme.CSSNVM && cc.CSS() != nvme.CSSIOCS:
+		return fmt.Errorf("CC.CSS is %d, CAP allows the NVM command set (0) and all command sets (6), which is the same here", cc.CSS())
 	case cc.AMS() != 0:
 		return fmt.Errorf("CC.AMS is %d, only round robin (0) is supported", cc.AMS())
 	}
@@ -78,6 +79,9 @@ func (c *Controller) checkCC() error {
 
 // mapAdminQueues makes the admin queues from AQA, ASQ and ACQ.
 func (c *Controller) mapAdminQueues() error {
+	if last := uint64(c.pageSize - 1); c.regs.asq&last != 0 || c.regs.acq&last != 0 {
+		return fmt.Errorf("admin queues at %#x and %#x are not aligned to memory pages of %d bytes (CC.MPS)", c.regs.asq, c.regs.acq, c.pageSize)
+	}
 	sqSize, cqSize := c.regs.aqa.ASQS().Count(), c.regs.aqa.ACQS().Count()
 	sqMem, err := c.mem.View(c.regs.asq, uint64(sqSize)*ring.SQESize)
 	if err != nil {

@@ -140,6 +140,8 @@ type host struct {
 	sq  *ring.SQProducer
 	cq  *ring.CQConsumer
 	cid uint16
+
+	sqAt, cqAt uint64 // the admin queues
 }
 
 func testConfig() Config {
@@ -174,17 +176,24 @@ func newEnabled(t testing.TB, cfg Config) *host {
 
 const goodCC = nvme.CC(1 | 6<<16 | 4<<20)
 
-func (h *host) enable() {
+func (h *host) enable() { h.Helper(); h.enableWith(goodCC, 0) }
+
+// enableWith enables with cc and has the admin queues off bytes above their usual places.
+func (h *host) enableWith(cc nvme.CC, off uint64) {
 	h.Helper()
-	for _, iova := range []uint64{sqIOVA, cqIOVA} {
+	h.sqAt, h.cqAt = sqIOVA+off, cqIOVA+off
+	if off > 0 {
+		h.cqAt = h.sqAt + off
+	}
+	for _, iova := range []uint64{h.sqAt, h.cqAt} {
 		if err := h.mem.r.Zero(iova-ramBase, 0x1000); err != nil {
 			h.Fatal(err)
 		}
 	}
 	h.writeReg(nvme.RegAQA, 4, (adminDepth-1)|(adminDepth-1)<<16)
-	h.writeReg(nvme.RegASQ, 8, sqIOVA)
-	h.writeReg(nvme.RegACQ, 8, cqIOVA)
-	h.writeReg(nvme.RegCC, 4, uint64(goodCC))
+	h.writeReg(nvme.RegASQ, 8, h.sqAt)
+	h.writeReg(nvme.RegACQ, 8, h.cqAt)
+	h.writeReg(nvme.RegCC, 4, uint64(cc))
 	if st := h.csts(); !st.RDY() || st.CFS() {
 		h.Fatalf("after enable: %v", st)
 	}
@@ -192,8 +201,8 @@ func (h *host) enable() {
 }
 
 func (h *host) newRings() {
-	sqMem, err1 := h.mem.View(sqIOVA, adminDepth*ring.SQESize)
-	cqMem, err2 := h.mem.View(cqIOVA, adminDepth*ring.CQESize)
+	sqMem, err1 := h.mem.View(h.sqAt, adminDepth*ring.SQESize)
+	cqMem, err2 := h.mem.View(h.cqAt, adminDepth*ring.CQESize)
 	if err := errors.Join(err1, err2); err != nil {
 		h.Fatal(err)
 	}

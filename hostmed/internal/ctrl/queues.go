@@ -50,6 +50,8 @@ func (c *Controller) checkNewQueue(cmd *nvme.Command, exists bool, granted nvme.
 		return fail(nvme.StatusInvalidQueueID, dword(10, 0), "queue exists"), false
 	case size == 0 || size > c.regs.cap.MQES():
 		return fail(nvme.StatusInvalidQueueSize, dword(10, 16), "queue size is 1 or more than CAP.MQES"), false
+	case c.regs.cc.IOSQES() != 6 || c.regs.cc.IOCQES() != 4:
+		return fail(nvme.StatusInvalidQueueSize, nowhere, "CC.IOSQES is not 6 (64 bytes) or CC.IOCQES not 4 (16 bytes)"), false
 	case !cmd.QContiguous():
 		return fail(nvme.StatusInvalidField, dword(11, 0), "PC is 0 and CAP.CQR is 1"), false
 	case cmd.PRP1%uint64(c.pageSize) != 0:

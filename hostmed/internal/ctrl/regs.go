@@ -8,19 +8,20 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// ErrAccess is a register access that is not 1, 2, 4 or 8 bytes, not naturally aligned, or not below the doorbells.
+// ErrAccess is a register access that is not 1, 2, 4 or 8 bytes, not naturally aligned, or not below the doorbells. The spec wants
+// 4 or 8 bytes, and says nothing of others; firmware makes them.
 var ErrAccess = errors.New("invalid register access")
 
 const (
-	capTimeout = 20 // CAP.TO: 10 s
+	capTimeout = 20 // CAP.TO and CRTO.CRWMT: 10 s
+	maxMPS     = 4  // CAP.MPSMAX: 64 KiB
 	ccWritable = 0x00fffff1
 	aqaBits    = 0x0fff0fff
 	queueBase  = ^uint64(0xfff) // ASQ and ACQ are page aligned
 )
 
-// version is what VS and Identify say. Most hosts know 1.4 best, and it asks for
-// nothing that is not here.
-var version = nvme.MakeVersion(1, 4, 0)
+// version is what VS and Identify say.
+var version = nvme.MakeVersion(2, 0, 0)
 
 // registers are those that hold something. NVMe Base 2.0c 3.1.3.
 type registers struct {
@@ -40,7 +41,9 @@ func newRegisters(cfg *Config) registers {
 		WithTO(capTimeout).
 		WithDSTRD(cfg.DSTRD).
 		WithNSSRS(true).
-		WithCSS(nvme.CAPCSSNVM)}
+		WithCSS(nvme.CAPCSSNVM | nvme.CAPCSSIOCS).
+		WithMPSMAX(maxMPS).
+		WithCRMS(nvme.CAPCRMSMedia)}
 }
 
 // ReadReg reads len(p) bytes at off, below nvme.DoorbellBase.
@@ -113,6 +116,8 @@ func (c *Controller) readWord(off uint32) uint32 {
 		return uint32(r.acq)
 	case nvme.RegACQ + 4:
 		return uint32(r.acq >> 32)
+	case nvme.RegCRTO:
+		return capTimeout
 	}
 	return 0
 }

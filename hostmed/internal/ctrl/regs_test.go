@@ -1,6 +1,7 @@
 package ctrl
 
 import (
+	"bytes"
 	"errors"
 	"testing"
 	"testing/synctest"
@@ -11,7 +12,8 @@ import (
 func TestCapabilities(t *testing.T) {
 	h := newHost(t, testConfig())
 	cap := nvme.CAP(h.readReg(nvme.RegCAP, 8))
-	if cap.MQES().Count() != 4096 || !cap.CQR() || cap.CSS() != nvme.CAPCSSNVM || cap.DSTRD() != 0 || cap.MPSMIN() != 0 || !cap.NSSRS() || cap.TO() == 0 {
+	if cap.MQES().Count() != 4096 || !cap.CQR() || cap.CSS() != nvme.CAPCSSNVM|nvme.CAPCSSIOCS || cap.DSTRD() != 0 || cap.MPSMIN() != 0 || cap.MPSMAX() != 4 || !cap.NSSRS() ||
+		cap.TO() == 0 || cap.AMS() != 0 || cap.BPS() || cap.CPS() != 0 || cap.PMRS() || cap.CMBS() || cap.NSSS() || cap.CRMS() != nvme.CAPCRMSMedia {
 		t.Error(cap)
 	}
 	if lo, hi := h.readReg(nvme.RegCAP, 4), h.readReg(nvme.RegCAP+4, 4); lo|hi<<32 != uint64(cap) {
@@ -25,8 +27,16 @@ func TestCapabilities(t *testing.T) {
 	if got := h.readReg(2, 2); got != uint64(cap)>>16&0xffff {
 		t.Errorf("upper half of CAP.lo: %#x", got)
 	}
-	if v := nvme.Version(h.readReg(nvme.RegVS, 4)); v.Major() != 1 || v.Minor() != 4 {
+	if v := nvme.Version(h.readReg(nvme.RegVS, 4)); v.Major() != 2 || v.Minor() != 0 {
 		t.Errorf("VS %v", v)
+	}
+	if v := h.readReg(nvme.RegCRTO, 4); v != uint64(cap.TO()) {
+		t.Errorf("CRTO %#x, want CRWMT as CAP.TO and no CRIMT", v)
+	}
+	for _, off := range []uint64{nvme.RegCMBLOC, nvme.RegCMBSZ, nvme.RegBPINFO, nvme.RegBPMBL, nvme.RegCMBMSC, nvme.RegNSSD, nvme.RegPMRCAP, nvme.RegNSSR} {
+		if v := h.readReg(off, 4); v != 0 {
+			t.Errorf("%s is %#x", nvme.RegisterName(uint32(off)), v)
+		}
 	}
 }
 
@@ -108,12 +118,14 @@ func TestBadAccess(t *testing.T) {
 
 func TestEnableChecks(t *testing.T) {
 	for name, cc := range map[string]nvme.CC{
-		"IOSQES":  goodCC.WithIOSQES(5),
-		"IOCQES":  goodCC.WithIOCQES(0),
-		"MPS":     goodCC.WithMPS(1),
-		"CSS":     goodCC.WithCSS(nvme.CSSAdmin),
-		"CSS all": goodCC.WithCSS(nvme.CSSIOCS),
-		"AMS":     goodCC.WithAMS(1),
+		"MPS":                         goodCC.WithMPS(5),
+		"MPS 15":                      goodCC.WithMPS(15),
+		"CSS admin":                   goodCC.WithCSS(nvme.CSSAdmin),
+		"CSS 1":                       goodCC.WithCSS(1),
+		"CSS 5":                       goodCC.WithCSS(5),
+		"AMS":                         goodCC.WithAMS(1),
+		"AMS 7":                       goodCC.WithAMS(7),
+		"ASQ not aligned to the page": goodCC.WithMPS(4), // sqIOVA is 64 KiB aligned, cqIOVA is not
 	} {
 		h := newHost(t, testConfig())
 		h.writeReg(nvme.RegAQA, 4, 0x001f001f)
@@ -160,12 +172,71 @@ func TestEnabledRegistersAreLocked(t *testing.T) {
 	h.writeReg(nvme.RegASQ, 8, 0x5000)
 	h.writeReg(nvme.RegACQ+4, 4, 1)
 	h.writeReg(nvme.RegAQA, 4, 0)
-	h.writeReg(nvme.RegCC, 4, uint64(goodCC.WithMPS(3).WithIOSQES(0).WithCSS(7)))
+	h.ok(createCQ(1, 16, 1))
+	h.writeReg(nvme.RegCC, 4, uint64(goodCC.WithMPS(3).WithIOSQES(0).WithIOCQES(5).WithCSS(7).WithAMS(1)))
 	if h.readReg(nvme.RegASQ, 8) != sqIOVA || h.readReg(nvme.RegACQ, 8) != cqIOVA || h.readReg(nvme.RegAQA, 4) != 0x001f001f ||
 		nvme.CC(h.readReg(nvme.RegCC, 4)) != goodCC {
 		t.Error("a register in use was changed")
 	}
 	h.identify(nvme.CNSController, 0)
+}
+
+// The spec lets a host set the sizes of I/O queue entries when Identify has told it of them, before it creates queues.
+func TestEntrySizesAfterEnable(t *testing.T) {
+	h := newHost(t, testConfig())
+	h.enableWith(goodCC.WithIOSQES(0).WithIOCQES(0), 0)
+	h.identify(nvme.CNSController, 0)
+	for _, cc := range []nvme.CC{goodCC.WithIOSQES(0).WithIOCQES(0), goodCC.WithIOSQES(7), goodCC.WithIOCQES(5)} {
+		h.writeReg(nvme.RegCC, 4, uint64(cc))
+		h.fails(createCQ(1, 16, 0), nvme.StatusInvalidQueueSize)
+	}
+	h.writeReg(nvme.RegCC, 4, uint64(goodCC))
+	if !h.csts().RDY() {
+		t.Fatal(h.csts())
+	}
+	h.ok(createCQ(1, 16, 0))
+	h.ok(createSQ(1, 16, 1))
+}
+
+// Every memory page size and command set that CAP allows.
+func TestPageSizes(t *testing.T) {
+	for mps := range uint8(maxMPS + 1) {
+		for _, css := range []uint8{nvme.CSSNVM, nvme.CSSIOCS} {
+			cfg := testConfig()
+			cfg.MDTSBytes = 8 << 10
+			h := newHost(t, cfg)
+			size := uint64(4096) << mps
+			h.enableWith(goodCC.WithMPS(mps).WithCSS(css), 0x10000)
+			if h.c.PageSize() != uint32(size) {
+				t.Errorf("page size %d, want %d", h.c.PageSize(), size)
+			}
+			want := h.identify(nvme.CNSController, 0)
+			// Over the border of two memory pages: PRP2 is the second.
+			cmd := identifyCmd(nvme.CNSController, 0)
+			cmd.PRP1, cmd.PRP2 = ramBase+0x50000-8, ramBase+0x80000
+			h.ok(cmd)
+			got := make([]byte, nvme.IdentifySize)
+			if !h.mem.ReadIOVA(cmd.PRP1, got[:8]) || !h.mem.ReadIOVA(cmd.PRP2, got[8:]) || !bytes.Equal(got, want) {
+				t.Errorf("pages of %d: data over the border is wrong", size)
+			}
+			if mps > 0 {
+				cmd.PRP2 += 0x1000
+				h.fails(cmd, nvme.StatusPRPOffsetInvalid)
+				create := createCQ(1, 16, 0)
+				create.PRP1 = ramBase + 0x51000
+				h.fails(create, nvme.StatusPRPOffsetInvalid)
+			}
+			for _, iova := range []uint64{ramBase + 0x60000, ramBase + 0x70000} {
+				if err := h.mem.r.Zero(iova-ramBase, size); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h.ok(doorbellConfig(nvme.AdminDoorbellBufferConfig, ramBase+0x60000, ramBase+0x70000))
+			if h.dp.shadow.Len() != size {
+				t.Errorf("doorbell page of %d bytes, memory page of %d", h.dp.shadow.Len(), size)
+			}
+		}
+	}
 }
 
 // CC written a byte at a time, as a 2-byte and an 8-byte access.
@@ -234,6 +305,23 @@ func TestShutdownAgainAndAgain(t *testing.T) {
 		}
 		if h.c.flush.running {
 			t.Error("the flusher runs on")
+		}
+	})
+}
+
+// A reserved value of SHN asks for nothing; SHN may come with the write that disables.
+func TestShutdownNotifications(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newEnabled(t, testConfig())
+		h.writeReg(nvme.RegCC, 4, uint64(goodCC.WithSHN(3)))
+		synctest.Wait()
+		if st := h.csts(); st.SHST() != nvme.SHSTNormal {
+			t.Errorf("SHN 3: %v", st)
+		}
+		h.writeReg(nvme.RegCC, 4, uint64(goodCC.WithSHN(nvme.SHNNormal).WithEN(false)))
+		synctest.Wait()
+		if st := h.csts(); st.SHST() != nvme.SHSTComplete || st.RDY() {
+			t.Errorf("SHN with EN=0: %v", st)
 		}
 	})
 }
