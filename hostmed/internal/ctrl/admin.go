@@ -237,6 +237,9 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 		return c.getFeatures(cmd)
 	case nvme.AdminAsyncEventRequest:
 		return c.asyncEventRequest(cmd)
+	case nvme.AdminKeepAlive:
+		c.startKeepAlive()
+		return result{}
 	case nvme.AdminDoorbellBufferConfig, nvme.AdminDoorbellMemory2014:
 		if c.cfg.Mode == Shadow {
 			return c.doorbellBufferConfig(cmd)
@@ -250,6 +253,7 @@ func (c *Controller) adminOpcodes() []uint8 {
 	ops := []uint8{
 		nvme.AdminDeleteSQ, nvme.AdminCreateSQ, nvme.AdminGetLogPage, nvme.AdminDeleteCQ, nvme.AdminCreateCQ, nvme.AdminIdentify,
 		nvme.AdminAbort, nvme.AdminSetFeatures, nvme.AdminGetFeatures, nvme.AdminAsyncEventRequest,
+		nvme.AdminKeepAlive,
 	}
 	if c.cfg.Mode == Shadow {
 		ops = append(ops, nvme.AdminDoorbellBufferConfig, nvme.AdminDoorbellMemory2014)

@@ -181,6 +181,8 @@ type Controller struct {
 	health health
 	power  power
 
+	keepAlive keepAlive
+
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher
 	async        async
@@ -263,6 +265,7 @@ func (c *Controller) namespace(nsid uint32) *Namespace {
 // Close waits for a shutdown's flush and for what else runs in the background, after which the backends may be closed. The
 // data path is closed before. The controller is not used afterwards.
 func (c *Controller) Close() {
+	c.stopKeepAlive()
 	c.flush.wait.Wait()
 	c.closeAsync()
 	c.status() // a shutdown that nobody has looked at is one all the same

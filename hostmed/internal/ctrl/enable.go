@@ -112,6 +112,7 @@ func (c *Controller) disable() {
 	c.dp.ZeroAdminDoorbells()
 	c.admin = adminQueue{}
 	c.forgetBackground()
+	c.stopKeepAlive()
 	c.queues = newQueueTable(c.cfg.MaxIOQueues)
 	c.events = events{}
 	c.health.reported, c.health.changed = 0, nil
@@ -138,6 +139,7 @@ func (c *Controller) subsystemReset() {
 func (c *Controller) shutdown() {
 	c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTOccurs)
 	c.sample()
+	c.stopKeepAlive()
 	c.log.debug("controller shuts down", "shn", c.regs.cc.SHN())
 	c.shutdownDone = make(chan error, 1)
 	c.flush.start(c.dp.Flush, c.shutdownDone)
@@ -204,7 +206,10 @@ func (c *Controller) fatal(what string, cause error) {
 	log(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 
-var errUnmapped = errors.New("the client unmapped its memory")
+var (
+	errUnmapped  = errors.New("the client unmapped its memory")
+	errKeepAlive = errors.New("no Keep Alive command in time (feature 0Fh)")
+)
 
 // MemoryLost says that the client is unmapping [iova, iova+size); a size of 0, or an end beyond 2^64, means
 // all above iova. Doorbell pages in it are dropped (R25), an admin queue in it is the end of

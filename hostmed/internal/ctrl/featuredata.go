@@ -14,6 +14,7 @@ type featureData struct {
 	timestampSet    time.Time
 	timestampOrigin uint8
 	behavior        nvme.HostBehavior
+	apst            *apstTable // nil: as saved
 }
 
 func (c *Controller) newFeatureData() featureData {
@@ -22,7 +23,7 @@ func (c *Controller) newFeatureData() featureData {
 
 func (c *Controller) getFeatureData(cmd *nvme.Command) result {
 	f := c.feat.data
-	if cmd.FeatureSelect() != nvme.FeatureCurrent { // none of them can be saved
+	if cmd.FeatureSelect() != nvme.FeatureCurrent {
 		f = c.newFeatureData()
 	}
 	switch cmd.FID() {
@@ -32,6 +33,8 @@ func (c *Controller) getFeatureData(cmd *nvme.Command) result {
 		return c.toHost(cmd, t[:])
 	case nvme.FeatureHostBehavior:
 		return c.toHost(cmd, f.behavior.Bytes()[:])
+	case nvme.FeatureAPST:
+		return c.getAPST(cmd, f.apst)
 	}
 	return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
 }
@@ -56,6 +59,48 @@ func (c *Controller) setFeatureData(cmd *nvme.Command) result {
 		}
 		f.behavior = nvme.HostBehavior{ACRE: b.ACRE, ETDAS: b.ETDAS, LBAFEE: b.LBAFEE}
 		return result{}
+	case nvme.FeatureAPST:
+		return c.setAPST(cmd)
 	}
 	return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
+}
+
+// getAPST returns the table and, in DW0, whether it is in use. The default is an empty one that is not.
+func (c *Controller) getAPST(cmd *nvme.Command, table *apstTable) result {
+	k := featureKey{fid: nvme.FeatureAPST}
+	var on uint32
+	switch cmd.FeatureSelect() {
+	case nvme.FeatureCurrent:
+		on = c.featureOf(k)
+	case nvme.FeatureSaved:
+		on = c.featureSaved(k)
+	}
+	if table == nil {
+		table = new(apstTable)
+		if cmd.FeatureSelect() != nvme.FeatureDefault {
+			c.cfg.Persistent.read(func(v *persisted) { copy(table[:], v.APST) })
+		}
+	}
+	r := c.toHost(cmd, table.bytes())
+	r.dw0 = on
+	return r
+}
+
+func (c *Controller) setAPST(cmd *nvme.Command) result {
+	b := make([]byte, apstBytes)
+	if r := c.fromHost(cmd, b); !r.status.OK() {
+		return r
+	}
+	table, ok := checkAPST(b)
+	if !ok {
+		return fail(nvme.StatusInvalidField, inPRP1, "a transition to a state that does not exist or is operational")
+	}
+	k := featureKey{fid: nvme.FeatureAPST}
+	on := cmd.CDW11 & apstOn
+	c.feat.data.apst, c.feat.now[k] = &table, on
+	if cmd.FeatureSave() {
+		c.cfg.Persistent.saveFeatures(map[featureKey]uint32{k: on})
+		c.cfg.Persistent.update(func(v *persisted) { v.APST = table[:] })
+	}
+	return result{}
 }

@@ -41,6 +41,7 @@ type features struct {
 	now   map[featureKey]uint32
 	data  featureData
 	quiet bool // FeatureQuiet, for those who look often
+	power powerAccount
 }
 
 func (c *Controller) feature(fid nvme.FeatureID) uint32 { return c.featureOf(featureKey{fid: fid}) }
@@ -110,6 +111,7 @@ func (c *Controller) newFeatures() features {
 
 // applyFeatures tells the data path of features that were saved, when the controller is enabled.
 func (c *Controller) applyFeatures() {
+	c.enterPowerState(nvme.PowerManagement(c.feature(nvme.FeaturePowerManagement)).PS())
 	if v := nvme.Coalescing(c.feature(nvme.FeatureCoalescing)); v != 0 {
 		c.dp.SetCoalescing(uint8(v.Threshold()), v.Time100us())
 	}
@@ -140,11 +142,11 @@ func (c *Controller) writeCache() bool {
 func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 	switch fid {
 	case nvme.FeatureArbitration, nvme.FeaturePowerManagement, nvme.FeatureTemperature, nvme.FeatureCoalescing,
-		nvme.FeatureVectorConfig, nvme.FeatureWriteAtomicity, nvme.FeatureAsyncEvents:
+		nvme.FeatureVectorConfig, nvme.FeatureWriteAtomicity, nvme.FeatureAsyncEvents, nvme.FeatureAPST:
 		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable, true
 	case nvme.FeatureErrorRecovery:
 		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable | nvme.FeatureCapNamespace, true
-	case nvme.FeatureQueues, nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+	case nvme.FeatureQueues, nvme.FeatureTimestamp, nvme.FeatureKeepAlive, nvme.FeatureHostBehavior, nvme.FeatureCommandSetProfile:
 		return nvme.FeatureCapChangeable, true
 	case nvme.FeatureWriteCache:
 		return 0, c.writeCache() // it is always on
@@ -177,8 +179,12 @@ func (c *Controller) getFeatures(cmd *nvme.Command) result {
 	}
 	k := featureKey{fid: cmd.FID()}
 	switch k.fid {
-	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior, nvme.FeatureAPST:
 		return c.getFeatureData(cmd)
+	case nvme.FeaturePowerManagement:
+		if cmd.FeatureSelect() == nvme.FeatureCurrent {
+			return result{dw0: c.powerState()}
+		}
 	case nvme.FeatureTemperature:
 		t := nvme.TemperatureThreshold(cmd.CDW11)
 		if r := checkThreshold(t, t.Sensor() == nvme.TempSensorComposite); !r.status.OK() {
@@ -223,7 +229,7 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 		}
 	}
 	switch cmd.FID() {
-	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior:
+	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior, nvme.FeatureAPST:
 		return c.setFeatureData(cmd)
 	}
 	values := map[featureKey]uint32{}
@@ -248,8 +254,8 @@ func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint3
 	case nvme.FeatureArbitration:
 		v &^= 0xf8
 	case nvme.FeaturePowerManagement:
-		if nvme.PowerManagement(v).PS() != 0 {
-			return fail(nvme.StatusInvalidField, dword(11, 0), "there is only power state 0")
+		if int(nvme.PowerManagement(v).PS()) >= len(powerStates) {
+			return fail(nvme.StatusInvalidField, dword(11, 0), "no such power state")
 		}
 		v &= 0xff
 	case nvme.FeatureTemperature:
@@ -286,6 +292,12 @@ func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint3
 		v &= nvme.WriteAtomicityDisableNormal
 	case nvme.FeatureAsyncEvents:
 		v &= uint32(supportedEvents)
+	case nvme.FeatureKeepAlive:
+		v = keepAliveTimeout(v)
+	case nvme.FeatureCommandSetProfile:
+		if v &= 0x1ff; v != 0 {
+			return fail(nvme.StatusCommandSetRejected, dword(11, 0), "Identify lists one combination of command sets")
+		}
 	case nvme.FeatureQuiet:
 		v &= nvme.FeatureQuietOn
 	}
@@ -312,6 +324,10 @@ func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 	switch fid {
 	case nvme.FeatureTemperature, nvme.FeatureAsyncEvents:
 		c.checkHealth()
+	case nvme.FeaturePowerManagement:
+		c.enterPowerState(nvme.PowerManagement(v).PS())
+	case nvme.FeatureKeepAlive:
+		c.startKeepAlive()
 	case nvme.FeatureCoalescing:
 		x := nvme.Coalescing(v)
 		c.dp.SetCoalescing(uint8(x.Threshold()), x.Time100us())

@@ -28,6 +28,8 @@ func TestFeatureSelect(t *testing.T) {
 		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, saveable},
 		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, saveable},
 		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x11f, 0, saveable},
+		{nvme.FeatureKeepAlive, 0, 1001, 2000, 0, changeable},
+		{nvme.FeatureCommandSetProfile, 0, 0xfffffe00, 0, 0, changeable},
 		{nvme.FeatureQuiet, 0, 1, 1, 0, changeable},
 	} {
 		t.Run(tt.fid.String(), func(t *testing.T) {
@@ -86,9 +88,12 @@ func TestFeatureRefuses(t *testing.T) {
 	}{
 		{"unknown", setFeature(0xc1, 0, 0), nvme.StatusInvalidField},
 		{"unknown get", getFeature(0xc1, 0, 0, 0), nvme.StatusInvalidField},
-		{"keep alive", setFeature(nvme.FeatureKeepAlive, 0, 1000), nvme.StatusInvalidField},
 		{"host memory buffer", setFeature(nvme.FeatureHostMemoryBuffer, 0, 1), nvme.StatusInvalidField},
-		{"power state 1", setFeature(nvme.FeaturePowerManagement, 0, 1), nvme.StatusInvalidField},
+		{"power state 3", setFeature(nvme.FeaturePowerManagement, 0, 3), nvme.StatusInvalidField},
+		{"command set profile 1", setFeature(nvme.FeatureCommandSetProfile, 0, 1), nvme.StatusCommandSetRejected},
+		{"saved keep alive", saved(setFeature(nvme.FeatureKeepAlive, 0, 1000)), nvme.StatusFeatureNotSaveable},
+		{"saved host behavior", saved(setFeature(nvme.FeatureHostBehavior, 0, 0)), nvme.StatusFeatureNotSaveable},
+		{"APST of a controller's namespace", setFeature(nvme.FeatureAPST, 1, 0), nvme.StatusFeatureNotPerNamespace},
 		{"write cache off", setFeature(nvme.FeatureWriteCache, 0, 0), nvme.StatusFeatureNotChangeable},
 		{"controller feature of namespace 1", setFeature(nvme.FeatureArbitration, 1, 0), nvme.StatusFeatureNotPerNamespace},
 		{"controller feature of no namespace", setFeature(nvme.FeatureArbitration, 2, 0), nvme.StatusInvalidNamespace},

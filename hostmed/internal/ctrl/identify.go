@@ -13,9 +13,14 @@ const (
 	warningTemperature  = 343 // kelvin
 	criticalTemperature = 353
 	shutdownMicros      = 30_000_000 // RTD3E: how long a shutdown's flush may take
+	resumeMicros        = 1_000_000  // RTD3R: how long hostmed may take to answer after power-on
 	supportedEvents     = nvme.EventConfigNamespace | nvme.SMARTWarningSpare | nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability |
 		nvme.SMARTWarningReadOnly | nvme.SMARTWarningBackup
 )
+
+// ouiLocal is IEEE, least significant byte first. The project has no number of its own: this is one of those that
+// anybody may use locally (02-53-42h).
+var ouiLocal = [3]byte{0x42, 0x53, 0x02}
 
 func (c *Controller) identify(cmd *nvme.Command) result {
 	switch cmd.CNS() {
@@ -37,6 +42,8 @@ func (c *Controller) identify(cmd *nvme.Command) result {
 		return c.toHost(cmd, c.controllerData().Bytes()[:])
 	case nvme.CNSCSIController: // no limits but MDTS
 		return c.toHost(cmd, new(nvme.IdentifyControllerNVM).Bytes()[:])
+	case nvme.CNSCommandSets:
+		return c.identifyCommandSets(cmd)
 	case nvme.CNSActiveNamespaces, nvme.CNSCSIActiveNamespaces:
 		return c.identifyActive(cmd)
 	}
@@ -85,14 +92,27 @@ func (c *Controller) identifyDescriptors(cmd *nvme.Command) result {
 	return c.toHost(cmd, data[:])
 }
 
+// identifyCommandSets lists the combinations of command sets that Set Features can choose: there is one, of one.
+func (c *Controller) identifyCommandSets(cmd *nvme.Command) result {
+	const thisController = 0xffff
+	if id := cmd.IdentifyCNTID(); id != thisController && id != c.cfg.CNTLID {
+		return fail(nvme.StatusInvalidField, dword(10, 16), "another controller's command sets")
+	}
+	var sets nvme.CommandSets
+	sets.Vectors[0] = 1 << nvme.CSINVM
+	return c.toHost(cmd, sets.Bytes()[:])
+}
+
 func (c *Controller) controllerData() *nvme.IdentifyController {
 	id := &nvme.IdentifyController{
 		VID:       c.cfg.VID,
 		SSVID:     c.cfg.SSVID,
 		RAB:       6,
+		IEEE:      ouiLocal,
 		MDTS:      uint8(bits.TrailingZeros32(c.cfg.MDTSBytes / minPageSize)),
 		CNTLID:    c.cfg.CNTLID,
 		VER:       version,
+		RTD3R:     resumeMicros,
 		RTD3E:     shutdownMicros,
 		OAES:      uint32(nvme.EventConfigNamespace),
 		CNTRLTYPE: nvme.ControllerTypeIO,
@@ -101,6 +121,9 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		FRMW:      nvme.FRMWSlot1ReadOnly | 1<<nvme.FRMWSlotsShift,
 		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPASupportedPages,
 		ELPE:      errorLogSize - 1,
+		NPSS:      nvme.ZeroBased8(len(powerStates) - 1),
+		APSTA:     1,
+		KAS:       keepAliveUnit,
 		WCTEMP:    warningTemperature,
 		CCTEMP:    criticalTemperature,
 		SQES:      0x66,
@@ -120,7 +143,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	nvme.SetASCII(id.MN[:], c.cfg.Model)
 	nvme.SetASCII(id.FR[:], c.cfg.Firmware)
 	copy(id.SUBNQN[:len(id.SUBNQN)-1], c.cfg.SubNQN)
-	id.PSD[0].MP = 2500 // 25 W
+	copy(id.PSD[:], powerStates[:])
 	caps := nvme.ShadowbellCaps{Version: nvme.ShadowbellVersion}
 	if c.quietSupported() {
 		caps.Caps |= nvme.ShadowbellQuiet

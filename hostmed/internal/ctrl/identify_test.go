@@ -186,3 +186,17 @@ func TestUnknownOpcodes(t *testing.T) {
 		}
 	}
 }
+
+func TestIdentifyCommandSets(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	cmd := identifyCmd(nvme.CNSCommandSets, 0)
+	for _, cntid := range []uint32{0xffff, 7} {
+		cmd.CDW10 = uint32(nvme.CNSCommandSets) | cntid<<16
+		h.ok(cmd)
+		if p := h.data(16); p[0] != 1<<nvme.CSINVM || !bytes.Equal(p[1:], make([]byte, 15)) {
+			t.Errorf("% x, want one combination, of the NVM command set", p)
+		}
+	}
+	cmd.CDW10 = uint32(nvme.CNSCommandSets) | 8<<16
+	h.fails(cmd, nvme.StatusInvalidField)
+}

@@ -103,7 +103,7 @@ func TestOtherLogs(t *testing.T) {
 	}
 	var fx nvme.CommandEffects
 	copy(fx.Bytes()[:], h.log(nvme.LogCommandEffects, 4096, false))
-	if fx.Admin[nvme.AdminIdentify]&nvme.EffectSupported == 0 || fx.Admin[nvme.AdminDoorbellBufferConfig] == 0 || fx.Admin[nvme.AdminKeepAlive] != 0 ||
+	if fx.Admin[nvme.AdminIdentify]&nvme.EffectSupported == 0 || fx.Admin[nvme.AdminDoorbellBufferConfig] == 0 || fx.Admin[nvme.AdminDeviceSelfTest] != 0 ||
 		fx.IO[nvme.IOWrite] != nvme.EffectSupported|nvme.EffectBlockContent || fx.IO[nvme.IORead] != nvme.EffectSupported || fx.IO[nvme.IOVerify] != 0 {
 		t.Error("command effects")
 	}

@@ -54,6 +54,7 @@ type persisted struct {
 	ErrorCount      uint64                `json:"errorCount"`
 	Errors          []nvme.ErrorLogEntry  `json:"errors,omitempty"` // the newest, at most errorLogSize, oldest first
 	Features        map[featureKey]uint32 `json:"features,omitempty"`
+	APST            []uint64              `json:"apst,omitempty"` // the table of feature 0Ch
 }
 
 // OpenPersistent returns what was saved under key, or what a new controller has. What cannot be read is logged, with the
