@@ -3,14 +3,13 @@
 // checks a Config and opens what it names, Run serves until its context ends.
 //
 // The parts are below it: backend (where the bytes are), internal/ioq (workers and I/O queues), internal/ctrl
-// (registers and admin commands), internal/gmem (guest memory), internal/pci.
-// A client's connection is a session (session.go); a socket and what it presents is a
-// port (port.go).
+// (registers and admin commands), internal/subsys (namespaces and who has them), internal/gmem (guest memory), internal/pci.
+// What is served is a list of NVM subsystems (subsystem.go). A socket and the controller behind it are a port (port.go), a client's
+// connection to it is a session (session.go).
 package hostmed
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"runtime"
@@ -20,7 +19,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
-	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 )
@@ -39,36 +37,13 @@ const (
 	Mmap = ctrl.Mmap
 )
 
-// Limits of each controller, which every Identify and CAP says too.
-const (
-	maxQueues = 64
-	maxDepth  = 4096
-	mdtsBytes = 1 << 20
-)
-
-// Config is what a Mediator serves.
-type Config struct {
-	Controllers []ControllerConfig
-	CPUs        []int // one worker is pinned to each; empty: half of the cores' number of workers, not pinned
-	NoSpin      bool  // workers never poll an empty queue: for measurements
-	Logger      hclog.Logger
-}
-
-// ControllerConfig is one virtual controller behind one socket. Controllers may name the same
-// namespaces: a SPEC is opened once.
-type ControllerConfig struct {
-	Socket     string   // path of the unix socket
-	Namespaces []string // SPECs, see backend.Open; NSID 1 is the first
-	Doorbells  DoorbellMode
-}
-
 // Mediator is a running or startable service.
 type Mediator struct {
-	log      hclog.Logger
-	workers  []*ioq.Worker
-	backends map[string]backend.Backend
-	ports    []*port
-	trim     *time.Timer
+	log        hclog.Logger
+	workers    []*ioq.Worker
+	subsystems []*subsystem
+	homes      int // controllers that were given a home worker
+	trim       *time.Timer
 
 	closeOnce sync.Once
 	closeErr  error
@@ -77,10 +52,11 @@ type Mediator struct {
 // New opens the backends, starts the workers and listens on the sockets. Its errors name the
 // thing that is wrong and the remedy, each in one line.
 func New(c Config) (_ *Mediator, err error) {
-	if len(c.Controllers) == 0 {
-		return nil, errors.New("no controller: name at least one socket (--socket PATH)")
+	list, err := c.subsystems()
+	if err != nil {
+		return nil, err
 	}
-	m := &Mediator{log: c.Logger, backends: map[string]backend.Backend{}}
+	m := &Mediator{log: c.Logger}
 	m.trim = time.AfterFunc(trimAfter, trim)
 	if m.log == nil {
 		m.log = hclog.NewNullLogger()
@@ -90,33 +66,13 @@ func New(c Config) (_ *Mediator, err error) {
 			m.Close()
 		}
 	}()
-	for _, cc := range c.Controllers {
-		if len(cc.Namespaces) == 0 {
-			return nil, fmt.Errorf("controller %s has no namespace: name at least one (--namespace SPEC)", cc.Socket)
-		}
-		for _, spec := range cc.Namespaces {
-			if m.backends[spec] != nil {
-				continue
-			}
-			b, err := backend.Open(spec)
-			if err != nil {
-				return nil, err
-			}
-			m.backends[spec] = b
-		}
-	}
 	if err := m.startWorkers(c); err != nil {
 		return nil, err
 	}
-	for i, cc := range c.Controllers {
-		if err := checkMode(cc.Doorbells, runtime.GOARCH); err != nil {
-			return nil, fmt.Errorf("controller %s: %w", cc.Socket, err)
-		}
-		p, err := m.newPort(i, cc)
-		if err != nil {
+	for _, s := range list {
+		if err := m.open(s); err != nil {
 			return nil, err
 		}
-		m.ports = append(m.ports, p)
 	}
 	return m, nil
 }
@@ -135,15 +91,6 @@ func trim() {
 
 // controlled puts the trim off.
 func (m *Mediator) controlled() { m.trim.Reset(trimAfter) }
-
-// checkMode refuses mapped doorbells where a guest's uncached stores and this process's cached loads need
-// not agree (R7).
-func checkMode(mode DoorbellMode, arch string) error {
-	if mode == Mmap && arch != "amd64" {
-		return fmt.Errorf("doorbells=mmap needs x86-64, this is %s: a guest maps the page as device memory and hostmed as normal memory; use shadow or trap", arch)
-	}
-	return nil
-}
 
 func (m *Mediator) startWorkers(c Config) error {
 	cpus := c.CPUs
@@ -167,12 +114,21 @@ func (m *Mediator) startWorkers(c Config) error {
 	return nil
 }
 
+// nextHome deals the workers out to the controllers.
+func (m *Mediator) nextHome() *ioq.Worker {
+	w := m.workers[m.homes%len(m.workers)]
+	m.homes++
+	return w
+}
+
 // Run serves clients until ctx ends. Then it takes no new ones, finishes what is in flight, flushes what was
 // written, removes the sockets and returns nil.
 func (m *Mediator) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	for _, p := range m.ports {
-		wg.Go(p.accept)
+	for _, s := range m.subsystems {
+		for _, p := range s.ports {
+			wg.Go(p.accept)
+		}
 	}
 	<-ctx.Done()
 	m.log.Info("shutting down", "reason", context.Cause(ctx))
@@ -186,32 +142,16 @@ func (m *Mediator) Close() error {
 	m.closeOnce.Do(func() {
 		var errs []error
 		m.trim.Stop()
-		for _, p := range m.ports {
-			errs = append(errs, p.close())
-		}
-		for spec, b := range m.backends {
-			if info := b.Info(); info.VolatileCache && !info.ReadOnly {
-				if err := ioq.Flush(b); err != nil {
-					errs = append(errs, fmt.Errorf("flush of %s: %w", spec, err))
-				}
-			}
+		for _, s := range m.subsystems {
+			errs = append(errs, s.closePorts(), s.flush())
 		}
 		for _, w := range m.workers {
 			w.Stop()
 		}
-		for spec, b := range m.backends {
-			if err := b.Close(); err != nil {
-				errs = append(errs, fmt.Errorf("closing %s: %w", spec, err))
-			}
+		for _, s := range m.subsystems {
+			errs = append(errs, s.closeMedia())
 		}
 		m.closeErr = errors.Join(errs...)
 	})
 	return m.closeErr
-}
-
-// identity is what makes controller i of this socket distinct: stable over restarts, since a guest's
-// configuration may name it.
-func identity(socket string) (serial, nqn string) {
-	sum := sha256.Sum256([]byte(socket))
-	return fmt.Sprintf("SB%016X", sum[:8]), fmt.Sprintf("nqn.2026-11.io.shadowbell:%x", sum[:16])
 }

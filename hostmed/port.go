@@ -15,37 +15,32 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
 )
 
 // port is a socket and the controller that a client finds behind it. It serves one client at
 // a time: a vfio-user connection is a device.
 type port struct {
-	m          *Mediator
-	log        hclog.Logger
-	index      int
-	path       string
-	mode       DoorbellMode
-	namespaces []ctrl.Namespace
-	home       *ioq.Worker
-	listener   *net.UnixListener
-	inode      uint64
+	m        *Mediator
+	log      hclog.Logger
+	cfg      ControllerConfig
+	self     *subsys.Controller
+	path     string
+	home     *ioq.Worker
+	listener *net.UnixListener
+	inode    uint64
 
 	mu      sync.Mutex
 	session *session // nil: no client
 	closed  bool
 }
 
-func (m *Mediator) newPort(i int, c ControllerConfig) (*port, error) {
+// listen makes the port of controller c.
+func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	p := &port{
-		m: m, log: m.log.With("socket", c.Socket), index: i, path: c.Socket, mode: c.Doorbells,
-		home: m.workers[i%len(m.workers)],
-	}
-	for n, spec := range c.Namespaces {
-		b := m.backends[spec]
-		p.namespaces = append(p.namespaces, ctrl.Namespace{NSID: uint32(n + 1), Backend: b, Info: b.Info()})
+		m: s.m, log: s.m.log.With("socket", c.Socket), cfg: c, path: c.Socket, home: s.m.nextHome(),
 	}
 	l, err := listen(c.Socket)
 	if err != nil {
@@ -56,6 +51,7 @@ func (m *Mediator) newPort(i int, c ControllerConfig) (*port, error) {
 	if unix.Stat(c.Socket, &st) == nil {
 		p.inode = st.Ino
 	}
+	p.self = s.AddController(c.ID)
 	return p, nil
 }
 
@@ -95,7 +91,7 @@ func listen(path string) (*net.UnixListener, error) {
 
 // accept serves clients one after the other until close.
 func (p *port) accept() {
-	p.log.Info("listening", "doorbells", p.mode.String(), "namespaces", len(p.namespaces))
+	p.log.Info("listening", "doorbells", p.cfg.Doorbells.String(), "namespaces", len(p.self.Namespaces()))
 	for {
 		conn, err := p.listener.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {

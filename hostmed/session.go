@@ -58,13 +58,14 @@ type session struct {
 	msg    vfiouser.Message
 	have   bool
 	faults []ioq.QueueError
+	calls  []call
+	closed bool  // calls are not taken any more
 	over   error // why the session ends; nil: it does not
 
 	done chan struct{}
 }
 
 func (p *port) newSession(fd int) (_ *session, err error) {
-	serial, nqn := identity(p.path)
 	s := &session{
 		p: p, log: p.log, fd: fd, home: p.home, mem: gmem.New(),
 		recv: vfiouser.NewReceiver(fd, vfiouser.MaxMsg), signal: make(chan struct{}, 1), done: make(chan struct{}),
@@ -74,14 +75,14 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 			unix.Close(fd)
 		}
 	}()
-	const vectors = maxQueues + 1
+	vectors, sub, ns := p.cfg.Queues+1, p.self.Subsystem(), namespaces(p.self)
 	if s.cfg, err = pci.New(pci.Params{Vectors: vectors}); err != nil {
 		return nil, err
 	}
 	s.msix = pci.NewMSIX(s.cfg)
 	s.data, err = ioq.NewController(ioq.Config{
-		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: p.namespaces, Mode: p.mode,
-		MaxQueues: maxQueues, Vectors: vectors, MDTSBytes: mdtsBytes,
+		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: ns, Self: p.self, Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD,
+		MaxQueues: p.cfg.Queues, Vectors: vectors, MDTSBytes: uint32(p.cfg.MDTS),
 		PageSize: func() uint32 { return s.ctl.PageSize() },
 		OnAdmin:  s.kickAdmin,
 		OnError:  s.fault,
@@ -91,9 +92,9 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 	}
 	s.mem.Opened, s.mem.Closing = s.data.MemoryAdded, s.data.MemoryRemoved
 	s.ctl = ctrl.New(ctrl.Config{
-		CNTLID: uint16(p.index + 1), SubNQN: nqn, Serial: serial, Model: "shadowbell NVMe", Firmware: "1.0",
-		Namespaces: p.namespaces, MaxIOQueues: maxQueues, MaxDepth: maxDepth, MDTSBytes: mdtsBytes, Vectors: vectors,
-		Mode: p.mode, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
+		CNTLID: p.self.ID, SubNQN: sub.NQN(), Serial: sub.Serial(), Model: sub.Model(), Firmware: "1.0", Self: p.self,
+		Namespaces: ns, MaxIOQueues: p.cfg.Queues, MaxDepth: p.cfg.Depth, MDTSBytes: uint32(p.cfg.MDTS), Vectors: vectors,
+		Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
 		Wake: s.kickAdmin,
 	}, s.data, guestMemory{s.mem})
 	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
@@ -105,6 +106,8 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		return nil, errors.Join(err, s.data.Close())
 	}
 	s.log.Info("client connected")
+	p.self.Connect(member{s})
+	s.do(call{run: s.updateNamespaces}) // they may have changed before Connect
 	go s.run()
 	return s, nil
 }
@@ -256,6 +259,7 @@ func (s *session) turn() {
 	for _, f := range faults {
 		s.queueFailed(f)
 	}
+	s.runCalls()
 	if s.kicked.Swap(false) && s.ctl.AdminKick() {
 		s.kicked.Store(true) // more than one turn's worth
 		s.wake()
@@ -308,6 +312,8 @@ func (s *session) tearDown() {
 	if s.log.IsDebug() {
 		s.log.Debug("queues of a client that goes", "state", s.data.String())
 	}
+	s.p.self.Disconnect()
+	s.dropCalls()
 	did := s.data.Stats()
 	if err := s.data.Close(); err != nil {
 		s.log.Error("stopping the queues", "error", err)

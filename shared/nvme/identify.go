@@ -182,6 +182,14 @@ type IdentifyController struct {
 	VendorSpecific [1024]byte
 }
 
+// Bits of IdentifyController.CMIC.
+const (
+	CMICMultiPort       = 1 << 0
+	CMICMultiController = 1 << 1
+	CMICVirtual         = 1 << 2
+	CMICANA             = 1 << 3
+)
+
 // Bits of IdentifyController.OACS.
 const (
 	OACSSecurity    = 1 << 0

@@ -23,6 +23,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -62,6 +63,7 @@ type Namespace struct {
 	NSID    uint32
 	Backend backend.Backend
 	Info    backend.Info
+	Of      *subsys.Namespace // in its subsystem; nil: in none
 }
 
 // CQParams describes an I/O completion queue that passed every check of Create I/O CQ.
@@ -158,6 +160,8 @@ type Config struct {
 	// Wake makes the session call AdminKick soon. It is called from any goroutine, and must not block. [mail waits for the
 	// next doorbell]
 	Wake func()
+
+	Self *subsys.Controller // its place in an NVM subsystem [none]
 }
 
 // Controller is one virtual NVMe controller.

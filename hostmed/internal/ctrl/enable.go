@@ -130,7 +130,16 @@ func (c *Controller) Reset() {
 	c.log.debug("controller reset")
 }
 
+// subsystemReset resets every controller of the NVM subsystem. NVMe Base 2.0c 3.7.1.
 func (c *Controller) subsystemReset() {
+	c.SubsystemReset()
+	if c.cfg.Self != nil {
+		c.cfg.Self.ResetSubsystem()
+	}
+}
+
+// SubsystemReset is the part of an NVM subsystem reset that is this controller's.
+func (c *Controller) SubsystemReset() {
 	c.Reset()
 	c.regs.csts = c.regs.csts.WithNSSRO(true)
 }

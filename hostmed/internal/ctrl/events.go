@@ -60,7 +60,7 @@ func (c *Controller) takeIOErrors() {
 	}
 }
 
-// UpdateNamespaces replaces the namespaces. Ids that came, went or changed size go to the Changed Namespace List,
+// UpdateNamespaces replaces the namespaces. Ids that came, went or changed go to the Changed Namespace List,
 // and raise an event if the host asked for it. The data path must have the new ones already, and still the old.
 func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
 	old := c.cfg.Namespaces
@@ -68,7 +68,7 @@ func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
 	changed := c.health.changed
 	for _, n := range slices.Concat(old, c.cfg.Namespaces) {
 		was, is := findNamespace(old, n.NSID), findNamespace(c.cfg.Namespaces, n.NSID)
-		if was == nil || is == nil || was.Info != is.Info {
+		if was == nil || is == nil || was.Info != is.Info || was.Of != is.Of {
 			changed = append(changed, n.NSID)
 		}
 	}

@@ -31,11 +31,11 @@ func (c *Controller) identify(cmd *nvme.Command) result {
 	}
 	switch cmd.CNS() {
 	case nvme.CNSNamespace:
-		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(&n.Info).Bytes() })
+		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(n).Bytes() })
 	case nvme.CNSCSINamespace: // no storage tags and no protection information: all zero
 		return c.identifyNamespace(cmd, func(*Namespace) *[nvme.IdentifySize]byte { return new([nvme.IdentifySize]byte) })
 	case nvme.CNSIndependentNamespace:
-		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return independentData(&n.Info).Bytes() })
+		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return independentData(n).Bytes() })
 	case nvme.CNSNamespaceDescriptors:
 		return c.identifyDescriptors(cmd)
 	case nvme.CNSController:
@@ -136,6 +136,9 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	if c.writeCache() {
 		id.VWC |= nvme.VWCPresent
 	}
+	if self := c.cfg.Self; self != nil && len(self.Subsystem().Controllers()) > 1 {
+		id.CMIC = nvme.CMICMultiPort | nvme.CMICMultiController
+	}
 	if c.cfg.Mode == Shadow {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
@@ -152,12 +155,14 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	return id
 }
 
-func namespaceData(info *backend.Info) *nvme.IdentifyNamespace {
+func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
+	info := &n.Info
 	id := &nvme.IdentifyNamespace{
 		NSZE:   info.Blocks,
 		NCAP:   info.Blocks,
 		NUSE:   info.Blocks,
 		DLFEAT: deallocateFeatures(info),
+		NMIC:   n.sharing(),
 		NSATTR: namespaceAttributes(info),
 		NGUID:  info.NGUID,
 	}
@@ -174,12 +179,21 @@ func namespaceData(info *backend.Info) *nvme.IdentifyNamespace {
 	return id
 }
 
-func independentData(info *backend.Info) *nvme.IdentifyIndependentNamespace {
-	id := &nvme.IdentifyIndependentNamespace{NSATTR: namespaceAttributes(info), NSTAT: nvme.NSTATReady}
+func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {
+	info := &n.Info
+	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), NSATTR: namespaceAttributes(info), NSTAT: nvme.NSTATReady}
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT = nvme.NSFEATOptPerf
 	}
 	return id
+}
+
+// sharing is NMIC.
+func (n *Namespace) sharing() uint8 {
+	if n.Of != nil && n.Of.Shared {
+		return nvme.NMICShared
+	}
+	return 0
 }
 
 func namespaceAttributes(info *backend.Info) uint8 {

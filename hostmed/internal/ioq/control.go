@@ -9,9 +9,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
@@ -24,7 +24,8 @@ type Config struct {
 	Workers    []*Worker
 	Home       *Worker // has the client's socket, and watches queue 0 in Mmap mode
 	Memory     *gmem.Memory
-	Namespaces []ctrl.Namespace
+	Namespaces []ctrl.Namespace   // at first; see SetNamespaces
+	Self       *subsys.Controller // whose Host reservations are about; nil: nobody's
 	Mode       ctrl.DoorbellMode
 	DSTRD      uint8
 	MaxQueues  uint16 // I/O queue pairs
@@ -45,7 +46,7 @@ type Controller struct {
 	mode   ctrl.DoorbellMode
 	mem    *gmem.Memory
 	mdts   uint64
-	ns     []*namespace // by NSID - 1
+	ns     atomic.Pointer[[]*namespace] // by NSID - 1; nil: not attached
 	groups []*group
 	past   Stats // of groups that are gone
 
@@ -74,25 +75,13 @@ type Controller struct {
 
 var _ ctrl.DataPath = (*Controller)(nil)
 
-// namespace is a namespace as the workers see it.
-type namespace struct {
-	info    backend.Info
-	backend backend.Backend
-	media   []*media // by worker; the entry belongs to that worker
-}
-
 // NewController returns a data path without queues.
 func NewController(c Config) (*Controller, error) {
 	d := &Controller{
 		cfg: c, mode: c.Mode, mem: c.Memory, mdts: uint64(c.MDTSBytes),
 		sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
 	}
-	for _, n := range c.Namespaces {
-		for uint32(len(d.ns)) < n.NSID {
-			d.ns = append(d.ns, nil)
-		}
-		d.ns[n.NSID-1] = &namespace{info: n.Info, backend: n.Backend, media: make([]*media, len(c.Workers))}
-	}
+	d.ns.Store(d.table(c.Namespaces))
 	d.vectors = make([]Vector, c.Vectors)
 	for i := range d.vectors {
 		d.vectors[i].fd.Store(-1)
@@ -149,13 +138,6 @@ func (c *Controller) Close() error {
 // Doorbells is, in Mmap mode, the memfd that has the doorbell registers at their offset in BAR0; otherwise nil.
 func (c *Controller) Doorbells() *shm.Region { return c.bar }
 
-func (c *Controller) namespace(nsid uint32) *namespace {
-	if i := nsid - 1; i < uint32(len(c.ns)) {
-		return c.ns[i]
-	}
-	return nil
-}
-
 // words returns the doorbells of queue qid and their event indices where they are now.
 func (c *Controller) words(shadow, ei *shm.Region, qid uint16) (sq, cq, sqEI, cqEI *atomic.Uint32, err error) {
 	if shadow == nil {
@@ -186,7 +168,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 	}
 	g.head = dbbuf.NewPoller(head, headEI, p.Size)
 	w.Call(func() {
-		if err = w.openMedia(c); err != nil {
+		if err = w.openMedia(*c.ns.Load(), c.mem); err != nil {
 			return
 		}
 		w.current = g
@@ -242,7 +224,10 @@ func (c *Controller) DeleteSQ(qid uint16) {
 		return
 	}
 	w := s.g.w
-	w.Call(func() { s.state = Draining })
+	w.Call(func() {
+		s.state = Draining
+		w.dropHeld(func(r *request) bool { return r.sq == s })
+	})
 	w.until(func() bool { return s.inflight == 0 })
 	w.Call(func() {
 		for i, x := range s.g.sqs {
@@ -267,6 +252,7 @@ func (c *Controller) DeleteCQ(qid uint16) {
 
 // remove takes g off every list of its worker.
 func (w *Worker) remove(g *group) {
+	w.forgetHeld(g)
 	g.state = Absent
 	drop := func(list []*group) []*group {
 		keep := list[:0]
@@ -316,7 +302,7 @@ func (c *Controller) each(f func(*Worker, *group)) {
 	}
 }
 
-// pause stops fetching and waits until nothing that was fetched is in flight. No worker
+// pause stops fetching and waits until nothing that was fetched is in flight, but for what a namespace's gate holds back. No worker
 // touches this controller's guest memory until resume.
 func (c *Controller) pause() {
 	c.each(func(_ *Worker, g *group) {
@@ -327,7 +313,7 @@ func (c *Controller) pause() {
 	for _, w := range c.cfg.Workers {
 		w.until(func() bool {
 			for _, g := range c.groups {
-				if g.w == w && g.inflight > 0 {
+				if g.w == w && g.inflight > g.held {
 					return false
 				}
 			}
@@ -340,6 +326,7 @@ func (c *Controller) resume() {
 	c.each(func(w *Worker, g *group) {
 		if g.state == Draining {
 			w.resume(g)
+			w.retryHeld()
 		}
 	})
 }

@@ -19,6 +19,7 @@ type request struct {
 	vec   []backend.Seg // backing array of Vec, kept
 	dsm   *dsmRanges    // Dataset Management: what is left to do
 	kept  *dsmRanges    // memory for dsm
+	held  bool          // waits for the namespace's gate
 }
 
 type dsmRanges struct {
@@ -70,6 +71,9 @@ func (w *Worker) start(r *request) {
 	}
 	if r.ns = ctl.namespace(c.NSID); r.ns == nil {
 		w.complete(r, nvme.StatusInvalidNamespace.WithDNR())
+		return
+	}
+	if gate := r.ns.of.Gate(); gate != nil && !w.passes(r, gate) {
 		return
 	}
 	r.FUA, r.Dealloc, r.Vec = false, false, nil

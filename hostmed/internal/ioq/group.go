@@ -45,6 +45,7 @@ type group struct {
 	onKick   func()
 	blocked  bool         // an SQ has commands for which the CQ has no room
 	inflight uint32       // fetched, not yet completed
+	held     uint32       // of those, held back by a namespace's gate
 	staged   []ring.Entry // completions to be posted in this round
 
 	worked    bool  // since the last tick
@@ -338,5 +339,8 @@ func (w *Worker) fault(err error) {
 	}
 	w.batch = w.batch[:0]
 	w.failGroup(g)
+	if len(w.held) > 0 {
+		w.post(w.retryHeld) // it may have been the one that faulted
+	}
 	g.ctl.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryFault, Err: err})
 }

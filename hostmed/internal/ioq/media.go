@@ -8,12 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // media is a worker's way into a backend.
 type media struct {
 	backend backend.Backend
-	q       backend.Queue
+	q       backend.Queue // closedQueue while it is suspended
 	w       *Worker
 }
 
@@ -27,29 +30,48 @@ func (m *media) Ready(uint32) {
 func (w *Worker) media(n *namespace) *media { return n.media[w.id] }
 
 // openMedia opens what is not open yet. It runs on the worker's thread.
-func (w *Worker) openMedia(c *Controller) error {
-	for _, n := range c.ns {
+func (w *Worker) openMedia(table []*namespace, mem *gmem.Memory) error {
+	for _, n := range table {
 		if n == nil || n.media[w.id] != nil {
 			continue
 		}
 		m := w.find(n.backend)
 		if m == nil {
-			q, err := n.backend.NewQueue()
-			if err != nil {
+			m = &media{backend: n.backend, w: w}
+			if err := m.open(); err != nil {
 				return fmt.Errorf("namespace %s: %w", n.info.Name, err)
-			}
-			m = &media{backend: n.backend, q: q, w: w}
-			if fd := q.EventFD(); fd >= 0 {
-				if err := w.Add(fd, m); err != nil {
-					return errors.Join(err, q.Close())
-				}
 			}
 			w.queues = append(w.queues, m)
 		}
 		n.media[w.id] = m
-		c.mem.Files(m.q.AddMemory)
+		mem.Files(m.q.AddMemory)
 	}
 	return nil
+}
+
+func (m *media) open() error {
+	q, err := m.backend.NewQueue()
+	if err != nil {
+		return err
+	}
+	if fd := q.EventFD(); fd >= 0 {
+		if err := m.w.Add(fd, m); err != nil {
+			return errors.Join(err, q.Close())
+		}
+	}
+	m.q = q
+	return nil
+}
+
+// close leaves the media with a queue that does nothing.
+func (m *media) close() {
+	if fd := m.q.EventFD(); fd >= 0 {
+		m.w.Remove(fd)
+	}
+	if err := m.q.Close(); err != nil {
+		m.w.log.Error("closing a backend queue", "error", err)
+	}
+	m.q = closedQueue{}
 }
 
 func (w *Worker) find(b backend.Backend) *media {
@@ -63,15 +85,27 @@ func (w *Worker) find(b backend.Backend) *media {
 
 func (w *Worker) closeMedia() {
 	for _, m := range w.queues {
-		if fd := m.q.EventFD(); fd >= 0 {
-			w.Remove(fd)
-		}
-		if err := m.q.Close(); err != nil {
-			w.log.Error("closing a backend queue", "error", err)
-		}
+		m.close()
 	}
 	w.queues = nil
 }
+
+// closedQueue is in place of a queue that is suspended, or that could not be opened again.
+type closedQueue struct{}
+
+func (closedQueue) Submit(reqs, done []*backend.Request) int {
+	for _, r := range reqs {
+		r.Status = nvme.StatusInternalError
+	}
+	return copy(done, reqs)
+}
+
+func (closedQueue) Reap([]*backend.Request) int { return 0 }
+func (closedQueue) Inflight() int               { return 0 }
+func (closedQueue) EventFD() int                { return -1 }
+func (closedQueue) AddMemory([]byte)            {}
+func (closedQueue) RemoveMemory([]byte)         {}
+func (closedQueue) Close() error                { return nil }
 
 // MemoryAdded and MemoryRemoved tell the backends of memory that the client mapped, and of memory that it
 // took back and that nothing uses any more.
@@ -81,7 +115,7 @@ func (c *Controller) MemoryRemoved(b []byte) { c.eachMedia(func(m *media) { m.q.
 func (c *Controller) eachMedia(f func(*media)) {
 	for _, w := range c.cfg.Workers {
 		w.Call(func() {
-			for _, n := range c.ns {
+			for _, n := range *c.ns.Load() {
 				if n != nil && n.media[w.id] != nil {
 					f(n.media[w.id])
 				}
@@ -96,12 +130,19 @@ const flushTimeout = 30 * time.Second
 // Flush makes all completed writes of all namespaces durable, past the workers.
 func (c *Controller) Flush() error {
 	var errs []error
-	for _, n := range c.ns {
-		if n != nil && n.info.VolatileCache && !n.info.ReadOnly {
-			if err := Flush(n.backend); err != nil {
-				errs = append(errs, fmt.Errorf("flush of %s: %w", n.info.Name, err))
-			}
+	for _, n := range *c.ns.Load() {
+		if n == nil {
+			continue
 		}
+		errs = append(errs, n.of.Use(func(m *subsys.Medium) error {
+			if !m.Info.VolatileCache || m.Info.ReadOnly {
+				return nil
+			}
+			if err := Flush(m.Backend); err != nil {
+				return fmt.Errorf("flush of %s: %w", m.Info.Name, err)
+			}
+			return nil
+		}))
 	}
 	return errors.Join(errs...)
 }

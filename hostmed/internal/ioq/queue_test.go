@@ -122,7 +122,7 @@ func TestDeallocate(t *testing.T) {
 	if st := p.do(dsm); st != nvme.StatusSuccess {
 		t.Errorf("deallocate of three ranges, one empty: %v", st)
 	}
-	blocks := r.ctl.ns[0].info.Blocks
+	blocks := r.ctl.namespace(1).info.Blocks
 	put(1, blocks-1, 2)
 	if err := r.guest.Write(dataOff, ranges); err != nil {
 		t.Fatal(err)
@@ -143,7 +143,7 @@ func TestDeallocate(t *testing.T) {
 func TestBadCommands(t *testing.T) {
 	r := newRig(t, rigConfig{shadow: true})
 	p := r.pair(1, 16, false)
-	blocks := r.ctl.ns[0].info.Blocks
+	blocks := r.ctl.namespace(1).info.Blocks
 	ok := rw(nvme.IORead, 0, 8, base+dataOff)
 	with := func(f func(*nvme.Command)) nvme.Command {
 		c := ok

@@ -16,7 +16,7 @@
 // on the worker's thread between two rounds. It never touches what a worker owns.
 //
 // Files in the order of a command's way: worker.go (the loop), group.go (fetch), exec.go (decode, translate,
-// submit), complete.go (post, interrupt), control.go (what the admin side asks for).
+// submit), gate.go (what waits for a namespace), complete.go (post, interrupt), control.go (what the admin side asks for).
 package ioq
 
 import (
@@ -99,6 +99,7 @@ type Worker struct {
 	batch    []*backend.Request // being collected for one backend
 	batchOf  *media
 	again    []*request // have another step to be submitted
+	held     []*request // wait for a namespace's gate, oldest first
 	finished [2 * batchMax]*backend.Request
 	touched  []*group // have staged completions
 	current  *group   // whose memory is being touched

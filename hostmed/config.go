@@ -1,0 +1,292 @@
+package hostmed
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"math/bits"
+	"runtime"
+	"slices"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
+)
+
+// Limits of each controller, which every Identify and CAP says too, and what a ControllerConfig's zeroes mean.
+const (
+	maxQueues = 64
+	maxDepth  = 4096
+	mdtsBytes = 1 << 20
+	minMDTS   = 8 << 10
+	maxDSTRD  = 4
+	maxCNTLID = 0xffef
+)
+
+// Config is what a Mediator serves: Subsystems, or, for the simple case, Controllers that say their namespaces themselves.
+type Config struct {
+	Subsystems  []SubsystemConfig
+	Controllers []ControllerConfig // in subsystems of their own, see ControllerConfig.Namespaces
+	CPUs        []int              // one worker is pinned to each; empty: half of the cores' number of workers, not pinned
+	NoSpin      bool               // workers never poll an empty queue: for measurements
+	Logger      hclog.Logger
+}
+
+// SubsystemConfig is one NVM subsystem. Empty names are made from the first controller's socket, so they stay the same over
+// restarts.
+type SubsystemConfig struct {
+	NQN, Serial, Model string
+	Controllers        []ControllerConfig
+	Namespaces         []NamespaceConfig
+}
+
+// ControllerConfig is one virtual controller behind one socket.
+type ControllerConfig struct {
+	ID        uint16 // CNTLID, 1 to 65519; 0: its place in the list, from 1
+	Socket    string // path of the unix socket
+	Doorbells DoorbellMode
+	DSTRD     uint8  // doorbells are 4 << DSTRD bytes apart, 0 to 4
+	Queues    uint16 // I/O queue pairs, 1 to 64; 0: 64
+	Depth     uint32 // entries of a queue, 2 to 65536; 0: 4096
+	MDTS      uint64 // longest transfer in bytes, a power of two from 8 KiB to 1 MiB; 0: 1 MiB
+
+	// Namespaces, in Config.Controllers only, are SPECs (see backend.Open); NSID 1 is the first. Controllers that name the same
+	// SPEC share the namespace, and with it the subsystem.
+	Namespaces []string
+}
+
+// NamespaceConfig is one namespace of a subsystem.
+type NamespaceConfig struct {
+	NSID        uint32   // 1 to 1024; 0: its place in the list, from 1
+	Spec        string   // see backend.Open
+	Shared      bool     // may be attached to several controllers; implied by Controllers that are several
+	Controllers []uint16 // CNTLIDs it is attached to; nil: all, if it is shared or there is one, otherwise the first
+}
+
+// subsystems puts c in order: every controller in its subsystem, zeroes replaced, everything checked that can be without opening
+// anything.
+func (c *Config) subsystems() ([]SubsystemConfig, error) {
+	list, err := grouped(c.Controllers)
+	if err != nil {
+		return nil, err
+	}
+	list = append(slices.Clone(c.Subsystems), list...)
+	if len(list) == 0 {
+		return nil, errors.New("no controller: name at least one socket (--socket PATH)")
+	}
+	for i := range list {
+		if err := list[i].complete(); err != nil {
+			return nil, err
+		}
+	}
+	return list, checkUnique(list)
+}
+
+// grouped makes subsystems of controllers: those that name one SPEC share it, and so are in one. A SPEC that one controller names
+// twice is two namespaces.
+func grouped(controllers []ControllerConfig) ([]SubsystemConfig, error) {
+	type medium struct {
+		spec string
+		nth  int
+	}
+	in := make([]int, len(controllers)) // subsystem by controller
+	media := make([]map[medium]uint32, len(controllers))
+	for i, c := range controllers {
+		in[i] = i
+		if len(c.Namespaces) == 0 {
+			return nil, fmt.Errorf("controller %s has no namespace: name at least one (--namespace SPEC)", c.Socket)
+		}
+		media[i] = map[medium]uint32{}
+		times := map[string]int{}
+		for n, spec := range c.Namespaces {
+			media[i][medium{spec, times[spec]}] = uint32(n + 1)
+			times[spec]++
+		}
+		for j := range i {
+			for m := range media[i] {
+				if _, ok := media[j][m]; ok {
+					old := in[i]
+					for k := range in[:i+1] {
+						if in[k] == old {
+							in[k] = in[j]
+						}
+					}
+				}
+			}
+		}
+	}
+	var list []SubsystemConfig
+	for first := range controllers {
+		var s SubsystemConfig
+		nsids := map[medium]uint32{}
+		at := map[uint32]*NamespaceConfig{}
+		for i, c := range controllers {
+			if in[i] != in[first] || slices.Contains(in[:first], in[first]) {
+				continue
+			}
+			id := uint16(len(s.Controllers) + 1)
+			for m, nsid := range media[i] {
+				was, seen := nsids[m]
+				if seen && was != nsid || !seen && at[nsid] != nil {
+					return nil, fmt.Errorf("controllers share a namespace under different ids (%s): give each the same --namespace list, or use a configuration file", m.spec)
+				}
+				nsids[m] = nsid
+				if at[nsid] == nil {
+					at[nsid] = &NamespaceConfig{NSID: nsid, Spec: m.spec}
+				}
+				at[nsid].Controllers = append(at[nsid].Controllers, id)
+			}
+			c.ID, c.Namespaces = id, nil
+			s.Controllers = append(s.Controllers, c)
+		}
+		if len(s.Controllers) == 0 {
+			continue
+		}
+		for nsid := uint32(1); len(s.Namespaces) < len(at); nsid++ {
+			if n := at[nsid]; n != nil {
+				s.Namespaces = append(s.Namespaces, *n)
+			}
+		}
+		list = append(list, s)
+	}
+	return list, nil
+}
+
+// complete replaces zeroes and checks what s says.
+func (s *SubsystemConfig) complete() error {
+	if len(s.Controllers) == 0 {
+		return fmt.Errorf("subsystem %s has no controller: give it one, with a socket", s.NQN)
+	}
+	s.Controllers, s.Namespaces = slices.Clone(s.Controllers), slices.Clone(s.Namespaces)
+	first := s.Controllers[0].Socket
+	serial, nqn := identity(first)
+	if s.NQN == "" {
+		s.NQN = nqn
+	}
+	if s.Serial == "" {
+		s.Serial = serial
+	}
+	if s.Model == "" {
+		s.Model = "shadowbell NVMe"
+	}
+	for i := range s.Controllers {
+		if err := s.Controllers[i].complete(i); err != nil {
+			return err
+		}
+	}
+	for i := range s.Namespaces {
+		if err := s.completeNamespace(i); err != nil {
+			return fmt.Errorf("subsystem of %s: %w", first, err)
+		}
+	}
+	return nil
+}
+
+func (c *ControllerConfig) complete(i int) error {
+	def := func(v, d uint32) uint32 {
+		if v == 0 {
+			return d
+		}
+		return v
+	}
+	c.ID = uint16(def(uint32(c.ID), uint32(i+1)))
+	c.Queues = uint16(def(uint32(c.Queues), maxQueues))
+	c.Depth = def(c.Depth, maxDepth)
+	if c.MDTS == 0 {
+		c.MDTS = mdtsBytes
+	}
+	say := func(format string, a ...any) error {
+		return fmt.Errorf("controller %s: %w", c.Socket, fmt.Errorf(format, a...))
+	}
+	switch {
+	case len(c.Namespaces) > 0:
+		return say("its namespaces are the subsystem's: put them there")
+	case c.ID > maxCNTLID:
+		return say("id %d: controller ids are 1 to %d", c.ID, maxCNTLID)
+	case c.DSTRD > maxDSTRD:
+		return say("dstrd %d: the doorbell stride is 0 to %d", c.DSTRD, maxDSTRD)
+	case c.Queues > maxQueues:
+		return say("queues %d: a controller has 1 to %d", c.Queues, maxQueues)
+	case c.Depth < 2 || c.Depth > 1<<16:
+		return say("depth %d: a queue has 2 to 65536 entries", c.Depth)
+	case c.MDTS < minMDTS || c.MDTS > mdtsBytes || bits.OnesCount64(c.MDTS) != 1:
+		return say("mdts %d: a power of two from %d to %d bytes", c.MDTS, minMDTS, mdtsBytes)
+	}
+	if err := checkMode(c.Doorbells, runtime.GOARCH); err != nil {
+		return say("%w", err)
+	}
+	return nil
+}
+
+func (s *SubsystemConfig) completeNamespace(i int) error {
+	n := &s.Namespaces[i]
+	if n.NSID == 0 {
+		n.NSID = uint32(i + 1)
+	}
+	if n.NSID > subsys.MaxNSID {
+		return fmt.Errorf("namespace %s: nsid %d: namespace ids are 1 to %d", n.Spec, n.NSID, subsys.MaxNSID)
+	}
+	for _, o := range s.Namespaces[:i] {
+		if o.NSID == n.NSID {
+			return fmt.Errorf("nsid %d is given to two namespaces, %s and %s: choose another for one", n.NSID, o.Spec, n.Spec)
+		}
+	}
+	var ids []uint16
+	for _, c := range s.Controllers {
+		ids = append(ids, c.ID)
+	}
+	if n.Controllers == nil {
+		n.Controllers = ids
+		if !n.Shared {
+			n.Controllers = ids[:1]
+		}
+	}
+	for j, id := range n.Controllers {
+		if !slices.Contains(ids, id) {
+			return fmt.Errorf("namespace %d is attached to controller %d, which does not exist: the controllers are %v", n.NSID, id, ids)
+		}
+		if slices.Contains(n.Controllers[:j], id) {
+			return fmt.Errorf("namespace %d is attached to controller %d twice: name it once", n.NSID, id)
+		}
+	}
+	n.Shared = n.Shared || len(n.Controllers) > 1
+	return nil
+}
+
+// checkUnique finds what only one may have: socket, NQN, id.
+func checkUnique(list []SubsystemConfig) error {
+	sockets, nqns := map[string]bool{}, map[string]bool{}
+	for _, s := range list {
+		if nqns[s.NQN] {
+			return fmt.Errorf("NQN %s is given to two subsystems: choose another for one", s.NQN)
+		}
+		nqns[s.NQN] = true
+		ids := map[uint16]bool{}
+		for _, c := range s.Controllers {
+			if sockets[c.Socket] {
+				return fmt.Errorf("socket %s is given to two controllers: choose another path for one", c.Socket)
+			}
+			if ids[c.ID] {
+				return fmt.Errorf("controller %s: id %d is another controller's of its subsystem: choose another", c.Socket, c.ID)
+			}
+			sockets[c.Socket], ids[c.ID] = true, true
+		}
+	}
+	return nil
+}
+
+// identity is what makes the subsystem of a socket distinct: stable over restarts, since a guest's
+// configuration may name it.
+func identity(socket string) (serial, nqn string) {
+	sum := sha256.Sum256([]byte(socket))
+	return fmt.Sprintf("SB%016X", sum[:8]), fmt.Sprintf("nqn.2026-11.io.shadowbell:%x", sum[:16])
+}
+
+// checkMode refuses mapped doorbells where a guest's uncached stores and this process's cached loads need
+// not agree (R7).
+func checkMode(mode DoorbellMode, arch string) error {
+	if mode == Mmap && arch != "amd64" {
+		return fmt.Errorf("doorbells=mmap needs x86-64, this is %s: a guest maps the page as device memory and hostmed as normal memory; use shadow or trap", arch)
+	}
+	return nil
+}

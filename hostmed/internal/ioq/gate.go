@@ -1,0 +1,83 @@
+package ioq
+
+import (
+	"slices"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Commands that a namespace's gate holds back wait on their worker. They are fetched, so each has its place in the CQ, but
+// nothing of them has begun: no memory is translated, and so DMA_UNMAP need not wait for them. They are counted in
+// group.held beside group.inflight.
+
+// passes asks r's gate, which is there. If it returns false r is held back or complete.
+func (w *Worker) passes(r *request, gate *subsys.Gate) bool {
+	verdict, st := gate.Check(subsys.ClassOf(r.cmd.Opcode), r.sq.g.ctl.host())
+	switch verdict {
+	case subsys.Wait:
+		r.held = true
+		r.sq.g.held++
+		w.held = append(w.held, r)
+	case subsys.Refuse:
+		w.complete(r, st)
+	default:
+		return true
+	}
+	return false
+}
+
+func (c *Controller) host() subsys.Host {
+	if c.cfg.Self == nil {
+		return subsys.Host{}
+	}
+	return c.cfg.Self.Host()
+}
+
+// unhold takes the oldest command that waits and that f chooses out of w.held; nil: there is none.
+func (w *Worker) unhold(f func(*request) bool) *request {
+	i := slices.IndexFunc(w.held, f)
+	if i < 0 {
+		return nil
+	}
+	r := w.held[i]
+	w.held = slices.Delete(w.held, i, i+1)
+	r.held = false
+	r.sq.g.held--
+	return r
+}
+
+// retryHeld begins all commands that wait from the start: their namespace may be gone, or its gate still closed. Those of a
+// controller that is paused wait for it to be resumed.
+func (w *Worker) retryHeld() {
+	for range len(w.held) { // what is held back again goes to the end
+		r := w.unhold(func(r *request) bool { return r.sq.g.state != Draining })
+		if r == nil {
+			break
+		}
+		if r.sq.g.state == Failed {
+			w.give(r)
+			continue
+		}
+		w.current, w.pending = r.sq.g, r
+		w.start(r)
+		w.pending = nil
+	}
+	w.flushBatch()
+	w.postAll()
+}
+
+// dropHeld ends those commands that wait which f chooses, since their SQ is being deleted.
+func (w *Worker) dropHeld(f func(*request) bool) {
+	for r := w.unhold(f); r != nil; r = w.unhold(f) {
+		w.complete(r, nvme.StatusAbortSQDeleted)
+	}
+}
+
+// forgetHeld ends g's commands that wait without a word.
+func (w *Worker) forgetHeld(g *group) {
+	of := func(r *request) bool { return r.sq.g == g }
+	for r := w.unhold(of); r != nil; r = w.unhold(of) {
+		w.give(r)
+	}
+}

@@ -1,0 +1,127 @@
+package subsys
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Medium is what a namespace shows at a time. It does not change: a format or a resize makes another.
+type Medium struct {
+	Backend backend.Backend
+	Info    backend.Info
+}
+
+// Namespace is one namespace of a subsystem, attached to any number of its controllers.
+type Namespace struct {
+	NSID   uint32
+	Shared bool // NMIC: may be attached to more than one controller
+
+	sub    *Subsystem // nil: it stands alone
+	medium atomic.Pointer[Medium]
+	gate   atomic.Pointer[Gate]
+
+	// alone is held by whoever has the namespace for itself (Exclusive), and taken before use and mu.
+	alone sync.Mutex
+	// use is held for reading by whoever uses the backend past the workers, and for writing while the backend changes.
+	use sync.RWMutex
+
+	mu    sync.Mutex // guards the rest
+	parts Gate       // what gate is made of
+	holds int
+
+	attached map[uint16]bool // by CNTLID; guarded by Subsystem.mu
+}
+
+// Alone returns a namespace that is in no subsystem: its gate is open for ever.
+func Alone(nsid uint32, b backend.Backend, info backend.Info) *Namespace {
+	n := &Namespace{NSID: nsid}
+	n.medium.Store(&Medium{Backend: b, Info: info})
+	return n
+}
+
+// Medium returns the namespace as it is now.
+func (n *Namespace) Medium() *Medium { return n.medium.Load() }
+
+// Gate returns what stands before the namespace's commands; nil: nothing.
+func (n *Namespace) Gate() *Gate { return n.gate.Load() }
+
+// Use calls f with the backend, which does not change meanwhile.
+func (n *Namespace) Use(f func(*Medium) error) error {
+	n.use.RLock()
+	defer n.use.RUnlock()
+	return f(n.Medium())
+}
+
+// EditGate changes the gate. The slices and pointers that f finds are not to be written to, only replaced. Whoever needs the
+// change to hold for commands that are under way too calls Workers.Drain afterwards.
+func (n *Namespace) EditGate(f func(*Gate)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f(&n.parts)
+	n.publish()
+}
+
+// publish is called with mu held.
+func (n *Namespace) publish() {
+	g := n.parts
+	g.Hold = n.holds > 0
+	if g.open() {
+		n.gate.Store(nil)
+		return
+	}
+	n.gate.Store(&g)
+}
+
+// SetProtected says whether writes are refused.
+func (n *Namespace) SetProtected(on bool) { n.EditGate(func(g *Gate) { g.Protected = on }) }
+
+// SetBad replaces the blocks that Write Uncorrectable has marked by what f makes of them.
+func (n *Namespace) SetBad(f func(old []Range) []Range) {
+	n.EditGate(func(g *Gate) { g.Bad = f(g.Bad) })
+}
+
+// Exclusive waits until no command of the namespace is in flight, on any worker, of any controller, and calls f; commands that
+// come meanwhile wait. One caller at a time has the namespace. It may take as long as the slowest command: never call it
+// on a session's goroutine or a worker's thread (Subsystem.Go gives another).
+func (n *Namespace) Exclusive(f func()) {
+	n.alone.Lock()
+	defer n.alone.Unlock()
+	n.hold(1)
+	defer n.release()
+	n.drain()
+	f()
+}
+
+// failing is Exclusive for what takes long: commands that come meanwhile fail with st instead of waiting.
+func (n *Namespace) failing(st nvme.Status, f func()) {
+	n.alone.Lock()
+	defer n.alone.Unlock()
+	n.EditGate(func(g *Gate) { g.Fail = st })
+	defer n.EditGate(func(g *Gate) { g.Fail = nvme.StatusSuccess })
+	n.drain()
+	f()
+}
+
+func (n *Namespace) hold(by int) {
+	n.mu.Lock()
+	n.holds += by
+	n.publish()
+	n.mu.Unlock()
+}
+
+func (n *Namespace) release() {
+	n.hold(-1)
+	if n.sub != nil {
+		n.sub.cfg.Workers.Release(n)
+	}
+}
+
+// drain returns when every command that passed an older gate is complete.
+func (n *Namespace) drain() {
+	if n.sub != nil {
+		n.sub.cfg.Workers.Drain(n)
+	}
+}
