@@ -330,18 +330,18 @@ var stateCases = []Case{
 	},
 	{
 		ID: "state.bad-cc.mps", Ref: "NVMe Base 2.0c 3.1.3.5", setup: setup{disabled: true},
-		Text:  "a CC.MPS that CAP does not offer makes no working controller, and a reset mends it",
+		Text:  "a CC.MPS that CAP does not offer does no lasting harm: a reset mends it",
 		needs: bitNeed("CAP.MPSMAX is the most there is", func(f *facts) bool { return f.cap.MPSMAX() < 15 }),
 		run:   func(c *ctl) { c.badCC(c.ccFor(setup{}).WithMPS(c.facts.cap.MPSMAX() + 1)) },
 	},
 	{
 		ID: "state.bad-cc.css", Ref: "NVMe Base 2.0c 3.1.3.5", setup: setup{disabled: true},
-		Text: "a reserved CC.CSS makes no working controller, and a reset mends it",
+		Text: "a reserved CC.CSS does no lasting harm: a reset mends it",
 		run:  func(c *ctl) { c.badCC(c.ccFor(setup{}).WithCSS(3)) },
 	},
 	{
 		ID: "state.bad-cc.ams", Ref: "NVMe Base 2.0c 3.1.3.5", setup: setup{disabled: true},
-		Text: "a reserved CC.AMS makes no working controller, and a reset mends it",
+		Text: "a reserved CC.AMS does no lasting harm: a reset mends it",
 		run:  func(c *ctl) { c.badCC(c.ccFor(setup{}).WithAMS(5)) },
 	},
 	{
@@ -383,12 +383,11 @@ func (c *ctl) shutdown(shn uint8) {
 	c.wait(limit, "CSTS.SHST=10b after a shutdown", func() bool { return c.csts().SHST() == nvme.SHSTComplete })
 }
 
-// badCC enables the controller with a CC that is not possible. It may say CSTS.CFS, or stay silent; then it must come back.
+// badCC enables the controller with a CC that is not possible. What comes of it is undefined, but for the reset that ends it.
 func (c *ctl) badCC(cc nvme.CC) {
 	c.adminQueues(setup{})
 	c.write32(nvme.RegCC, uint32(cc))
 	c.until(50*time.Millisecond, func() bool { return c.csts().RDY() || c.csts().CFS() })
-	c.check(!c.csts().RDY() || c.csts().CFS() || c.cc() != cc, "%v was taken: %v", cc, c.csts())
 	c.disable()
 	c.check(!c.csts().CFS(), "%v after a reset", c.csts())
 	c.mem.reset()

@@ -96,6 +96,7 @@ type ctl struct {
 	grant    granted
 	io       *sq // see q
 	pages    *dbPages
+	scratch  *data // see tick
 }
 
 // granted is what Set Features, Number of Queues, gave.

@@ -107,6 +107,9 @@ var subjects = [][]Case{
 	registerCases,
 	stateCases,
 	identifyCases,
+	adminCases,
+	queueCases,
+	featureCases,
 }
 
 // Run runs the cases that cfg selects. The error is one of the run and not of the controller's conduct: it cannot be opened,
