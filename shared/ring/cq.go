@@ -47,6 +47,19 @@ func NewCQProducer(mem *shm.Region, size uint32) (*CQProducer, error) {
 	return &CQProducer{entries: entries(mem, size), size: size, phase: phaseBit}, nil
 }
 
+// Detach lets go of the ring's memory; nothing may be posted until Attach gives it the same entries again, wherever
+// they are by then. Head, tail and phase stay.
+func (q *CQProducer) Detach() { q.entries = nil }
+
+// Attach puts the ring on the memory that holds its entries now.
+func (q *CQProducer) Attach(mem *shm.Region) error {
+	if err := checkSize(mem, q.size, CQESize); err != nil {
+		return fmt.Errorf("CQ: %w", err)
+	}
+	q.entries = entries(mem, q.size)
+	return nil
+}
+
 // Free returns how many entries can be posted before the driver publishes a new head.
 func (q *CQProducer) Free() uint32 { return q.size - 1 - distance(q.head, q.tail, q.size) }
 

@@ -1,7 +1,8 @@
 // Package ring has the four halves of NVMe's two rings: submission queue (SQ) producer
 // and consumer, completion queue (CQ) producer and consumer (NVMe Base 2.0c 3.3.1). Entries lie
 // in shared memory; heads, tails and phases are private to the half that owns
-// them, and move only through methods that refuse what cannot be.
+// them, and move only through methods that refuse what cannot be. The device's halves can
+// be detached from their memory and attached to where it is later: a client unmaps and maps again what it pleases.
 //
 // Nothing here writes a doorbell: an entry becomes visible to the other side by
 // package dbbuf's Publish (SQ) or by its phase tag (CQ). Each half belongs to one goroutine.

@@ -421,3 +421,50 @@ func TestNothingAllocates(t *testing.T) {
 		t.Errorf("%v allocations per batch", n)
 	}
 }
+
+// A ring whose memory moves goes on where it was, in the middle of a lap.
+func TestDetachAttach(t *testing.T) {
+	const size = 5
+	sqMem, cqMem := shm.NewHeap(4096), shm.NewHeap(4096)
+	sp, err1 := NewSQProducer(sqMem, size)
+	sc, err2 := NewSQConsumer(sqMem, size)
+	cp, cc := newCQ(t, cqMem, size)
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 * size {
+		sp.Push(&nvme.Command{CID: uint16(i)})
+		sc.Detach()
+		cp.Detach()
+		// The driver's halves stay where they are; the device's see the same bytes elsewhere.
+		sq, cq := shm.NewHeap(4096), shm.NewHeap(4096)
+		b, _ := sqMem.Bytes(0, size*SQESize)
+		if err := errors.Join(sq.Write(0, b), sc.Attach(sq), cp.Attach(cq)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := sc.Pending(sp.Tail()); n != 1 || err != nil {
+			t.Fatalf("%d pending, %v", n, err)
+		}
+		var cmd nvme.Command
+		sc.Fetch(&cmd)
+		if cmd.CID != uint16(i) {
+			t.Fatalf("command %d fetched in turn %d", cmd.CID, i)
+		}
+		cp.Post([]Entry{MakeEntry(0, sc.Head(), 1, cmd.CID, 0)})
+		b, _ = cq.Bytes(uint64(cc.Head())*CQESize, CQESize)
+		if err := cqMem.Write(uint64(cc.Head())*CQESize, b); err != nil {
+			t.Fatal(err)
+		}
+		e, ok := cc.Next()
+		if !ok || e.CID() != cmd.CID {
+			t.Fatalf("completion %v, %v in turn %d", e, ok, i)
+		}
+		if err := errors.Join(sp.Released(e.SQHead()), cp.Consumed(cc.Head())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	small, _ := sqMem.View(0, size*CQESize-1)
+	if sc.Attach(small) == nil || cp.Attach(small) == nil {
+		t.Error("attached to memory that is too small")
+	}
+}

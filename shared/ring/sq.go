@@ -65,6 +65,19 @@ func NewSQConsumer(mem *shm.Region, size uint32) (*SQConsumer, error) {
 	return &SQConsumer{entries: commands(mem, size), size: size}, nil
 }
 
+// Detach lets go of the ring's memory; nothing may be fetched until Attach gives it the same entries again, wherever
+// they are by then. Head and tail stay.
+func (q *SQConsumer) Detach() { q.entries = nil }
+
+// Attach puts the ring on the memory that holds its entries now.
+func (q *SQConsumer) Attach(mem *shm.Region) error {
+	if err := checkSize(mem, q.size, SQESize); err != nil {
+		return fmt.Errorf("SQ: %w", err)
+	}
+	q.entries = commands(mem, q.size)
+	return nil
+}
+
 // Size returns the number of entries, and Head the index of the next to be fetched.
 func (q *SQConsumer) Size() uint32 { return q.size }
 func (q *SQConsumer) Head() uint32 { return q.head }

@@ -10,10 +10,11 @@ import (
 
 // mapping owns what a Region has to give back.
 type mapping struct {
-	once sync.Once
-	raw  []byte // as mmap returned it
-	fd   int    // -1: none, or not ours
-	err  error
+	once  sync.Once
+	raw   []byte // as mmap returned it
+	fd    int    // -1: none, or not ours
+	parts int64  // of a stitched region
+	err   error
 }
 
 // Map maps size bytes of fd from byte offset off, shared, for reading and, if
@@ -109,6 +110,7 @@ func (r *Region) Close() error {
 	}
 	m.once.Do(func() {
 		m.err = unix.Munmap(m.raw)
+		stitched.Add(-m.parts)
 		if m.fd >= 0 {
 			m.err = errors.Join(m.err, unix.Close(m.fd))
 		}

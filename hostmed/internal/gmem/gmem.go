@@ -51,6 +51,7 @@ type file struct {
 	key   fileKey
 	begin uint64 // offset in the file
 	mem   *shm.Region
+	huge  bool // of huge pages
 	refs  int
 }
 
@@ -71,7 +72,9 @@ type Range struct {
 	// cannot be reached from here.
 	Mem *shm.Region
 
+	mem  []byte // of Mem, for the hot path
 	file *file
+	off  uint64 // where Mem begins in file.mem
 }
 
 func (r *Range) end() uint64 { return r.IOVA + r.Size } // never wraps: Map refuses
@@ -113,8 +116,7 @@ func (m *Memory) Map(iova, size, offset uint64, fd int, writable bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	r := Range{IOVA: iova, Size: size, Writable: writable}
-	i, err := m.place(r)
-	if err != nil {
+	if err := m.fits(r); err != nil {
 		return err
 	}
 	if fd >= 0 {
@@ -122,13 +124,12 @@ func (m *Memory) Map(iova, size, offset uint64, fd int, writable bool) error {
 		if err != nil {
 			return err
 		}
-		if r.Mem, err = f.mem.View(offset-f.begin, size); err != nil {
+		r.file, r.off = f, offset-f.begin
+		if r.Mem, err = f.mem.View(r.off, size); err != nil {
 			return errors.Join(err, m.put(f))
 		}
-		r.file = f
 	}
-	m.insert(i, r)
-	return nil
+	return m.insert(r)
 }
 
 // MapRegion adds memory of this process: a driver's that lives in it, or a test's. It stays the
@@ -137,34 +138,32 @@ func (m *Memory) MapRegion(iova uint64, mem *shm.Region, writable bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	r := Range{IOVA: iova, Size: mem.Len(), Writable: writable, Mem: mem}
-	i, err := m.place(r)
-	if err != nil {
+	if err := m.fits(r); err != nil {
 		return err
 	}
-	m.insert(i, r)
+	return m.insert(r)
+}
+
+// fits says whether r can be in the table.
+func (m *Memory) fits(r Range) error {
+	t := m.table.Load()
+	if t.n >= MaxMaps {
+		return ErrTooMany
+	}
+	if i, j := t.seek(r.IOVA); i < len(t.chunks) && t.chunks[i].ranges[j].IOVA < r.end() {
+		return fmt.Errorf("DMA range %#x, +%#x: %w", r.IOVA, r.Size, ErrOverlap)
+	}
 	return nil
 }
 
-// place returns where r belongs in the table.
-func (m *Memory) place(r Range) (int, error) {
-	old := m.table.Load().ranges
-	if len(old) >= MaxMaps {
-		return 0, ErrTooMany
-	}
-	i, _ := slices.BinarySearchFunc(old, r.IOVA, func(x Range, v uint64) int {
-		if x.end() <= v {
-			return -1
+func (m *Memory) insert(r Range) (err error) {
+	if r.Mem != nil {
+		if r.mem, err = r.Mem.Bytes(0, r.Size); err != nil {
+			return err
 		}
-		return 1
-	})
-	if i < len(old) && old[i].IOVA < r.end() {
-		return 0, fmt.Errorf("DMA range %#x, +%#x: %w", r.IOVA, r.Size, ErrOverlap)
 	}
-	return i, nil
-}
-
-func (m *Memory) insert(i int, r Range) {
-	m.table.Store(newTable(slices.Insert(slices.Clone(m.table.Load().ranges), i, r)))
+	m.table.Store(m.table.Load().with(r))
+	return nil
 }
 
 // open returns a mapping of fd's file that holds [offset, offset+size).
@@ -173,7 +172,8 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("stat of DMA memory: %w", err)
 	}
-	if !isMemory(fd) {
+	memory, huge := isMemory(fd)
+	if !memory {
 		return nil, ErrNotMemory
 	}
 	key := fileKey{dev: uint64(st.Dev), ino: st.Ino, writable: writable}
@@ -183,7 +183,7 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 			return f, nil
 		}
 	}
-	f := &file{key: key, begin: offset, refs: 1}
+	f := &file{key: key, begin: offset, huge: huge, refs: 1}
 	if whole := uint64(st.Size); whole >= offset+size && whole <= MaxWhole {
 		f.begin, size = 0, whole
 	}
@@ -219,12 +219,13 @@ func (m *Memory) put(f *file) error {
 	return f.mem.Close()
 }
 
-func isMemory(fd int) bool {
+func isMemory(fd int) (memory, huge bool) {
 	var fs unix.Statfs_t
 	if unix.Fstatfs(fd, &fs) != nil {
-		return false
+		return false, false
 	}
-	return fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.HUGETLBFS_MAGIC
+	huge = fs.Type == unix.HUGETLBFS_MAGIC
+	return huge || fs.Type == unix.TMPFS_MAGIC, huge
 }
 
 func (f *file) bytes() []byte {
@@ -254,21 +255,12 @@ func (m *Memory) Unmap(iova, size uint64) ([]Range, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	old := m.table.Load().ranges
-	var keep, gone []Range
-	for _, r := range old {
-		rlast := r.end() - 1
-		switch {
-		case r.IOVA >= iova && rlast <= last:
-			gone = append(gone, r)
-		case r.IOVA <= last && rlast >= iova:
-			return nil, fmt.Errorf("DMA_UNMAP %#x, +%#x would split the range %#x, +%#x: %w", iova, size, r.IOVA, r.Size, unix.EINVAL)
-		default:
-			keep = append(keep, r)
-		}
+	t, gone, split := m.table.Load().without(iova, last)
+	if split != nil {
+		return nil, fmt.Errorf("DMA_UNMAP %#x, +%#x would split the range %#x, +%#x: %w", iova, size, split.IOVA, split.Size, unix.EINVAL)
 	}
-	if len(gone) > 0 {
-		m.table.Store(newTable(keep))
+	if t != nil {
+		m.table.Store(t)
 	}
 	return gone, nil
 }

@@ -59,7 +59,7 @@ func TestMapRefuses(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
-	if n := len(m.Table().ranges); n != 0 || len(m.files) != 0 {
+	if n := len(m.Table().all()); n != 0 || len(m.files) != 0 {
 		t.Errorf("%d ranges and %d files of refused maps", n, len(m.files))
 	}
 	var p [2]int
@@ -99,7 +99,7 @@ func TestRangesNearTheTop(t *testing.T) {
 		t.Errorf("overlap at the top: %v", err)
 	}
 	m.mustUnmap(t, top, 2*page) // the end is 2^64
-	if len(m.Table().ranges) != 0 {
+	if len(m.Table().all()) != 0 {
 		t.Error("still mapped")
 	}
 }
@@ -123,10 +123,10 @@ func TestOverlap(t *testing.T) {
 	m.mustMap(t, 0xf000, page, 0, memfd(t, 1), true)
 	m.mustMap(t, 0x14000, 4*page, 0, memfd(t, 4), true)
 	m.mustMap(t, 0x1c000, page, 0, memfd(t, 1), true)
-	if n := len(m.Table().ranges); n != 5 {
+	if n := len(m.Table().all()); n != 5 {
 		t.Errorf("%d ranges", n)
 	}
-	if !slices.IsSortedFunc(m.Table().ranges, func(a, b Range) int { return int(int64(a.IOVA) - int64(b.IOVA)) }) {
+	if !slices.IsSortedFunc(m.Table().all(), func(a, b Range) int { return int(int64(a.IOVA) - int64(b.IOVA)) }) {
 		t.Error("the ranges are not in order")
 	}
 }
@@ -363,8 +363,8 @@ func TestUnmapSemantics(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || len(gone) != 3-c.left || len(m.Table().ranges) != c.left {
-				t.Fatalf("%d ranges taken out, %d left: %v", len(gone), len(m.Table().ranges), err)
+			if err != nil || len(gone) != 3-c.left || len(m.Table().all()) != c.left {
+				t.Fatalf("%d ranges taken out, %d left: %v", len(gone), len(m.Table().all()), err)
 			}
 			for _, r := range gone {
 				if pageAt(t, m.Table(), r.IOVA) != -1 {
@@ -388,7 +388,7 @@ func TestTooManyMaps(t *testing.T) {
 	for i := range ranges {
 		ranges[i] = Range{IOVA: uint64(i+1) * 2 * page, Size: page}
 	}
-	m.table.Store(newTable(ranges))
+	m.table.Store(tableOf(ranges))
 	m.mustMap(t, 0, page, 0, memfd(t, 1), true)
 	err := m.Map(page, page, 0, memfd(t, 1), true)
 	if !errors.Is(err, ErrTooMany) || !errors.Is(err, unix.ENOSPC) {

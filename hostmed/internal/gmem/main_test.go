@@ -77,8 +77,8 @@ func newMemory(t testing.TB) *Memory {
 		if err := m.Close(); err != nil {
 			t.Error(err)
 		}
-		if len(m.files) != 0 || len(m.Table().ranges) != 0 {
-			t.Errorf("%d files and %d ranges after Close", len(m.files), len(m.Table().ranges))
+		if len(m.files) != 0 || len(m.Table().all()) != 0 {
+			t.Errorf("%d files and %d ranges after Close", len(m.files), len(m.Table().all()))
 		}
 		if f, mp := held(t); f > fds || mp > maps {
 			t.Errorf("leak: %d descriptors and %d mappings at first, %d and %d at the end", fds, maps, f, mp)
@@ -113,4 +113,20 @@ func pageAt(t testing.TB, tab *Table, iova uint64) int {
 		return -1
 	}
 	return int(b[0]) | int(b[1])<<8
+}
+
+// all returns the ranges of t in one piece.
+func (t *Table) all() (ranges []Range) {
+	for _, c := range t.chunks {
+		ranges = append(ranges, c.ranges...)
+	}
+	return ranges
+}
+
+func tableOf(ranges []Range) *Table {
+	t := &Table{}
+	for _, r := range ranges {
+		t = t.with(r)
+	}
+	return t
 }

@@ -1,59 +1,153 @@
 package gmem
 
 import (
-	"fmt"
-	"sort"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/prp"
-	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
 // Table is a snapshot of a Memory. It does not change and is safe for concurrent use.
+//
+// The ranges are in chunks, by IOVA and not overlapping, so that the next snapshot shares all of them but one: behind a
+// vIOMMU there are thousands of ranges, and each I/O of the guest maps and unmaps one.
 type Table struct {
-	ranges []Range // by IOVA, not overlapping
-	spans  []span  // the same, as the hot path needs them
+	chunks []chunk
+	n      int // ranges
 }
 
-// span is a reachable Range with its host address.
-type span struct {
-	iova, end uint64
-	mem       []byte
-	writable  bool
+// chunk is a run of at least one range.
+type chunk struct {
+	end    uint64 // of the last
+	ranges []Range
 }
 
-func newTable(ranges []Range) *Table {
-	t := &Table{ranges: ranges, spans: make([]span, 0, len(ranges))}
-	for i := range ranges {
-		r := &ranges[i]
-		if r.Mem == nil {
-			continue
-		}
-		b, err := r.Mem.Bytes(0, r.Size)
-		if err != nil {
-			continue // cannot be: Mem is a view of Size bytes
-		}
-		t.spans = append(t.spans, span{r.IOVA, r.end(), b, r.Writable})
+// maxChunk is how many ranges a chunk has at most; two that have half of it together become one.
+const maxChunk = 64
+
+// find returns the reachable range that holds iova, or nil.
+func (t *Table) find(iova uint64) *Range {
+	if r := t.rangeAt(iova); r != nil && r.mem != nil {
+		return r
 	}
-	return t
+	return nil
 }
 
-// find returns the span that holds iova, or nil.
-func (t *Table) find(iova uint64) *span {
-	if len(t.spans) <= 4 {
-		for i := range t.spans {
-			if s := &t.spans[i]; iova-s.iova < s.end-s.iova {
-				return s
+// rangeAt returns the range that holds iova, or nil.
+func (t *Table) rangeAt(iova uint64) *Range {
+	switch {
+	case t.n == 0:
+		return nil
+	case t.n <= 4 && len(t.chunks) == 1:
+		for i := range t.chunks[0].ranges {
+			if r := &t.chunks[0].ranges[i]; iova-r.IOVA < r.Size {
+				return r
 			}
 		}
 		return nil
 	}
-	i := sort.Search(len(t.spans), func(i int) bool { return t.spans[i].end > iova })
-	if i < len(t.spans) && t.spans[i].iova <= iova {
-		return &t.spans[i]
+	i, j := t.seek(iova)
+	if i == len(t.chunks) {
+		return nil
+	}
+	if r := &t.chunks[i].ranges[j]; r.IOVA <= iova {
+		return r
 	}
 	return nil
+}
+
+// seek returns the chunk, and the place in it, of the first range that ends above iova; len(chunks), 0 if there is none.
+func (t *Table) seek(iova uint64) (i, j int) {
+	n := len(t.chunks)
+	for i < n {
+		if h := int(uint(i+n) >> 1); t.chunks[h].end > iova {
+			n = h
+		} else {
+			i = h + 1
+		}
+	}
+	if i == len(t.chunks) {
+		return i, 0
+	}
+	ranges := t.chunks[i].ranges
+	for n = len(ranges); j < n; {
+		if h := int(uint(j+n) >> 1); ranges[h].end() > iova {
+			n = h
+		} else {
+			j = h + 1
+		}
+	}
+	return i, j
+}
+
+// with returns a table that has r too, which overlaps none of t.
+func (t *Table) with(r Range) *Table {
+	i, j := t.seek(r.IOVA)
+	if i == len(t.chunks) { // above all: the last chunk grows
+		if i == 0 {
+			return &Table{chunks: []chunk{{r.end(), []Range{r}}}, n: 1}
+		}
+		i--
+		j = len(t.chunks[i].ranges)
+	}
+	old := t.chunks[i].ranges
+	grown := make([]Range, 0, len(old)+1)
+	grown = append(append(append(grown, old[:j]...), r), old[j:]...)
+	n := &Table{chunks: make([]chunk, 0, len(t.chunks)+1), n: t.n + 1}
+	n.chunks = append(n.chunks, t.chunks[:i]...)
+	if len(grown) > maxChunk {
+		n.chunks = append(n.chunks, newChunk(grown[:maxChunk/2]), newChunk(grown[maxChunk/2:]))
+	} else {
+		n.chunks = append(n.chunks, newChunk(grown))
+	}
+	n.chunks = append(n.chunks, t.chunks[i+1:]...)
+	return n
+}
+
+func newChunk(ranges []Range) chunk { return chunk{ranges[len(ranges)-1].end(), ranges} }
+
+// without returns a table that lacks the ranges inside [iova, last], and those; nil if there are none. One that is only
+// partly inside is returned as split, and then nothing is.
+func (t *Table) without(iova, last uint64) (n *Table, gone []Range, split *Range) {
+	from, j := t.seek(iova)
+	to := from // the first chunk that is not touched
+	var keep []Range
+	for ; to < len(t.chunks) && t.chunks[to].ranges[0].IOVA <= last; to++ {
+		ranges := t.chunks[to].ranges
+		if to == from {
+			keep = append(keep, ranges[:j]...)
+			ranges = ranges[j:]
+		}
+		for k := range ranges {
+			switch r := &ranges[k]; {
+			case r.IOVA > last:
+				keep = append(keep, *r)
+			case r.IOVA < iova || r.end()-1 > last:
+				return nil, nil, r
+			default:
+				gone = append(gone, *r)
+			}
+		}
+	}
+	if len(gone) == 0 {
+		return nil, nil, nil
+	}
+	n = &Table{chunks: make([]chunk, 0, len(t.chunks)+1), n: t.n - len(gone)}
+	n.chunks = append(n.chunks, t.chunks[:from]...)
+	if len(keep) > 0 && from > 0 && len(keep)+len(t.chunks[from-1].ranges) <= maxChunk/2 {
+		keep = append(slices.Clone(t.chunks[from-1].ranges), keep...)
+		n.chunks = n.chunks[:from-1]
+	}
+	for len(keep) > maxChunk {
+		n.chunks = append(n.chunks, newChunk(keep[:maxChunk/2]))
+		keep = keep[maxChunk/2:]
+	}
+	if len(keep) > 0 {
+		n.chunks = append(n.chunks, newChunk(keep))
+	}
+	n.chunks = append(n.chunks, t.chunks[to:]...)
+	return n, gone, nil
 }
 
 // Translate appends the host memory of [iova, iova+n) to vec: one element for each range that it
@@ -67,14 +161,14 @@ func (t *Table) Translate(vec []unix.Iovec, iova uint64, n uint32, write bool) (
 	}
 	for left := uint64(n); left > 0; {
 		s := t.find(iova)
-		if s == nil || write && !s.writable {
+		if s == nil || write && !s.Writable {
 			if was > 0 {
 				vec[was-1].Len = joined
 			}
 			return vec[:was], false
 		}
-		step := min(left, s.end-iova)
-		vec = appendVec(vec, s.mem[iova-s.iova:], step)
+		step := min(left, s.end()-iova)
+		vec = appendVec(vec, s.mem[iova-s.IOVA:], step)
 		iova += step
 		left -= step
 	}
@@ -92,24 +186,6 @@ func (t *Table) TranslateAll(vec []unix.Iovec, extents []prp.Extent, write bool)
 	return vec, true
 }
 
-// View returns [iova, iova+n) if it lies in one writable range.
-func (t *Table) View(iova, n uint64) (*shm.Region, error) {
-	for i := range t.ranges {
-		r := &t.ranges[i]
-		if iova < r.IOVA || iova >= r.end() {
-			continue
-		}
-		if r.Mem == nil {
-			return nil, fmt.Errorf("guest memory at %#x came without a file descriptor and cannot be shared", iova)
-		}
-		if !r.Writable {
-			return nil, fmt.Errorf("guest memory at %#x is read-only", iova)
-		}
-		return r.Mem.View(iova-r.IOVA, n)
-	}
-	return nil, fmt.Errorf("guest address %#x is not mapped", iova)
-}
-
 // ReadIOVA copies guest memory to p; false if some of it is not mapped. The caller runs under shm.Guard.
 func (t *Table) ReadIOVA(iova uint64, p []byte) bool {
 	return t.each(iova, p, false, func(guest, p []byte) { copy(p, guest) })
@@ -124,10 +200,10 @@ func (t *Table) WriteIOVA(iova uint64, p []byte) bool {
 func (t *Table) each(iova uint64, p []byte, write bool, f func(guest, p []byte)) bool {
 	for len(p) > 0 {
 		s := t.find(iova)
-		if s == nil || write && !s.writable {
+		if s == nil || write && !s.Writable {
 			return false
 		}
-		guest := s.mem[iova-s.iova:]
+		guest := s.mem[iova-s.IOVA:]
 		n := min(len(guest), len(p))
 		f(guest[:n], p[:n])
 		p = p[n:]

@@ -80,7 +80,7 @@ func TestTranslateAgainstNaiveModel(t *testing.T) {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			m, model := scattered(t, n)
 			tab := m.Table()
-			first, last := tab.ranges[0].IOVA, tab.ranges[len(tab.ranges)-1].end()
+			first, last := tab.all()[0].IOVA, tab.all()[tab.n-1].end()
 			rapid.Check(t, func(t *rapid.T) {
 				iova := rapid.Uint64Range(first-2*page, last+2*page).Draw(t, "iova")
 				if rapid.Bool().Draw(t, "page aligned") {
@@ -187,7 +187,7 @@ func TestTranslateAllocatesNothing(t *testing.T) {
 	for _, n := range []int{1, 4, 5, 1000} {
 		m, _ := scattered(t, n)
 		tab := m.Table()
-		at := tab.ranges[0].IOVA
+		at := tab.all()[0].IOVA
 		vec := make([]unix.Iovec, 0, 64)
 		buf := make([]byte, 64)
 		ok := true
@@ -198,39 +198,6 @@ func TestTranslateAllocatesNothing(t *testing.T) {
 			ok = ok && a && !b && tab.ReadIOVA(at, buf)
 		}); allocs != 0 || !ok {
 			t.Errorf("%d ranges: %v allocations, %v", n, allocs, ok)
-		}
-	}
-}
-
-func TestView(t *testing.T) {
-	m := newMemory(t)
-	fd := memfd(t, 8)
-	m.mustMap(t, 0x10000, 4*page, 0, dup(t, fd), true)
-	m.mustMap(t, 0x14000, 4*page, 4*page, fd, true)
-	tab := m.Table()
-	for _, c := range []struct {
-		iova, n uint64
-		ok      bool
-	}{
-		{0x10000, 4 * page, true}, {0x10000, 0, true}, {0x13fff, 1, true}, {0x14000, 4 * page, true}, {0x12345, 100, true},
-		{0x10000, 4*page + 1, false}, // goes on in the next range: not one
-		{0x13fff, 2, false}, {0xffff, 1, false}, {0x18000, 1, false}, {0x17fff, 2, false},
-		{0x10000, 1<<64 - 1, false}, {0x10000, 1<<64 - 0x10000, false}, {1<<64 - 1, 1, false},
-	} {
-		v, err := tab.View(c.iova, c.n)
-		if (err == nil) != c.ok {
-			t.Errorf("%#x, +%#x: %v", c.iova, c.n, err)
-			continue
-		}
-		if err != nil || c.n == 0 {
-			continue
-		}
-		if err := v.Write(c.n-1, []byte{0x5a}); err != nil {
-			t.Error(err)
-		}
-		b := []byte{0}
-		if !tab.ReadIOVA(c.iova+c.n-1, b) || b[0] != 0x5a || v.Len() != c.n {
-			t.Errorf("%#x, +%#x: the view is of other memory", c.iova, c.n)
 		}
 	}
 }
@@ -330,10 +297,106 @@ func BenchmarkTranslate(b *testing.B) {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			m, _ := scattered(b, n)
 			tab := m.Table()
+			ranges := tab.all()
 			vec := make([]unix.Iovec, 0, 4)
 			b.ReportAllocs()
 			for i := range b.N {
-				vec, _ = tab.Translate(vec[:0], tab.ranges[i%n].IOVA, page, false)
+				vec, _ = tab.Translate(vec[:0], ranges[i%n].IOVA, page, false)
+			}
+		})
+	}
+}
+
+// The chunks of a table against a sorted slice, through maps and unmaps of one range and of many.
+func TestTableAgainstNaiveModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		tab := &Table{}
+		model := map[uint64]Range{} // by page
+		for range rapid.IntRange(1, 300).Draw(t, "steps") {
+			iova := rapid.Uint64Range(0, 400).Draw(t, "page") * page
+			size := rapid.OneOf(rapid.Just(uint64(1)), rapid.Uint64Range(1, 3), rapid.Uint64Range(1, 400)).Draw(t, "pages") * page
+			if size <= 3*page && rapid.IntRange(0, 9).Draw(t, "map") < 7 {
+				free := true
+				for p := iova; p < iova+size; p += page {
+					_, used := model[p]
+					free = free && !used
+				}
+				if !free {
+					continue
+				}
+				r := Range{IOVA: iova, Size: size}
+				tab = tab.with(r)
+				for p := iova; p < iova+size; p += page {
+					model[p] = r
+				}
+			} else {
+				last := iova + size - 1
+				var want []Range
+				whole := true
+				for p := iova; p < iova+size; p += page {
+					r, used := model[p]
+					if !used {
+						continue
+					}
+					if r.IOVA < iova || r.end()-1 > last {
+						whole = false
+					} else if r.IOVA == p {
+						want = append(want, r)
+					}
+				}
+				n, gone, split := tab.without(iova, last)
+				if (split == nil) != whole || whole && len(gone) != len(want) || (n == nil) != (len(gone) == 0) {
+					t.Fatalf("unmap %#x, +%#x: %d ranges, split %v; want %d, whole %v", iova, size, len(gone), split, len(want), whole)
+				}
+				if n == nil {
+					continue
+				}
+				for i, r := range gone {
+					if r.IOVA != want[i].IOVA || r.Size != want[i].Size {
+						t.Fatalf("range %#x taken out, want %#x", r.IOVA, want[i].IOVA)
+					}
+					for p := r.IOVA; p < r.end(); p += page {
+						delete(model, p)
+					}
+				}
+				tab = n
+			}
+			count := 0
+			for i, c := range tab.chunks {
+				if len(c.ranges) == 0 || len(c.ranges) > maxChunk || c.end != c.ranges[len(c.ranges)-1].end() {
+					t.Fatalf("chunk %d of %d ranges ends at %#x", i, len(c.ranges), c.end)
+				}
+				count += len(c.ranges)
+			}
+			if count != tab.n {
+				t.Fatalf("%d ranges, the table says %d", count, tab.n)
+			}
+			for p := uint64(0); p < 404*page; p += page {
+				r := tab.rangeAt(p + page/2)
+				if want, ok := model[p]; ok != (r != nil) || ok && r.IOVA != want.IOVA {
+					t.Fatalf("range %v at %#x, want %v", r, p, want)
+				}
+			}
+		}
+	})
+}
+
+// One map and one unmap of a guest behind a vIOMMU.
+func BenchmarkMapUnmap(b *testing.B) {
+	for _, n := range []int{4, 1000, 30000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			ranges := make([]Range, n)
+			for i := range ranges {
+				ranges[i] = Range{IOVA: uint64(i) * 2 * page, Size: page}
+			}
+			tab := tableOf(ranges)
+			b.ReportAllocs()
+			for i := range b.N {
+				r := Range{IOVA: uint64(i*7919%n)*2*page + page, Size: page}
+				t := tab.with(r)
+				if _, gone, _ := t.without(r.IOVA, r.end()-1); len(gone) != 1 {
+					b.Fatal("not found")
+				}
 			}
 		})
 	}
