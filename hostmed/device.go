@@ -76,10 +76,16 @@ func (d *device) DMAMap(m vfiouser.DMAMap, fd int) error {
 	if fd >= 0 && shm.CanShrink(fd) && d.log.IsDebug() {
 		d.log.Debug("client memory is not sealed against shrinking", "iova", fmt.Sprintf("%#x", m.IOVA))
 	}
-	return d.mem.Map(m.IOVA, m.Size, m.Offset, fd, m.Flags&vfiouser.DMAWrite != 0)
+	if err := d.mem.Map(m.IOVA, m.Size, m.Offset, fd, m.Flags&vfiouser.DMAWrite != 0); err != nil {
+		return err
+	}
+	d.ctl.MemoryGained()
+	d.data.Mapped()
+	return nil
 }
 
-// DMAUnmap takes the ranges out, makes everybody let go of them, and only then unmaps them and answers (R25, R35).
+// DMAUnmap takes the ranges out, makes everybody let go of them, and only then unmaps them and answers (R25, R35). Queues in
+// them are parked.
 func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
 	if flags&vfiouser.UnmapAll != 0 {
 		iova, size = 0, 0
@@ -91,8 +97,7 @@ func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
 	for i := range gone {
 		d.ctl.MemoryLost(gone[i].IOVA, gone[i].Size)
 	}
-	d.data.Revoke(gone)
-	d.data.Quiesce()
+	d.data.Unmapped(gone)
 	return d.mem.Release(gone)
 }
 

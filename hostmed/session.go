@@ -278,7 +278,6 @@ func (s *session) queueFailed(f ioq.QueueError) {
 		s.ctl.QueueError(f.QID, ctrl.BadDoorbellRegister)
 	case ioq.MemoryFault:
 		s.end(f.Err)
-	case ioq.MemoryRevoked: // its own doing; a driver that goes on using the queue meets its timeout
 	}
 }
 

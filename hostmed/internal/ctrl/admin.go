@@ -25,6 +25,9 @@ const kickBudget = 512
 type adminQueue struct {
 	sq         *ring.SQConsumer
 	cq         *ring.CQProducer
+	sqMem      *shm.Region
+	cqMem      *shm.Region
+	parked     bool // their memory is not all mapped (parking.go)
 	tail, head adminDoorbell
 	stopped    bool // after an invalid doorbell: nothing is fetched until a reset
 	badHead    bool // and the CQ head is not looked at
@@ -65,6 +68,9 @@ func (c *Controller) guardedMail(fn func()) {
 func (c *Controller) serveAdmin() (more bool) {
 	sqTail, cqHead := c.dp.AdminDoorbells()
 	a := &c.admin
+	if a.parked {
+		return false
+	}
 	budget := kickBudget
 	for range kickBudget {
 		c.takeHead(a.head.load(cqHead))
@@ -136,7 +142,7 @@ func (c *Controller) complete(cid uint16, dw0 uint32, status nvme.Status) {
 func (c *Controller) postWaiting() {
 	a := &c.admin
 	n := min(len(a.waiting), int(a.cq.Free()))
-	if n == 0 {
+	if n == 0 || a.parked {
 		return
 	}
 	a.cq.Post(a.waiting[:n])

@@ -70,7 +70,8 @@ type Namespace struct {
 type CQParams struct {
 	QID    uint16
 	Size   uint32      // entries
-	Mem    *shm.Region // Size * 16 bytes
+	IOVA   uint64      // page aligned
+	Mem    *shm.Region // Size * 16 bytes, which are there; the data path closes it
 	Vector uint16
 	IEN    bool
 }
@@ -79,7 +80,8 @@ type CQParams struct {
 type SQParams struct {
 	QID, CQID uint16
 	Size      uint32      // entries
-	Mem       *shm.Region // Size * 64 bytes
+	IOVA      uint64      // page aligned
+	Mem       *shm.Region // Size * 64 bytes, which are there; the data path closes it
 	Prio      uint8       // QPRIO
 }
 
@@ -97,6 +99,9 @@ type DataPath interface {
 	// quiesces, seeds both pages from the current values, switches and wakes all (R23). An error leaves everything as
 	// it was (R26).
 	SetDoorbellPages(shadow, ei *shm.Region) error
+	// ResumeDoorbellPages puts the doorbells back on pages that SetDoorbellPages(nil, nil) took them off, and which the driver has
+	// gone on using: their values count, and are not seeded. All queues are probed (R27).
+	ResumeDoorbellPages(shadow, ei *shm.Region) error
 	SetQuiet(on bool)
 	SetCoalescing(thresholdZ uint8, time100us uint8)
 	SetVectorConfig(vector uint16, coalescingDisabled bool)
@@ -116,7 +121,7 @@ type DataPath interface {
 
 // Memory is guest memory by IOVA.
 type Memory interface {
-	// View returns n bytes that lie in one mapping.
+	// View returns the n bytes from iova, wherever they are; the caller closes it, before the memory is unmapped.
 	View(iova, n uint64) (*shm.Region, error)
 	ReadIOVA(iova uint64, p []byte) bool
 	WriteIOVA(iova uint64, p []byte) bool

@@ -1,6 +1,7 @@
 package ctrl
 
 import (
+	"errors"
 	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
@@ -21,7 +22,7 @@ import (
 //  3. Before AdminKick returns, both event indices are set to the values taken, and both doorbells
 //     read once more. So a driver that looks at them rings for each value, and none is lost.
 //
-// Without a page, or after it was lost (R25), only step 2's first half is left.
+// Without a page, or while it is not mapped (R25), only step 2's first half is left.
 
 // adminDoorbell is one doorbell of queue 0.
 type adminDoorbell struct {
@@ -72,14 +73,26 @@ func (d *adminDoorbell) attach(slot, ei *atomic.Uint32) {
 }
 
 // detach takes it off; the value stays.
-func (d *adminDoorbell) detach() {
-	d.slot, d.ei, d.owned = nil, nil, false
-}
+func (d *adminDoorbell) detach() { d.slot, d.ei = nil, nil }
+
+// reattach puts it back on a slot that was out of reach. What the driver stored there meanwhile counts.
+func (d *adminDoorbell) reattach(slot, ei *atomic.Uint32) { d.slot, d.ei = slot, ei }
 
 // doorbellPages are the pages in use; shadow is nil without.
 type doorbellPages struct {
-	shadow             *shm.Region
+	shadow, ei         *shm.Region
 	shadowIOVA, eiIOVA uint64
+	away               bool // configured, but not mapped (parking.go)
+}
+
+// release gives the pages' memory back.
+func (p *doorbellPages) release() {
+	for _, m := range []*shm.Region{p.shadow, p.ei} {
+		if m != nil {
+			_ = m.Close() // munmap of what was mapped cannot fail
+		}
+	}
+	p.shadow, p.ei = nil, nil
 }
 
 // doorbellBufferConfig is command 7Ch (NVMe Base 2.0c 5.8) and its forerunner C0h: PRP1 is the shadow doorbell
@@ -99,26 +112,23 @@ func (c *Controller) doorbellBufferConfig(cmd *nvme.Command) result {
 	case cmd.PRP1 == cmd.PRP2:
 		return fail(bad, inPRP2, "shadow and event index page are the same")
 	}
-	shadow, err := c.doorbellPage(cmd.PRP1)
-	if err != nil {
+	n := doorbellPages{shadowIOVA: cmd.PRP1, eiIOVA: cmd.PRP2}
+	var err error
+	if n.shadow, err = c.doorbellPage(cmd.PRP1); err != nil {
 		return failErr(bad, inPRP1, "shadow page", err)
 	}
-	ei, err := c.doorbellPage(cmd.PRP2)
-	if err != nil {
+	if n.ei, err = c.doorbellPage(cmd.PRP2); err != nil {
+		n.release()
 		return failErr(bad, inPRP2, "event index page", err)
 	}
-	shadowSQ, shadowCQ, err := dbbuf.Slots(shadow, 0, c.cfg.DSTRD)
-	if err != nil {
-		return failErr(bad, inPRP1, "shadow page", err)
-	}
-	eiSQ, eiCQ, err := dbbuf.Slots(ei, 0, c.cfg.DSTRD)
-	if err != nil {
-		return failErr(bad, inPRP2, "event index page", err)
-	}
-	if err := c.dp.SetDoorbellPages(shadow, ei); err != nil {
+	shadowSQ, shadowCQ, err1 := dbbuf.Slots(n.shadow, 0, c.cfg.DSTRD)
+	eiSQ, eiCQ, err2 := dbbuf.Slots(n.ei, 0, c.cfg.DSTRD)
+	if err := errors.Join(err1, err2, c.dp.SetDoorbellPages(n.shadow, n.ei)); err != nil {
+		n.release()
 		return failErr(nvme.StatusInternalError, nowhere, "switching to the doorbell pages", err)
 	}
-	c.pages = doorbellPages{shadow: shadow, shadowIOVA: cmd.PRP1, eiIOVA: cmd.PRP2}
+	c.pages.release()
+	c.pages = n
 	c.admin.tail.attach(shadowSQ, eiSQ)
 	c.admin.head.attach(shadowCQ, eiCQ)
 	c.log.debug("doorbell pages configured", "command", nvme.AdminOpcodeName(cmd.Opcode))
@@ -131,17 +141,8 @@ func (c *Controller) doorbellPage(iova uint64) (*shm.Region, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, _, err = dbbuf.Slots(page, c.cfg.MaxIOQueues, c.cfg.DSTRD)
-	return page, err
-}
-
-// dropDoorbellPages goes back to the registers because the pages are about to go.
-func (c *Controller) dropDoorbellPages() {
-	if err := c.dp.SetDoorbellPages(nil, nil); err != nil {
-		c.fatal("doorbell pages cannot be dropped", err)
+	if _, _, err = dbbuf.Slots(page, c.cfg.MaxIOQueues, c.cfg.DSTRD); err != nil {
+		return nil, errors.Join(err, page.Close())
 	}
-	c.pages = doorbellPages{}
-	c.admin.tail.detach()
-	c.admin.head.detach()
-	c.log.warn("doorbell pages dropped: the client unmapped their memory")
+	return page, nil
 }

@@ -83,24 +83,24 @@ func (c *Controller) mapAdminQueues() error {
 		return fmt.Errorf("admin queues at %#x and %#x are not aligned to memory pages of %d bytes (CC.MPS)", c.regs.asq, c.regs.acq, c.pageSize)
 	}
 	sqSize, cqSize := c.regs.aqa.ASQS().Count(), c.regs.aqa.ACQS().Count()
-	sqMem, err := c.mem.View(c.regs.asq, uint64(sqSize)*ring.SQESize)
-	if err != nil {
+	var a adminQueue
+	var err error
+	if a.sqMem, err = c.mem.View(c.regs.asq, uint64(sqSize)*ring.SQESize); err != nil {
 		return fmt.Errorf("admin SQ at %#x: %w", c.regs.asq, err)
 	}
-	cqMem, err := c.mem.View(c.regs.acq, uint64(cqSize)*ring.CQESize)
-	if err != nil {
+	if a.cqMem, err = c.mem.View(c.regs.acq, uint64(cqSize)*ring.CQESize); err != nil {
+		a.release()
 		return fmt.Errorf("admin CQ at %#x: %w", c.regs.acq, err)
 	}
-	sq, err := ring.NewSQConsumer(sqMem, sqSize)
-	if err != nil {
-		return fmt.Errorf("admin: %w", err)
-	}
-	cq, err := ring.NewCQProducer(cqMem, cqSize)
-	if err != nil {
+	var err1, err2 error
+	a.sq, err1 = ring.NewSQConsumer(a.sqMem, sqSize)
+	a.cq, err2 = ring.NewCQProducer(a.cqMem, cqSize)
+	if err := errors.Join(err1, err2); err != nil {
+		a.release()
 		return fmt.Errorf("admin: %w", err)
 	}
 	c.dp.ZeroAdminDoorbells() // what was rung while disabled does not count
-	c.admin = adminQueue{sq: sq, cq: cq}
+	c.admin = a
 	return nil
 }
 
@@ -108,8 +108,10 @@ func (c *Controller) mapAdminQueues() error {
 func (c *Controller) disable() {
 	c.ready = false
 	c.dp.Stop()
+	c.pages.release()
 	c.pages = doorbellPages{}
 	c.dp.ZeroAdminDoorbells()
+	c.admin.release()
 	c.admin = adminQueue{}
 	c.forgetBackground()
 	c.stopKeepAlive()
@@ -207,6 +209,7 @@ func (c *Controller) status() nvme.CSTS {
 func (c *Controller) fatal(what string, cause error) {
 	c.ready = false
 	c.regs.csts = c.regs.csts.WithCFS(true)
+	c.admin.release()
 	c.admin = adminQueue{}
 	log := c.log.warn
 	if c.regs.cc.SHN() != 0 {
@@ -215,29 +218,4 @@ func (c *Controller) fatal(what string, cause error) {
 	log(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 
-var (
-	errUnmapped  = errors.New("the client unmapped its memory")
-	errKeepAlive = errors.New("no Keep Alive command in time (feature 0Fh)")
-)
-
-// MemoryLost says that the client is unmapping [iova, iova+size); a size of 0, or an end beyond 2^64, means
-// all above iova. Doorbell pages in it are dropped (R25), an admin queue in it is the end of
-// the controller. When it returns nothing here refers to that memory.
-func (c *Controller) MemoryLost(iova, size uint64) {
-	last := iova + size - 1
-	if size == 0 || last < iova {
-		last = ^uint64(0)
-	}
-	lost := func(at, n uint64) bool { return at <= last && at+n-1 >= iova }
-	if c.pages.shadow != nil && (lost(c.pages.shadowIOVA, uint64(c.pageSize)) || lost(c.pages.eiIOVA, uint64(c.pageSize))) {
-		c.dropDoorbellPages()
-	}
-	if !c.ready {
-		return
-	}
-	sqBytes := uint64(c.admin.sq.Size()) * ring.SQESize
-	cqBytes := uint64(c.admin.cq.Size()) * ring.CQESize
-	if lost(c.regs.asq, sqBytes) || lost(c.regs.acq, cqBytes) {
-		c.fatal("admin queue lost", errUnmapped)
-	}
-}
+var errKeepAlive = errors.New("no Keep Alive command in time (feature 0Fh)")

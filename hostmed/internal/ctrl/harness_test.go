@@ -37,12 +37,22 @@ const (
 	adminDepth = 32
 )
 
-// ram is guest memory in one mapping.
-type ram struct{ r *shm.Region }
+// ram is guest memory in one mapping, of which pages can be unmapped.
+type ram struct {
+	r    *shm.Region
+	gone map[uint64]bool // by page
+}
 
-func (m ram) View(iova, n uint64) (*shm.Region, error) { return m.r.View(iova-ramBase, n) }
-func (m ram) ReadIOVA(iova uint64, p []byte) bool      { return m.r.Read(iova-ramBase, p) == nil }
-func (m ram) WriteIOVA(iova uint64, p []byte) bool     { return m.r.Write(iova-ramBase, p) == nil }
+func (m ram) View(iova, n uint64) (*shm.Region, error) {
+	for p := iova &^ 0xfff; p < iova+n && len(m.gone) > 0; p += 0x1000 {
+		if m.gone[p] {
+			return nil, fmt.Errorf("%#x is not mapped", p)
+		}
+	}
+	return m.r.View(iova-ramBase, n)
+}
+func (m ram) ReadIOVA(iova uint64, p []byte) bool  { return m.r.Read(iova-ramBase, p) == nil }
+func (m ram) WriteIOVA(iova uint64, p []byte) bool { return m.r.Write(iova-ramBase, p) == nil }
 
 func (m ram) word(iova uint64) *atomic.Uint32 {
 	w, err := m.r.Word32(iova - ramBase)
@@ -107,6 +117,11 @@ func (f *fakePath) SetDoorbellPages(shadow, ei *shm.Region) error {
 	return nil
 }
 
+func (f *fakePath) ResumeDoorbellPages(shadow, ei *shm.Region) error {
+	f.note("ResumeDoorbellPages")
+	return f.SetDoorbellPages(shadow, ei)
+}
+
 func (f *fakePath) SetQuiet(on bool)                      { f.note("SetQuiet %v", on) }
 func (f *fakePath) SetCoalescing(thr, time uint8)         { f.note("SetCoalescing %d %d", thr, time) }
 func (f *fakePath) SetVectorConfig(v uint16, off bool)    { f.note("SetVectorConfig %d %v", v, off) }
@@ -162,7 +177,7 @@ func testConfig() Config {
 
 // newHost returns a driver of a controller that is still disabled.
 func newHost(t testing.TB, cfg Config) *host {
-	h := &host{TB: t, mem: ram{shm.NewHeap(ramSize)}, dp: &fakePath{cqs: map[uint16]bool{}, sqs: map[uint16]bool{}}}
+	h := &host{TB: t, mem: ram{shm.NewHeap(ramSize), map[uint64]bool{}}, dp: &fakePath{cqs: map[uint16]bool{}, sqs: map[uint16]bool{}}}
 	h.c = New(cfg, h.dp, h.mem)
 	t.Cleanup(h.c.Close)
 	return h

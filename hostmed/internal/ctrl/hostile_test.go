@@ -169,7 +169,7 @@ func TestRule36_AdminMemoryShrinks(t *testing.T) {
 	}
 	defer r.Close()
 	h := newHost(t, testConfig())
-	h.mem = ram{r}
+	h.mem = ram{r: r}
 	h.c.mem = h.mem
 	h.enable()
 	h.identify(nvme.CNSController, 0)

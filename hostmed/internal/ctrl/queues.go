@@ -1,6 +1,8 @@
 package ctrl
 
 import (
+	"errors"
+
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
 )
@@ -73,8 +75,8 @@ func (c *Controller) createCQ(cmd *nvme.Command) result {
 	if err != nil {
 		return failErr(nvme.StatusInvalidField, inPRP1, "queue memory", err)
 	}
-	if err := c.dp.CreateCQ(CQParams{QID: qid, Size: size, Mem: mem, Vector: cmd.CQVector(), IEN: cmd.CQInterrupts()}); err != nil {
-		return failErr(nvme.StatusInternalError, nowhere, "creating the CQ", err)
+	if err := c.dp.CreateCQ(CQParams{QID: qid, Size: size, IOVA: cmd.PRP1, Mem: mem, Vector: cmd.CQVector(), IEN: cmd.CQInterrupts()}); err != nil {
+		return failErr(nvme.StatusInternalError, nowhere, "creating the CQ", errors.Join(err, mem.Close()))
 	}
 	c.queues.cq[qid] = cqState{exists: true}
 	return result{}
@@ -96,8 +98,8 @@ func (c *Controller) createSQ(cmd *nvme.Command) result {
 	if err != nil {
 		return failErr(nvme.StatusInvalidField, inPRP1, "queue memory", err)
 	}
-	if err := c.dp.CreateSQ(SQParams{QID: qid, CQID: cqid, Size: size, Mem: mem, Prio: cmd.SQPriority()}); err != nil {
-		return failErr(nvme.StatusInternalError, nowhere, "creating the SQ", err)
+	if err := c.dp.CreateSQ(SQParams{QID: qid, CQID: cqid, Size: size, IOVA: cmd.PRP1, Mem: mem, Prio: cmd.SQPriority()}); err != nil {
+		return failErr(nvme.StatusInternalError, nowhere, "creating the SQ", errors.Join(err, mem.Close()))
 	}
 	c.queues.sq[qid] = sqState{exists: true, cqid: cqid}
 	c.queues.cq[cqid].sqs++

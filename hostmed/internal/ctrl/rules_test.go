@@ -247,34 +247,6 @@ func TestRule25_PageMemoryLost(t *testing.T) {
 	}
 }
 
-func TestRule25_AdminQueueLost(t *testing.T) {
-	for name, lose := range map[string]func(*Controller){
-		"SQ":         func(c *Controller) { c.MemoryLost(sqIOVA+0x400, 0x1000) },
-		"CQ":         func(c *Controller) { c.MemoryLost(cqIOVA, 1) },
-		"everything": func(c *Controller) { c.MemoryLost(0, 0) },
-		"to 2^64":    func(c *Controller) { c.MemoryLost(ramBase, ^uint64(0)-ramBase+1) },
-		"wraps":      func(c *Controller) { c.MemoryLost(ramBase, ^uint64(0)) },
-	} {
-		h := newEnabled(t, testConfig())
-		h.c.MemoryLost(0, ramBase)
-		h.c.MemoryLost(ramBase+ramSize, 0)
-		if !h.c.Enabled() {
-			t.Fatalf("%s: failed for memory that is not its own", name)
-		}
-		lose(h.c)
-		if st := h.csts(); !st.CFS() || h.c.Enabled() {
-			t.Errorf("%s: %v", name, st)
-		}
-		h.dp.tail.Store(3)
-		h.c.AdminKick()
-		h.c.QueueError(1, BadDoorbellValue)
-		h.c.MemoryLost(0, 0)
-		h.disable()
-		h.enable()
-		h.identify(nvme.CNSController, 0)
-	}
-}
-
 func TestRule26_FailureLeavesEverything(t *testing.T) {
 	h := newEnabled(t, testConfig())
 	h.dp.fail = errors.New("no")

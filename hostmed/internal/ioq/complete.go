@@ -38,6 +38,9 @@ func (w *Worker) postAll() {
 
 // postGroup posts g's completions as one batch and decides once about the interrupt.
 func (w *Worker) postGroup(g *group) {
+	if g.state == Parked { // commands that a gate held back, and that end with their SQ
+		return
+	}
 	w.current = g
 	n := uint32(len(g.staged))
 	g.prod.Post(g.staged)

@@ -3,7 +3,6 @@ package ioq
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -59,6 +58,9 @@ type Controller struct {
 	shadow    *shm.Region       // the doorbell page and its event indices; nil: none
 	ei        *shm.Region
 	shared    atomic.Bool // shadow != nil
+	away      bool        // the pages were taken off, and may come back
+	parked    bool        // some queue may be parked
+	held      bool        // nothing is fetched: no bus master, or not in D0
 
 	sqs     []atomic.Pointer[sq] // by queue id, for doorbell messages
 	cqs     []atomic.Pointer[group]
@@ -157,7 +159,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		return err
 	}
 	w := c.cfg.Workers[int(p.QID-1)%len(c.cfg.Workers)]
-	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, mem: p.Mem, ien: p.IEN, vector: &c.vectors[p.Vector], state: Armed}
+	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, iova: p.IOVA, mem: p.Mem, fresh: c.away, ien: p.IEN, vector: &c.vectors[p.Vector], state: Armed}
 	g.onKick = func() {
 		g.kicked.Store(false)
 		w.wake(g)
@@ -202,7 +204,7 @@ func (c *Controller) CreateSQ(p ctrl.SQParams) error {
 	if err != nil {
 		return err
 	}
-	s := &sq{g: g, qid: p.QID, mem: p.Mem, cons: cons, tail: dbbuf.NewPoller(tail, tailEI, p.Size), state: Polling, pageSize: c.cfg.PageSize()}
+	s := &sq{g: g, qid: p.QID, iova: p.IOVA, mem: p.Mem, fresh: c.away, cons: cons, tail: dbbuf.NewPoller(tail, tailEI, p.Size), state: Polling, pageSize: c.cfg.PageSize()}
 	s.maxPages = int(prp.Pages(uint64(s.pageSize-1), c.cfg.MDTSBytes, s.pageSize))
 	g.w.Call(func() {
 		w := g.w
@@ -237,6 +239,7 @@ func (c *Controller) DeleteSQ(qid uint16) {
 			}
 		}
 		c.sqs[qid].Store(nil)
+		closeMemory(&s.mem)
 	})
 }
 
@@ -270,8 +273,10 @@ func (w *Worker) remove(g *group) {
 		w.current = nil
 	}
 	g.ctl.cqs[g.qid].Store(nil)
+	closeMemory(&g.mem)
 	for _, s := range g.sqs {
 		g.ctl.sqs[s.qid].Store(nil)
+		closeMemory(&s.mem)
 	}
 }
 
@@ -290,7 +295,7 @@ func (c *Controller) forget(which func(*group) bool) {
 
 // each runs f for each group on its worker's thread.
 func (c *Controller) each(f func(*Worker, *group)) {
-	for _, w := range c.cfg.Workers {
+	for _, w := range c.involved() {
 		w.Call(func() {
 			for _, g := range c.groups {
 				if g.w == w {
@@ -310,7 +315,7 @@ func (c *Controller) pause() {
 			g.state = Draining
 		}
 	})
-	for _, w := range c.cfg.Workers {
+	for _, w := range c.involved() {
 		w.until(func() bool {
 			for _, g := range c.groups {
 				if g.w == w && g.inflight > g.held {
@@ -331,36 +336,13 @@ func (c *Controller) resume() {
 	})
 }
 
-// Quiesce returns when no worker uses an older table of guest memory than the current one (R35).
-func (c *Controller) Quiesce() {
-	if len(c.groups) == 0 {
-		return
-	}
-	c.pause()
-	c.resume()
-}
-
-// Revoke fails the queues whose memory is in ranges that the client takes back.
-func (c *Controller) Revoke(gone []gmem.Range) {
-	c.each(func(w *Worker, g *group) {
-		lost := slices.ContainsFunc(gone, func(r gmem.Range) bool { return r.Mem != nil && r.Mem.Overlaps(g.mem) })
-		for _, s := range g.sqs {
-			lost = lost || slices.ContainsFunc(gone, func(r gmem.Range) bool { return r.Mem != nil && r.Mem.Overlaps(s.mem) })
-		}
-		if lost && g.state != Failed {
-			w.failGroup(g)
-			c.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryRevoked, Err: fmt.Errorf("queue %d: the client unmapped its memory", g.qid)})
-		}
-	})
-}
-
 // Stop drains and removes every queue, drops the doorbell pages and clears the doorbell registers, so that the
 // next enable begins from zero (R21).
 func (c *Controller) Stop() {
 	c.pause()
 	c.each(func(w *Worker, g *group) { w.remove(g) })
 	c.forget(func(*group) bool { return true })
-	c.shadow, c.ei = nil, nil
+	c.shadow, c.ei, c.away, c.parked = nil, nil, false, false
 	c.shared.Store(false)
 	c.quiet.Store(false)
 	c.coalescing.set(0, 0)

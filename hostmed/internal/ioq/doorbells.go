@@ -13,6 +13,16 @@ import (
 // its worker's thread, between two rounds: seeded from its current value, then
 // polled (R23, R25).
 func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
+	return c.moveDoorbells(shadow, ei, true)
+}
+
+// ResumeDoorbellPages puts the doorbells back on pages that were taken away and that the driver has gone on using: only the
+// slots of queues that are newer are seeded.
+func (c *Controller) ResumeDoorbellPages(shadow, ei *shm.Region) error {
+	return c.moveDoorbells(shadow, ei, false)
+}
+
+func (c *Controller) moveDoorbells(shadow, ei *shm.Region, seed bool) error {
 	if shadow != nil {
 		if _, _, _, _, err := c.words(shadow, ei, c.cfg.MaxQueues); err != nil {
 			return err // R29: before anything has changed (R26)
@@ -26,7 +36,10 @@ func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
 				errs = append(errs, err)
 				return
 			}
-			tail.Store(s.tail.Load())
+			if seed || s.fresh {
+				tail.Store(s.tail.Load())
+			}
+			s.fresh = false
 			s.tail = dbbuf.NewPoller(tail, tailEI, s.cons.Size())
 		}
 		_, head, _, headEI, err := c.words(shadow, ei, g.qid)
@@ -34,7 +47,10 @@ func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
 			errs = append(errs, err)
 			return
 		}
-		head.Store(g.head.Load())
+		if seed || g.fresh {
+			head.Store(g.head.Load())
+		}
+		g.fresh = false
 		g.head = dbbuf.NewPoller(head, headEI, g.prod.Size())
 		if g.state == Armed || g.state == Polling {
 			w.resume(g)
@@ -43,6 +59,7 @@ func (c *Controller) SetDoorbellPages(shadow, ei *shm.Region) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
+	c.away = shadow == nil && c.shadow != nil
 	c.shadow, c.ei = shadow, ei
 	c.shared.Store(shadow != nil)
 	return nil

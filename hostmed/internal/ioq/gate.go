@@ -48,10 +48,10 @@ func (w *Worker) unhold(f func(*request) bool) *request {
 }
 
 // retryHeld begins all commands that wait from the start: their namespace may be gone, or its gate still closed. Those of a
-// controller that is paused wait for it to be resumed.
+// controller that is paused, or of a CQ that is parked, wait for it to be resumed.
 func (w *Worker) retryHeld() {
 	for range len(w.held) { // what is held back again goes to the end
-		r := w.unhold(func(r *request) bool { return r.sq.g.state != Draining })
+		r := w.unhold(func(r *request) bool { return r.sq.g.state != Draining && r.sq.g.state != Parked })
 		if r == nil {
 			break
 		}

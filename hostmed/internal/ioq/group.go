@@ -21,11 +21,12 @@ const (
 	Polling
 	Armed
 	Draining
+	Parked
 	Failed
 )
 
 func (s State) String() string {
-	return [...]string{"absent", "polling", "armed", "draining", "failed"}[s]
+	return [...]string{"absent", "polling", "armed", "draining", "parked", "failed"}[s]
 }
 
 // group is one CQ and the SQs that feed it. It belongs to its worker.
@@ -33,12 +34,15 @@ type group struct {
 	ctl  *Controller
 	w    *Worker
 	qid  uint16 // of the CQ
-	mem  *shm.Region
+	iova uint64
+	mem  *shm.Region // nil: parked
 	prod *ring.CQProducer
 	head *dbbuf.Poller
 	sqs  []*sq
 
 	state    State
+	parking  bool        // to be Parked when nothing is in flight
+	fresh    bool        // created while the doorbell pages were away
 	listed   bool        // on the worker's active list
 	inMapped bool        // on the worker's mapped list
 	kicked   atomic.Bool // by another thread, which has put onKick in the mail
@@ -67,10 +71,12 @@ type group struct {
 type sq struct {
 	g        *group
 	qid      uint16
-	mem      *shm.Region
+	iova     uint64
+	mem      *shm.Region // nil: parked
+	fresh    bool        // created while the doorbell pages were away
 	cons     *ring.SQConsumer
 	tail     *dbbuf.Poller
-	state    State // Polling, Draining or Failed; whether it is armed is the group's
+	state    State // Polling, Draining, Parked or Failed; whether it is armed is the group's
 	inflight uint32
 	pageSize uint32 // CC.MPS in bytes
 	maxPages int    // of a command's data

@@ -68,7 +68,7 @@ func (r *rig) heldBack(n int) func() bool {
 
 func TestCommandsWaitForTheGate(t *testing.T) {
 	disk := openBackend(t, "mem:size=1MiB")
-	r := newRig(t, rigConfig{workers: 2, shadow: true})
+	r := newRig(t, rigConfig{workers: 2, shadow: true, scatter: true})
 	s, n := r.inSubsystem(disk)
 	a, b := r.pair(1, 16, false), r.pair(2, 16, false)
 	end := exclusive(s, n)
@@ -81,7 +81,10 @@ func TestCommandsWaitForTheGate(t *testing.T) {
 	}
 	r.eventually("ten commands are held back", r.heldBack(10))
 	// DMA_UNMAP does not wait for them: nothing of them has begun.
-	r.ctl.Quiesce()
+	for _, off := range []uint64{dataOff, a.cqOff, b.sqOff} {
+		r.unmap(off, 4096)
+		r.remap(off, 4096)
+	}
 	if _, ok := a.cq.Next(); ok {
 		t.Fatal("a command went past the gate")
 	}
@@ -264,4 +267,29 @@ func TestSuspend(t *testing.T) {
 	if st := p.do(rw(nvme.IORead, 8, 1, base+dataOff)); st.Code() != nvme.StatusLBAOutOfRange {
 		t.Errorf("past the new end: %v", st)
 	}
+}
+
+// Commands that a gate holds back end with their SQ, also while their CQ is parked: they are completed when it goes on.
+func TestHeldCommandsOfAParkedCQ(t *testing.T) {
+	disk := openBackend(t, "mem:size=1MiB")
+	r := newRig(t, rigConfig{shadow: true, scatter: true})
+	s, n := r.inSubsystem(disk)
+	p := r.pair(1, 16, false)
+	end := exclusive(s, n)
+	defer end()
+	for i := range 5 {
+		p.push(rw(nvme.IOWrite, uint64(i), 1, base+dataOff))
+	}
+	p.publish()
+	r.eventually("five commands are held back", r.heldBack(5))
+	r.unmap(p.cqOff, 4096)
+	r.ctl.DeleteSQ(1)
+	end()
+	r.remap(p.cqOff, 4096)
+	for _, e := range p.reap(5) {
+		if e.Status().Code() != nvme.StatusAbortSQDeleted {
+			t.Error(e.Status())
+		}
+	}
+	r.noError()
 }

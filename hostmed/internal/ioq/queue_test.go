@@ -198,8 +198,8 @@ func TestSeveralSQsOnOneCQ(t *testing.T) {
 		p := r.pair(1, 64, false)
 		more := []*pair{p}
 		for qid := uint16(2); qid <= 4; qid++ {
-			mem := r.alloc(8 * 64)
-			if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: 1, Size: 8, Mem: mem}); err != nil {
+			off, mem, dev := r.alloc(8 * 64)
+			if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: 1, Size: 8, IOVA: base + off, Mem: dev}); err != nil {
 				t.Fatal(err)
 			}
 			q := &pair{r: r, qid: qid, cq: p.cq, head: p.head, irq: -1}

@@ -37,6 +37,7 @@ type rig struct {
 	errs    chan QueueError
 	admin   atomic.Uint32
 	next    uint64 // free guest memory
+	scatter bool
 }
 
 type rigConfig struct {
@@ -46,6 +47,7 @@ type rigConfig struct {
 	shadow  bool
 	noSpin  bool
 	heap    bool // guest memory on the heap: the race detector sees it
+	scatter bool // each page of guest memory is a mapping of its own, in no order: a vIOMMU
 }
 
 func newRig(t testing.TB, c rigConfig) *rig {
@@ -79,11 +81,8 @@ func newRig(t testing.TB, c rigConfig) *rig {
 		if r.guest, err = shm.NewMemfd("guest", guestSize); err != nil {
 			t.Fatal(err)
 		}
-		fd, derr := unix.Dup(r.guest.FD())
-		if derr != nil {
-			t.Fatal(derr)
-		}
-		err = r.mem.Map(base, guestSize, 0, fd, true)
+		r.scatter = c.scatter
+		r.dmaMap(0, guestSize)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -124,13 +123,49 @@ func newRig(t testing.TB, c rigConfig) *rig {
 	return r
 }
 
+// view returns [base+off, +n) of guest memory as the driver sees it.
 func (r *rig) view(off, n uint64) *shm.Region {
 	r.t.Helper()
-	v, err := r.guest.View(off, n)
+	if !r.scatter {
+		v, err := r.guest.View(off, n)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		return v
+	}
+	v, err := r.mem.Table().View(base+off, n)
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	r.t.Cleanup(func() { v.Close() })
 	return v
+}
+
+// filePage is where the page at off of a scattered guest lies in its file.
+func filePage(off uint64) uint64 {
+	return off / shm.PageSize * 1031 % (guestSize / shm.PageSize) * shm.PageSize // 1031 is prime: each page once
+}
+
+// dmaMap maps [base+off, +n) as the client does.
+func (r *rig) dmaMap(off, n uint64) {
+	r.t.Helper()
+	step := n
+	if r.scatter {
+		step = shm.PageSize
+	}
+	for at := off; at < off+n; at += step {
+		file := at
+		if r.scatter {
+			file = at / shm.PageSize * 1031 % (guestSize / shm.PageSize) * shm.PageSize // 1031 is prime: each page once
+		}
+		fd, err := unix.Dup(r.guest.FD())
+		if err == nil {
+			err = r.mem.Map(base+at, step, file, fd, true)
+		}
+		if err != nil {
+			r.t.Fatal(err)
+		}
+	}
 }
 
 // pair is a queue pair as its driver sees it.
@@ -143,19 +178,29 @@ type pair struct {
 	rings      atomic.Uint64
 	nextCID    uint16
 	irq        int // eventfd, or -1
+
+	cqOff, sqOff uint64 // where the rings are
 }
 
-func (r *rig) alloc(n uint64) *shm.Region {
-	v := r.view(r.next, n)
+// alloc takes n bytes of guest memory and returns its offset, the driver's view and the device's.
+func (r *rig) alloc(n uint64) (off uint64, driver, device *shm.Region) {
+	r.t.Helper()
+	off = r.next
 	r.next += (n + 4095) &^ 4095
-	return v
+	device, err := r.mem.Table().View(base+off, n)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return off, r.view(off, n), device
 }
 
 // pair makes a queue pair of size entries whose SQ feeds the CQ of the same id.
 func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
 	r.t.Helper()
 	p := &pair{r: r, qid: qid, irq: -1}
-	cqMem, sqMem := r.alloc(uint64(size)*16), r.alloc(uint64(size)*64)
+	var cqMem, sqMem, cqDev, sqDev *shm.Region
+	p.cqOff, cqMem, cqDev = r.alloc(uint64(size) * 16)
+	p.sqOff, sqMem, sqDev = r.alloc(uint64(size) * 64)
 	var err error
 	if ien {
 		if p.irq, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
@@ -165,10 +210,10 @@ func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
 		fd, _ := unix.Dup(p.irq)
 		r.ctl.SetVectors(int(qid), []int{fd}, 1)
 	}
-	if err := r.ctl.CreateCQ(ctrl.CQParams{QID: qid, Size: size, Mem: cqMem, Vector: qid, IEN: ien}); err != nil {
+	if err := r.ctl.CreateCQ(ctrl.CQParams{QID: qid, Size: size, IOVA: base + p.cqOff, Mem: cqDev, Vector: qid, IEN: ien}); err != nil {
 		r.t.Fatal(err)
 	}
-	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: qid, Size: size, Mem: sqMem}); err != nil {
+	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: qid, Size: size, IOVA: base + p.sqOff, Mem: sqDev}); err != nil {
 		r.t.Fatal(err)
 	}
 	if p.sq, err = ring.NewSQProducer(sqMem, size); err != nil {

@@ -95,8 +95,8 @@ func TestRule09_NoCommandFetchedWithoutRoomForItsCompletion(t *testing.T) {
 	p := r.pair(1, 4, false)
 	more := &pair{r: r, qid: 2}
 	// A second SQ on the same CQ: six commands, three CQ entries.
-	mem := r.alloc(4 * 64)
-	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: 2, CQID: 1, Size: 4, Mem: mem}); err != nil {
+	off, mem, dev := r.alloc(4 * 64)
+	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: 2, CQID: 1, Size: 4, IOVA: base + off, Mem: dev}); err != nil {
 		t.Fatal(err)
 	}
 	var err error
@@ -483,7 +483,7 @@ func TestRule35_UnmapWaitsForWhatIsInFlight(t *testing.T) {
 		t.Fatal(gone, err)
 	}
 	done := make(chan struct{})
-	go func() { r.ctl.Quiesce(); close(done) }()
+	go func() { r.ctl.Unmapped(gone); close(done) }()
 	select {
 	case <-done:
 		t.Fatal("memory was given up under a command in flight")

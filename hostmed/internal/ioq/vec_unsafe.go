@@ -7,10 +7,26 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 func bytesOf(s backend.Seg) []byte { return unsafe.Slice(s.Base, s.Len) }
+
+// touches reports whether r, which is in flight, moves data to or from memory of gone.
+func (r *request) touches(gone []gmem.Range) bool {
+	for _, vec := range [...][]backend.Seg{r.Vec, r.guest} { // guest may be an older command's: then this waits for nothing worse
+		for _, s := range vec {
+			for i := range gone {
+				if m := gone[i].Mem; m != nil && uintptr(unsafe.Pointer(s.Base)) < uintptr(m.Base())+uintptr(m.Len()) &&
+					uintptr(m.Base()) < uintptr(unsafe.Pointer(s.Base))+uintptr(s.Len) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
 
 // equal reports whether the guest's memory holds the same bytes as mine.
 func equal(guest []backend.Seg, mine backend.Seg) bool {

@@ -10,6 +10,7 @@
 //
 //	Absent -> Polling <-> Armed        CreateCQ; Arm said yes; a kick
 //	Polling, Armed -> Draining -> Absent   DeleteSQ, DeleteCQ, Stop
+//	Polling, Armed -> Parked -> Polling    its memory is unmapped, and mapped again (parking.go)
 //	any -> Failed                      a doorbell that cannot be (R30), guest memory gone (R36)
 //
 // The control side (sessions, admin commands) reaches a worker by Call, which runs a function
