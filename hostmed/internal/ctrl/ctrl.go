@@ -105,6 +105,9 @@ type DataPath interface {
 	SetQuiet(on bool)
 	SetCoalescing(thresholdZ uint8, time100us uint8)
 	SetVectorConfig(vector uint16, coalescingDisabled bool)
+	// SetWriteCache turns the cache off, after which every write is durable before it completes, or, as it is at first and after
+	// Stop, on.
+	SetWriteCache(on bool)
 	// Stop drains and deletes every I/O queue and drops the doorbell pages. When it returns nothing touches guest
 	// memory for them any more (R21).
 	Stop()

@@ -97,6 +97,9 @@ func (c *Controller) resetFeatures() {
 	if c.feature(nvme.FeatureCoalescing) != 0 {
 		c.dp.SetCoalescing(0, 0)
 	}
+	if c.feature(nvme.FeatureWriteCache)&nvme.WriteCacheEnabled == 0 {
+		c.dp.SetWriteCache(true)
+	}
 	for v := range c.cfg.Vectors {
 		if c.uncoalesced(v) {
 			c.dp.SetVectorConfig(v, false)
@@ -114,6 +117,9 @@ func (c *Controller) applyFeatures() {
 	c.enterPowerState(nvme.PowerManagement(c.feature(nvme.FeaturePowerManagement)).PS())
 	if v := nvme.Coalescing(c.feature(nvme.FeatureCoalescing)); v != 0 {
 		c.dp.SetCoalescing(uint8(v.Threshold()), v.Time100us())
+	}
+	if c.feature(nvme.FeatureWriteCache)&nvme.WriteCacheEnabled == 0 {
+		c.dp.SetWriteCache(false)
 	}
 	for v := range c.cfg.Vectors {
 		if c.uncoalesced(v) {
@@ -149,7 +155,7 @@ func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 	case nvme.FeatureQueues, nvme.FeatureTimestamp, nvme.FeatureKeepAlive, nvme.FeatureHostBehavior, nvme.FeatureCommandSetProfile:
 		return nvme.FeatureCapChangeable, true
 	case nvme.FeatureWriteCache:
-		return 0, c.writeCache() // it is always on
+		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable, c.writeCache()
 	case nvme.FeatureQuiet:
 		return nvme.FeatureCapChangeable, c.quietSupported()
 	}
@@ -244,7 +250,20 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 	if cmd.FeatureSave() {
 		c.cfg.Persistent.saveFeatures(values)
 	}
+	if v, ok := values[featureKey{fid: nvme.FeatureWriteCache}]; ok && v&nvme.WriteCacheEnabled == 0 {
+		return c.emptyCache(cmd)
+	}
 	return r
+}
+
+// emptyCache completes the command that turned the write cache off when what was in it is durable.
+func (c *Controller) emptyCache(cmd *nvme.Command) result {
+	return c.background(cmd, c.dp.Flush, func(err error) result {
+		if err != nil {
+			return failErr(nvme.StatusInternalError, nowhere, "flush of the write cache", err)
+		}
+		return result{}
+	})
 }
 
 // checkFeature checks what Set Features asks for, and puts what is to be set in values.
@@ -275,9 +294,6 @@ func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint3
 		}
 		return result{}
 	case nvme.FeatureWriteCache:
-		if v&nvme.WriteCacheEnabled == 0 {
-			return fail(nvme.StatusFeatureNotChangeable, dword(11, 0), "the write cache cannot be turned off")
-		}
 		v &= nvme.WriteCacheEnabled
 	case nvme.FeatureQueues:
 		return c.checkQueues(nvme.QueueCounts(v), values)
@@ -334,6 +350,8 @@ func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 	case nvme.FeatureVectorConfig:
 		x := nvme.VectorConfig(v)
 		c.dp.SetVectorConfig(x.Vector(), x.CoalescingDisabled())
+	case nvme.FeatureWriteCache:
+		c.dp.SetWriteCache(v&nvme.WriteCacheEnabled != 0)
 	case nvme.FeatureQuiet:
 		c.feat.quiet = v&nvme.FeatureQuietOn != 0
 		c.dp.SetQuiet(c.feat.quiet)

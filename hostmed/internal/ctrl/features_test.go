@@ -1,7 +1,9 @@
 package ctrl
 
 import (
+	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -23,7 +25,7 @@ func TestFeatureSelect(t *testing.T) {
 		{nvme.FeatureArbitration, 0, 0x010203fb, 0x01020303, 7, saveable},
 		{nvme.FeaturePowerManagement, 0, 0x20, 0x20, 0, saveable},
 		{nvme.FeatureErrorRecovery, 1, 0x1234, 0x1234, 0, saveable | nvme.FeatureCapNamespace},
-		{nvme.FeatureWriteCache, 0, 1, 1, 1, 0},
+		{nvme.FeatureWriteCache, 0, 0xff, 1, 1, saveable},
 		{nvme.FeatureQueues, 0, 0x00020001, 0x00020001, 0x003f003f, changeable},
 		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, saveable},
 		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, saveable},
@@ -94,7 +96,6 @@ func TestFeatureRefuses(t *testing.T) {
 		{"saved keep alive", saved(setFeature(nvme.FeatureKeepAlive, 0, 1000)), nvme.StatusFeatureNotSaveable},
 		{"saved host behavior", saved(setFeature(nvme.FeatureHostBehavior, 0, 0)), nvme.StatusFeatureNotSaveable},
 		{"APST of a controller's namespace", setFeature(nvme.FeatureAPST, 1, 0), nvme.StatusFeatureNotPerNamespace},
-		{"write cache off", setFeature(nvme.FeatureWriteCache, 0, 0), nvme.StatusFeatureNotChangeable},
 		{"controller feature of namespace 1", setFeature(nvme.FeatureArbitration, 1, 0), nvme.StatusFeatureNotPerNamespace},
 		{"controller feature of no namespace", setFeature(nvme.FeatureArbitration, 2, 0), nvme.StatusInvalidNamespace},
 		{"namespace feature of none", setFeature(nvme.FeatureErrorRecovery, 0, 0), nvme.StatusInvalidNamespace},
@@ -173,4 +174,51 @@ func TestTimestamp(t *testing.T) {
 	if ts := get(); ts.Milliseconds() != 1<<40+1500 || ts.Attributes() != nvme.TimestampOriginHost<<nvme.TimestampOriginShift {
 		t.Errorf("after it was set: %d ms, attributes %#x", ts.Milliseconds(), ts.Attributes())
 	}
+}
+
+// The command that turns the write cache off is complete when nothing is in it any more.
+func TestWriteCacheOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newEnabled(t, testConfig())
+		h.dp.flushing = make(chan struct{})
+		cid := h.push(saved(setFeature(nvme.FeatureWriteCache, 0, 0)))
+		h.ring()
+		synctest.Wait()
+		h.c.AdminKick()
+		if es := h.reap(); len(es) != 0 || !h.dp.called("SetWriteCache false") {
+			t.Fatalf("before the flush is done: %+v, %q", es, h.dp.calls)
+		}
+		close(h.dp.flushing)
+		synctest.Wait()
+		h.c.AdminKick()
+		if es := h.reap(); len(es) != 1 || es[0].CID() != cid || !es[0].Status().OK() {
+			t.Errorf("%+v", es)
+		}
+		if v := h.ok(getFeature(nvme.FeatureWriteCache, 0, 0, 0)); v != 0 {
+			t.Errorf("write cache %#x", v)
+		}
+		h.dp.calls = nil
+		h.disable()
+		if !h.dp.called("SetWriteCache true") {
+			t.Errorf("disabled: %q", h.dp.calls)
+		}
+		h.dp.calls = nil
+		h.enable()
+		if !h.dp.called("SetWriteCache false") {
+			t.Errorf("saved, and not applied: %q", h.dp.calls)
+		}
+		h.dp.flushErr = errors.New("disk full")
+		cid = h.push(setFeature(nvme.FeatureWriteCache, 0, 0))
+		h.ring()
+		synctest.Wait()
+		h.c.AdminKick()
+		if es := h.reap(); len(es) != 1 || es[0].Status().Code() != nvme.StatusInternalError {
+			t.Errorf("a flush that fails: %+v", es)
+		}
+		cfg := testConfig()
+		cfg.Namespaces = cfg.Namespaces[:1] // without a cache there is no such feature
+		h = newEnabled(t, cfg)
+		h.fails(setFeature(nvme.FeatureWriteCache, 0, 0), nvme.StatusInvalidField)
+		h.fails(getFeature(nvme.FeatureWriteCache, 0, 0, 0), nvme.StatusInvalidField)
+	})
 }

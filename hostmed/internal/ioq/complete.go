@@ -51,45 +51,11 @@ func (w *Worker) postGroup(g *group) {
 	if g.ctl.quiet.Load() && g.head.Quiet() {
 		return
 	}
-	if entries, delay := g.ctl.coalescing.get(); delay > 0 && !g.vector.direct.Load() {
-		// Hold back until so many completions, or for so long (NVMe Base 2.0c 5.27.1.6).
-		if g.irqs += n; g.irqs < entries {
-			if g.irqDue == 0 {
-				w.now = nanotime()
-				g.irqDue = w.now + delay
-				w.due = append(w.due, g)
-			}
-			return
-		}
-	}
-	w.interrupt(g)
-}
-
-// interrupt raises g's interrupt, and forgets that one was held back.
-func (w *Worker) interrupt(g *group) {
-	g.irqs = 0
-	if g.irqDue != 0 {
-		g.irqDue = 0
-		for i, x := range w.due {
-			if x == g {
-				w.due = append(w.due[:i], w.due[i+1:]...)
-				break
-			}
-		}
+	if entries, delay := g.ctl.coalescing.get(); delay > 0 && !g.vector.direct.Load() && !w.gather(g, n, entries, delay) {
+		return
 	}
 	g.stats.Interrupts++
 	g.vector.Fire()
-}
-
-// fireDue raises the interrupts whose time has come.
-func (w *Worker) fireDue() {
-	for i := 0; i < len(w.due); {
-		if g := w.due[i]; g.irqDue <= w.now {
-			w.interrupt(g) // takes it out of due
-		} else {
-			i++
-		}
-	}
 }
 
 // Vector is one interrupt of a controller: the eventfd that the client gave for it. It latches an interrupt
@@ -99,6 +65,7 @@ type Vector struct {
 	fd      atomic.Int32 // -1: none
 	pending atomic.Bool
 	direct  atomic.Bool // not coalesced (feature 09h)
+	held    held        // completions without an interrupt yet
 }
 
 // Fire raises the interrupt, or latches it.
@@ -121,19 +88,6 @@ func (v *Vector) set(fd int) (old int) {
 		writeEventFD(fd)
 	}
 	return old
-}
-
-// coalescing is feature 08h: the aggregation threshold, zero-based, and the time in 100 us.
-type coalescing struct{ v atomic.Uint32 }
-
-func (c *coalescing) set(thresholdZ, time100us uint8) {
-	c.v.Store(uint32(thresholdZ) | uint32(time100us)<<8)
-}
-
-// get returns the threshold in completions and the time in ns. Time 0 turns coalescing off.
-func (c *coalescing) get() (entries uint32, delay int64) {
-	v := c.v.Load()
-	return v&0xff + 1, int64(v>>8) * 100_000
 }
 
 // Stats counts what a worker or a controller has done. Bytes are of successful commands.

@@ -72,6 +72,7 @@ type Controller struct {
 	rung [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
 
 	quiet      atomic.Bool // FeatureQuiet
+	through    atomic.Bool // the write cache is off
 	coalescing coalescing
 }
 
@@ -267,7 +268,7 @@ func (w *Worker) remove(g *group) {
 		clear(list[len(keep):])
 		return keep
 	}
-	w.active, w.mapped, w.due, w.dozing = drop(w.active), drop(w.mapped), drop(w.due), drop(w.dozing)
+	w.active, w.mapped, w.dozing = drop(w.active), drop(w.mapped), drop(w.dozing)
 	g.listed, g.inMapped, g.dozing = false, false, false
 	if w.current == g {
 		w.current = nil
@@ -346,10 +347,12 @@ func (c *Controller) Stop() {
 	c.shared.Store(false)
 	c.quiet.Store(false)
 	c.coalescing.set(0, 0)
+	c.through.Store(false)
 	for i := range c.vectors {
 		v := &c.vectors[i]
 		v.pending.Store(false)
 		v.direct.Store(false)
+		v.held.reset()
 	}
 	for off := uint64(0); off < c.bells.Len(); off += 4 {
 		if x, err := c.bells.Word32(off); err == nil {
@@ -361,7 +364,10 @@ func (c *Controller) Stop() {
 // SetQuiet turns FeatureQuiet on or off.
 func (c *Controller) SetQuiet(on bool) { c.quiet.Store(on) }
 
-// SetCoalescing and SetVectorConfig are features 08h and 09h. Completions are aggregated for each CQ.
+// SetWriteCache is feature 06h. Without the cache each write is durable before it completes.
+func (c *Controller) SetWriteCache(on bool) { c.through.Store(!on) }
+
+// SetCoalescing and SetVectorConfig are features 08h and 09h.
 func (c *Controller) SetCoalescing(thresholdZ, time100us uint8) {
 	c.coalescing.set(thresholdZ, time100us)
 }

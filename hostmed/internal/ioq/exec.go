@@ -196,6 +196,9 @@ func (r *request) nextRange() bool {
 
 // enqueue puts r in the batch for its backend.
 func (w *Worker) enqueue(r *request) {
+	if r.sq.g.ctl.through.Load() && (r.Op == backend.OpWrite || r.Op == backend.OpWriteZeroes) {
+		r.FUA = true
+	}
 	m := w.media(r.ns)
 	if w.batchOf != m && len(w.batch) > 0 {
 		w.submit()

@@ -63,8 +63,6 @@ type group struct {
 
 	ien    bool
 	vector *Vector
-	irqs   uint32 // completions posted since the last interrupt, while coalescing
-	irqDue int64  // when they are due at the latest
 }
 
 // sq is one submission queue.

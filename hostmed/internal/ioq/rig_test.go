@@ -46,6 +46,7 @@ type rigConfig struct {
 	backend backend.Backend
 	shadow  bool
 	noSpin  bool
+	dstrd   uint8
 	heap    bool // guest memory on the heap: the race detector sees it
 	scatter bool // each page of guest memory is a mapping of its own, in no order: a vIOMMU
 }
@@ -88,7 +89,7 @@ func newRig(t testing.TB, c rigConfig) *rig {
 		t.Fatal(err)
 	}
 	r.ctl, err = NewController(Config{
-		Workers: r.workers, Home: r.workers[0], Memory: r.mem, Mode: c.mode, MaxQueues: 8, Vectors: 9, MDTSBytes: 1 << 20,
+		Workers: r.workers, Home: r.workers[0], Memory: r.mem, Mode: c.mode, DSTRD: c.dstrd, MaxQueues: 8, Vectors: 9, MDTSBytes: 1 << 20,
 		Namespaces: []ctrl.Namespace{{NSID: 1, Backend: c.backend, Info: c.backend.Info()}},
 		PageSize:   func() uint32 { return 4096 },
 		OnAdmin:    func() { r.admin.Add(1) },
@@ -228,9 +229,10 @@ func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
 
 // publisher makes the driver's end of a doorbell, in whatever mode the rig is.
 func (r *rig) publisher(qid uint16, cq bool, rings *atomic.Uint64) *dbbuf.Publisher {
-	off := uint64(nvme.SQTailDoorbell(qid, 0)) - nvme.DoorbellBase
+	dstrd := r.ctl.cfg.DSTRD
+	off := uint64(nvme.SQTailDoorbell(qid, dstrd)) - nvme.DoorbellBase
 	if cq {
-		off += 4
+		off = uint64(nvme.CQHeadDoorbell(qid, dstrd)) - nvme.DoorbellBase
 	}
 	ringBell := func(v uint32) error {
 		rings.Add(1)

@@ -80,9 +80,9 @@ type Worker struct {
 	noSpin  bool
 	budget  spin.Budget // of waiting with nothing on the active list
 
-	active []*group // polled
-	due    []*group // interrupts held back by coalescing
-	dozing []*group // armed, with commands in flight
+	active []*group   // polled
+	due    []deferred // interrupts held back by coalescing
+	dozing []*group   // armed, with commands in flight
 
 	// Doorbells that cannot wake the worker, because they are in a mapped page:
 	mapped  []*group      // idle groups
@@ -344,8 +344,8 @@ func (w *Worker) idle() {
 	if mapped {
 		timeout = w.nap
 	}
-	for _, g := range w.due {
-		if left := max(g.irqDue-w.now, 0); timeout < 0 || left < timeout {
+	for _, d := range w.due {
+		if left := max(d.at-w.now, 0); timeout < 0 || left < timeout {
 			timeout = left
 		}
 	}
