@@ -33,6 +33,10 @@ build: ## static binaries in bin/
 	@mkdir -p bin
 	$(if $(BINARIES),$(GO) build -trimpath -o bin/ $(addprefix ./tools/,$(BINARIES)),@echo "build: no program in tools/ yet")
 
+.PHONY: vm
+vm: build ## a shell in a Linux guest with a disk of hostmed's in it (ARGS=… for tools/vmlab, such as --doorbells mmap)
+	@$(GO) run ./tools/vmlab/cmd shell $(ARGS)
+
 .PHONY: bench
 bench: ## the benchmark table and its JSON (ARGS=… for tools/bench)
 	@$(GO) run ./tools/bench $(ARGS)
@@ -44,8 +48,8 @@ check: fmt vet ## quick, under 2 minutes: gofmt, vet, build, short tests
 	$(GO) test -short -timeout 100s ./...
 
 .PHONY: test
-test: deps race ## all tests: with the race detector, then as shipped (installs spin and gcc where it can)
-	$(GO) test -timeout 8m ./...
+test: deps race lab ## all tests: with the race detector, then as shipped, virtual machines too (installs spin and gcc where it can)
+	$(GO) test -timeout 20m ./...
 
 .PHONY: race
 race: # with cgo and gcc; without gcc a failure in CI, elsewhere a line that says so
@@ -132,6 +136,10 @@ deps: ## what the tests need beside Go: spin and gcc, by apt-get where that is p
 	else \
 		echo "deps: missing, tests that need them are skipped: apt-get install $${missing[*]}" >&2; \
 	fi
+
+.PHONY: lab
+lab: ## what virtual machines are made of, in a cache directory: QEMU, a kernel, an initramfs; half a minute, once
+	@$(GO) run ./tools/vmlab/cmd setup
 
 .PHONY: clean
 clean: ## bin/ and what a broken-off run leaves

@@ -5,6 +5,7 @@ go 1.26.3
 require (
 	github.com/HdrHistogram/hdrhistogram-go v1.4.0
 	github.com/alecthomas/kong v1.17.0
+	github.com/cavaliergopher/cpio v1.0.1
 	github.com/hashicorp/go-hclog v1.6.3
 	go.uber.org/goleak v1.3.0
 	golang.org/x/sync v0.24.0

@@ -1,0 +1,233 @@
+package vmlab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// build is a cache that is being made.
+type build struct {
+	ctx  context.Context
+	dir  string // everything
+	root string // the unpacked packages
+	note string // what the step that has just ended says of itself
+}
+
+const archiveKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+// lists fetches Debian's package lists with a private apt: the machine's settings (proxy, certificates, keys) with sources, state and cache
+// of our own. Nothing is installed on the machine, and no root is needed.
+func (b *build) lists() error {
+	for _, tool := range []string{"apt-get", "apt-cache", "dpkg-deb"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return fmt.Errorf("%s is missing: the lab is made of Debian packages and needs a machine of Debian's family", tool)
+		}
+	}
+	for _, d := range []string{"sources", "preferences", "state/lists/partial", "cache/archives/partial"} {
+		if err := os.MkdirAll(filepath.Join(b.dir, "apt", d), 0o755); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(b.apt("apt.conf"), []byte(b.aptConfig()), 0o644); err != nil {
+		return err
+	}
+	pin := fmt.Sprintf("Package: %s\nPin: release n=%s\nPin-Priority: 900\n", strings.Join(fromBackports, " "), backports)
+	if err := os.WriteFile(b.apt("preferences/vmlab"), []byte(pin), 0o644); err != nil {
+		return err
+	}
+	mirrors, err := b.mirrors()
+	if err != nil {
+		return err
+	}
+	var tried []error
+	for _, m := range mirrors {
+		source := fmt.Sprintf("Types: deb\nURIs: %s\nSuites: %s %s\nComponents: main\n", m, suite, backports)
+		if _, err := os.Stat(archiveKeyring); err == nil {
+			source += "Signed-By: " + archiveKeyring + "\n"
+		}
+		if err := os.WriteFile(b.apt("sources/vmlab.sources"), []byte(source), 0o644); err != nil {
+			return err
+		}
+		_, err := b.tool("apt-get", "update", "-qq", "--error-on=any")
+		if err == nil {
+			b.note = suite + ", " + backports
+			return nil
+		}
+		tried = append(tried, fmt.Errorf("%s: %w", m, err))
+	}
+	return fmt.Errorf("no mirror of apt's configuration has Debian %s and %s; name one with %s=URL: %w", suite, backports, envMirror, errors.Join(tried...))
+}
+
+func (b *build) apt(name string) string { return filepath.Join(b.dir, "apt", name) }
+
+// aptConfig is read after the machine's own files. Lists grow by assignment, so what must go is cleared.
+func (b *build) aptConfig() string {
+	return fmt.Sprintf(`#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear Acquire::IndexTargets::deb::DEP-11;
+#clear Acquire::IndexTargets::deb::DEP-11-icons;
+#clear Acquire::IndexTargets::deb::DEP-11-icons-small;
+#clear Acquire::IndexTargets::deb::DEP-11-icons-large;
+#clear Acquire::IndexTargets::deb::DEP-11-icons-hidpi;
+#clear Acquire::IndexTargets::deb::DEP-11-icons-large-hidpi;
+#clear APT::Architectures;
+APT::Architecture "amd64";
+APT::Sandbox::User "";
+APT::Install-Recommends "false";
+APT::Get::Assume-Yes "true";
+Acquire::Languages "none";
+Acquire::Retries "3";
+Dir::State %[1]q;
+Dir::State::status "/dev/null";
+Dir::Cache %[2]q;
+Dir::Cache::archives "archives/";
+Dir::Etc::SourceList "/dev/null";
+Dir::Etc::SourceParts %[3]q;
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts %[4]q;
+`, b.apt("state"), b.apt("cache"), b.apt("sources"), b.apt("preferences"))
+}
+
+// mirrors returns where packages may come from: what the machine's apt uses, without archives of security updates.
+func (b *build) mirrors() ([]string, error) {
+	if m := os.Getenv(envMirror); m != "" {
+		return []string{m}, nil
+	}
+	out, err := command(b.ctx, exec.Command("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"))
+	if err != nil {
+		return nil, err
+	}
+	var mirrors []string
+	seen := map[string]bool{}
+	for line := range strings.Lines(out) {
+		uri, release, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if uri == "" || seen[uri] || strings.Contains(release, "security") {
+			continue
+		}
+		seen[uri] = true
+		mirrors = append(mirrors, uri)
+	}
+	if len(mirrors) == 0 {
+		return nil, fmt.Errorf("apt is configured for no repository: add one to /etc/apt/sources.list.d, or name one with %s=URL", envMirror)
+	}
+	return mirrors, nil
+}
+
+// download fetches the packages, what they depend on, and the kernel, which would drag in an initramfs maker.
+func (b *build) download() error {
+	if _, err := b.tool("apt-get", append([]string{"install", "-qq", "--download-only"}, packages...)...); err != nil {
+		return err
+	}
+	out, err := b.tool("apt-cache", "depends", kernelPackage)
+	if err != nil {
+		return err
+	}
+	_, image, ok := strings.Cut(out, "Depends: ")
+	image, _, _ = strings.Cut(image, "\n")
+	if !ok || !strings.HasPrefix(image, "linux-image-") {
+		return fmt.Errorf("%s depends on no kernel image: %q", kernelPackage, out)
+	}
+	if _, err := b.tool("apt-get", "download", "-qq", image); err != nil {
+		return err
+	}
+	debs, err := b.debs()
+	if err != nil {
+		return err
+	}
+	var size int64
+	for _, d := range debs {
+		fi, err := os.Stat(d)
+		if err != nil {
+			return err
+		}
+		size += fi.Size()
+	}
+	b.note = fmt.Sprintf("%d packages, %d MB", len(debs), size>>20)
+	return nil
+}
+
+func (b *build) debs() ([]string, error) { return filepath.Glob(b.apt("cache/archives/*.deb")) }
+
+// unpack makes one tree of all packages. Their scripts do not run.
+func (b *build) unpack() error {
+	debs, err := b.debs()
+	if err != nil {
+		return err
+	}
+	// Merged before the first package: each must find its place.
+	for _, d := range []string{"bin", "sbin", "lib", "lib64"} {
+		if err := os.MkdirAll(filepath.Join(b.root, "usr", d), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink("usr/"+d, filepath.Join(b.root, d)); err != nil {
+			return err
+		}
+	}
+	var g errgroup.Group
+	g.SetLimit(runtime.NumCPU())
+	for _, d := range debs {
+		g.Go(func() error {
+			_, err := command(b.ctx, exec.Command("dpkg-deb", "--extract", d, b.root))
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for _, pattern := range trimmed {
+		paths, err := filepath.Glob(filepath.Join(b.root, pattern))
+		if err != nil {
+			return err
+		}
+		for _, p := range paths {
+			if err := os.RemoveAll(p); err != nil {
+				return err
+			}
+		}
+	}
+	version, err := output(b.ctx, b.root, "qemu-system-x86_64", "--version")
+	if err != nil {
+		return err
+	}
+	version, _, _ = strings.Cut(version, "\n")
+	b.note = version
+	return os.RemoveAll(b.apt(""))
+}
+
+// tool runs one of apt's programs in the cache of packages.
+func (b *build) tool(name string, args ...string) (string, error) {
+	cmd := exec.Command(name, append([]string{"-c", b.apt("apt.conf")}, args...)...)
+	cmd.Dir = b.apt("cache/archives")
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+	return command(b.ctx, cmd)
+}
+
+// command runs cmd, which dies with this process, and returns what it printed. An error has its last words.
+func command(ctx context.Context, cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	p, err := start(cmd)
+	if err != nil {
+		return "", err
+	}
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.kill()
+		<-p.done
+		return stdout.String(), fmt.Errorf("%s: %w", filepath.Base(cmd.Path), ctx.Err())
+	}
+	if p.err != nil {
+		return stdout.String(), fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), p.err, lastLines(stderr.String()+stdout.String(), 3))
+	}
+	return stdout.String(), nil
+}

@@ -1,0 +1,232 @@
+package vmlab
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Machine is a QEMU machine type.
+type Machine string
+
+// The machines that the lab knows.
+const (
+	Q35     Machine = "q35"     // PCIe, hot-plug, firmware; the default
+	PC      Machine = "pc"      // i440FX: conventional PCI
+	Microvm Machine = "microvm" // PCIe without firmware tables: what serverless platforms run
+)
+
+// Firmware is what starts a machine that boots from a disk.
+type Firmware string
+
+// Both are Debian's builds. SeaBIOS is the default, and what a kernel is loaded by on q35 and pc.
+const (
+	SeaBIOS Firmware = "seabios"
+	OVMF    Firmware = "ovmf"
+)
+
+// Boot is where the kernel comes from.
+type Boot int
+
+const (
+	// Direct loads the stock kernel and the lab's initramfs, whose init starts the agent.
+	Direct Boot = iota
+	// RootDisk loads the stock kernel alone; Append must say root=. The agent must be in that file system (see Lab.InstallAgent).
+	RootDisk
+	// FromDisk loads nothing: the firmware starts what is on the disk with the lowest bootindex.
+	FromDisk
+)
+
+// Config is a machine to boot. The zero value is a q35 with 2 CPUs, 512 MiB and no disk.
+type Config struct {
+	Machine   Machine
+	Firmware  Firmware
+	Boot      Boot
+	CPUs      int
+	MemoryMiB int
+	// Devices are plugged in from the start, in this order on the bus.
+	Devices []Device
+	// Ports is the number of PCIe root ports for VM.HotAdd; q35 only, at most 12.
+	Ports int
+	// VIOMMU gives the machine an Intel IOMMU, which its kernel uses; q35 only.
+	VIOMMU bool
+	// Backend is the rest of the memory's -object, after memory-backend-: "memfd,share=on" if empty. "ram" hands out no descriptors: DMA
+	// by messages.
+	Backend string
+	// Append goes to the kernel's command line.
+	Append string
+	// Programs of this module's tools, such as guestdrv, are built and put into /usr/bin of a Direct guest.
+	Programs []string
+	// Files are put into a Direct guest: path in the guest to path here.
+	Files map[string]string
+	// Reboot lets the guest restart; otherwise a restart ends the machine.
+	Reboot bool
+	// NoAgent is for guests without one: Start does not wait, and only the console and QMP work.
+	NoAgent bool
+	// Args go to QEMU as they are.
+	Args []string
+	// Within is how long the guest may take until its agent answers; 0: 90 s.
+	Within time.Duration
+}
+
+const (
+	defaultWithin = 90 * time.Second
+	maxPorts      = 12
+
+	// Of bus 0, where each device has its place: a test finds its disk by that.
+	firstDeviceSlot = 2
+	firstPortSlot   = 0x10
+	agentSlot       = 0x1e
+)
+
+// Device is a device as QEMU's -device and device_add take it, and the file behind it.
+type Device struct {
+	Props map[string]any
+	file  string
+}
+
+// VFIOUser is the device that a vfio-user server presents at socket.
+func VFIOUser(socket string) Device {
+	return Device{Props: map[string]any{"driver": "vfio-user-pci", "socket": map[string]any{"type": "unix", "path": socket}}}
+}
+
+// QEMUNVMe is QEMU's own NVMe controller with a raw image as its namespace: what ours is compared with.
+func QEMUNVMe(image, serial string) Device {
+	return Device{Props: map[string]any{"driver": "nvme", "serial": serial, "max_ioqpairs": 4}, file: image}
+}
+
+// With returns the device with one property more, such as bootindex or x-no-posted-writes.
+func (d Device) With(name string, value any) Device {
+	d.Props = maps.Clone(d.Props)
+	d.Props[name] = value
+	return d
+}
+
+// check fills in what is not said and refuses what cannot be.
+func (c *Config) check() error {
+	if c.Machine == "" {
+		c.Machine = Q35
+	}
+	if c.Firmware == "" {
+		c.Firmware = SeaBIOS
+	}
+	if c.CPUs == 0 {
+		c.CPUs = 2
+	}
+	if c.MemoryMiB == 0 {
+		c.MemoryMiB = 512
+	}
+	if c.Backend == "" {
+		c.Backend = "memfd,share=on"
+	}
+	if c.Within == 0 {
+		c.Within = defaultWithin
+	}
+	switch c.Machine {
+	case Q35:
+	case PC, Microvm:
+		if c.Ports > 0 || c.VIOMMU {
+			return fmt.Errorf("machine %s has neither root ports nor a vIOMMU here: use %s", c.Machine, Q35)
+		}
+		if c.Machine == Microvm && (c.Boot == FromDisk || c.Firmware == OVMF) {
+			return fmt.Errorf("machine %s boots a kernel, not a disk, and without OVMF", c.Machine)
+		}
+	default:
+		return fmt.Errorf("machine %q: use %s, %s or %s", c.Machine, Q35, PC, Microvm)
+	}
+	if n := firstPortSlot - firstDeviceSlot; len(c.Devices) > n {
+		return fmt.Errorf("%d devices: at most %d", len(c.Devices), n)
+	}
+	if c.Ports > maxPorts {
+		return fmt.Errorf("%d root ports: at most %d", c.Ports, maxPorts)
+	}
+	return nil
+}
+
+// kernelArgs make a stock kernel start fast under emulation: no self-tests, no mitigations, no calibration loops.
+const kernelArgs = "console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0 cryptomgr.notests apparmor=0 security=none audit=0 nokaslr no_timer_check random.trust_cpu=on"
+
+// arguments are QEMU's. dir is the machine's directory, where its initramfs and its flash are.
+func (c *Config) arguments(l *Lab, accel, dir string) ([]string, error) {
+	kind, rest, _ := strings.Cut(c.Backend, ",")
+	memory := fmt.Sprintf("memory-backend-%s,id=mem,size=%dM", kind, c.MemoryMiB)
+	if rest != "" {
+		memory += "," + rest
+	}
+	machine := string(c.Machine) + ",memory-backend=mem"
+	if c.Machine == Microvm {
+		machine += ",pcie=on,rtc=on"
+	}
+	if c.VIOMMU {
+		machine += ",kernel-irqchip=split"
+	}
+	args := []string{
+		"-L", filepath.Join(l.root(), "usr/share/qemu"), "-L", filepath.Join(l.root(), "usr/share/seabios"),
+		"-nodefaults", "-no-user-config", "-display", "none",
+		"-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.MemoryMiB), "-object", memory, "-machine", machine,
+	}
+	if accel == "kvm" {
+		args = append(args, "-accel", "kvm", "-cpu", "host")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand")
+	}
+	if !c.Reboot {
+		args = append(args, "-no-reboot")
+	}
+	if c.VIOMMU {
+		args = append(args, "-device", "intel-iommu,intremap=on,caching-mode=on") // before what is behind it
+	}
+	if c.Firmware == OVMF {
+		args = append(args,
+			"-drive", "if=pflash,format=raw,readonly=on,file="+filepath.Join(l.root(), "usr/share/OVMF/OVMF_CODE_4M.fd"),
+			"-drive", "if=pflash,format=raw,file="+filepath.Join(dir, flashFile))
+	}
+	args = append(args, c.kernel(l, accel, dir)...)
+	for i := range c.Ports {
+		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=port%d,chassis=%d,slot=%d,addr=%#x", i, i+1, i+1, firstPortSlot+i))
+	}
+	for i, d := range c.Devices {
+		if d.file != "" {
+			drive := fmt.Sprintf("drive%d", i)
+			args = append(args, "-drive", fmt.Sprintf("file=%s,if=none,id=%s,format=raw,cache=unsafe", strings.ReplaceAll(d.file, ",", ",,"), drive))
+			d = d.With("drive", drive)
+		}
+		if d.Props["bus"] == nil && d.Props["addr"] == nil {
+			d = d.With("addr", fmt.Sprintf("%#x", firstDeviceSlot+i))
+		}
+		b, err := json.Marshal(d.Props)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "-device", string(b))
+	}
+	return append(args, c.Args...), nil
+}
+
+const (
+	initrdFile = "initrd"
+	flashFile  = "flash.fd"
+)
+
+func (c *Config) kernel(l *Lab, accel, dir string) []string {
+	if c.Boot == FromDisk {
+		return nil
+	}
+	image := "vmlinux"
+	if c.Machine == Microvm || c.Firmware == OVMF {
+		image = "bzImage" // neither enters a vmlinux
+	}
+	line := kernelArgs
+	if c.Machine == Microvm && accel == "tcg" {
+		// It has no timer that the kernel could measure the TSC by, and hangs when it tries.
+		line += fmt.Sprintf(" tsc_early_khz=%d tsc=reliable", tscKHz())
+	}
+	args := []string{"-kernel", filepath.Join(l.dir, image)}
+	if c.Boot == Direct {
+		args = append(args, "-initrd", filepath.Join(dir, initrdFile))
+	}
+	return append(args, "-append", strings.TrimSpace(line+" "+c.Append))
+}

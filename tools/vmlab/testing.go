@@ -1,0 +1,250 @@
+package vmlab
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/internal/process"
+)
+
+// Open returns the lab, set up if need be. A test that cannot have it fails; with -short it is
+// skipped, since a machine takes seconds to boot.
+func Open(t testing.TB) *Lab {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("boots virtual machines: not with -short")
+	}
+	l, err := Setup(t.Context(), os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// Boot is Start for a test: the machine is killed at its end, and the end of its console shown if it failed.
+func (l *Lab) Boot(t testing.TB, c Config) *VM {
+	t.Helper()
+	vm, err := l.Start(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("end of the console:\n%s", lastLines(vm.Console(), tailLines))
+		}
+		if err := vm.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return vm
+}
+
+// runWithin is the limit of Run; commands that take longer go through Exec with a deadline.
+const runWithin = time.Minute
+
+// Run runs a shell command in the guest and returns what it wrote to standard output, without
+// the last line end. The test ends if it exits with anything but 0, or takes more than a minute.
+func (vm *VM) Run(t testing.TB, command string) string {
+	t.Helper()
+	return vm.RunWithin(t, runWithin, command)
+}
+
+// RunWithin is Run with a limit of its own.
+func (vm *VM) RunWithin(t testing.TB, limit time.Duration, command string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	r, err := vm.Exec(ctx, command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Exit != 0 {
+		t.Fatalf("guest: %s: exit %d\n%s", command, r.Exit, lastLines(r.Stdout+"\n"+r.Stderr, 40))
+	}
+	return strings.TrimSuffix(r.Stdout, "\n")
+}
+
+// Try runs a command that may fail and returns everything; the test ends only if the guest does not answer.
+func (vm *VM) Try(t testing.TB, command string) Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), runWithin)
+	defer cancel()
+	r, err := vm.Exec(ctx, command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// Dmesg returns the guest's kernel log.
+func (vm *VM) Dmesg(t testing.TB) string {
+	t.Helper()
+	return vm.Run(t, "dmesg")
+}
+
+// complaints are what a kernel says of a drive that misbehaves, or of itself.
+var complaints = regexp.MustCompile(`(?i)\bnvme\b.*(timeout|abort|reset|fail|error|invalid|unexpected|warn|ignor|missing|duplicate|globally|bogus|broken|unable|disabl|not ready|can't|cannot|removing|down|stuck)` +
+	`|I/O error|Buffer I/O|blk_update_request|WARNING:|BUG:|\bOops\b|Call Trace|hung task|blocked for more than|soft lockup|rcu.*stall|irq \d+: nobody cared|Spurious`)
+
+// CheckDmesg fails the test for each line of the kernel log that complains. Lines that match one of allowed are expected.
+func (vm *VM) CheckDmesg(t testing.TB, allowed ...string) {
+	t.Helper()
+	for line := range strings.Lines(vm.Dmesg(t)) {
+		if complaints.MatchString(line) && !matchesAny(line, allowed) {
+			t.Errorf("the guest's kernel complains: %s", line)
+		}
+	}
+}
+
+func matchesAny(line string, expressions []string) bool {
+	for _, e := range expressions {
+		if regexp.MustCompile(e).MatchString(line) {
+			return true
+		}
+	}
+	return false
+}
+
+// Disk is DiskAt for a test.
+func (vm *VM) Disk(t testing.TB, i int) Disk {
+	t.Helper()
+	d, err := vm.DiskAt(t.Context(), i)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// Plug is HotAdd for a test. At the end of t, which may be a subtest of the one that booted, the guest lets go of
+// the disk; its server must live until then: start it before, or with the outer t.
+func (vm *VM) Plug(t testing.TB, d Device) Disk {
+	t.Helper()
+	disk, err := vm.HotAdd(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if vm.Ended() {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		defer cancel()
+		if err := vm.Forget(ctx, disk); err != nil {
+			t.Error(err)
+		}
+	})
+	return disk
+}
+
+// Hostmed runs controllers in this process until the end of the test and returns their sockets; those that name none get one. What hostmed
+// logged is shown if the test failed.
+//
+// QEMU may abort when a server goes under a running guest, so start it before the machine: what is started first ends last.
+func Hostmed(t testing.TB, c hostmed.Config) []string {
+	t.Helper()
+	log := &lockedBuffer{}
+	if c.Logger == nil {
+		c.Logger = hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.Debug, Output: log})
+	}
+	dir := shortDir(t)
+	var sockets []string
+	for i := range c.Controllers {
+		if c.Controllers[i].Socket == "" {
+			c.Controllers[i].Socket = filepath.Join(dir, fmt.Sprintf("%d.sock", i))
+		}
+		sockets = append(sockets, c.Controllers[i].Socket)
+	}
+	m, err := hostmed.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Logf("end of hostmed's log:\n%s", lastLines(log.String(), tailLines))
+		}
+	})
+	return sockets
+}
+
+// Controller is Hostmed with one controller, and returns it as a device.
+func Controller(t testing.TB, doorbells hostmed.DoorbellMode, namespaces ...string) Device {
+	t.Helper()
+	return VFIOUser(Hostmed(t, hostmed.Config{Controllers: []hostmed.ControllerConfig{{Namespaces: namespaces, Doorbells: doorbells}}})[0])
+}
+
+// HostmedProcess runs `hostmed serve` with args as a process of its own, for tests that kill it or that measure it. It has ended
+// at the end of the test; if the test ended it in order before (Stop), that is fine too.
+func HostmedProcess(t testing.TB, args ...string) *process.Daemon {
+	t.Helper()
+	b, err := buildProgram(t.Context(), "hostmed")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(t.TempDir(), "hostmed")
+	if err := os.WriteFile(bin, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	log := &lockedBuffer{}
+	d, err := process.StartHostmed(t.Context(), bin, log, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		err := d.Stop()
+		if t.Failed() {
+			t.Logf("hostmed: %v; end of its log:\n%s", err, lastLines(log.String(), tailLines))
+		}
+	})
+	return d
+}
+
+// shortDir is a directory whose sockets have names that are short enough, which those in t.TempDir need not have.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vmlab-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// lockedBuffer is written by one goroutine and read by another.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
