@@ -29,6 +29,7 @@ type Config struct {
 	Controllers []ControllerConfig // in subsystems of their own, see ControllerConfig.Namespaces
 	CPUs        []int              // one worker is pinned to each; empty: half of the cores' number of workers, not pinned
 	NoSpin      bool               // workers never poll an empty queue: for measurements
+	State       string             // directory of what has to outlive hostmed; empty: nothing does
 	Logger      hclog.Logger
 }
 

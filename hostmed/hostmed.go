@@ -21,6 +21,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
+	"github.com/shadowbell/shadowbell/hostmed/internal/state"
 )
 
 // DoorbellMode is how a controller takes its driver's doorbells.
@@ -43,6 +44,7 @@ type Mediator struct {
 	workers    []*ioq.Worker
 	subsystems []*subsystem
 	homes      int // controllers that were given a home worker
+	state      state.Store
 	trim       *time.Timer
 
 	closeOnce sync.Once
@@ -66,6 +68,11 @@ func New(c Config) (_ *Mediator, err error) {
 			m.Close()
 		}
 	}()
+	if m.state = state.NewMemory(); c.State != "" {
+		if m.state, err = state.Open(c.State); err != nil {
+			return nil, err
+		}
+	}
 	if err := m.startWorkers(c); err != nil {
 		return nil, err
 	}
@@ -150,6 +157,9 @@ func (m *Mediator) Close() error {
 		}
 		for _, s := range m.subsystems {
 			errs = append(errs, s.closeMedia())
+		}
+		if m.state != nil {
+			errs = append(errs, m.state.Close())
 		}
 		m.closeErr = errors.Join(errs...)
 	})

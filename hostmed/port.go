@@ -1,6 +1,7 @@
 package hostmed
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
@@ -27,6 +29,7 @@ type port struct {
 	log      hclog.Logger
 	cfg      ControllerConfig
 	self     *subsys.Controller
+	kept     *ctrl.Persistent
 	path     string
 	home     *ioq.Worker
 	listener *net.UnixListener
@@ -42,6 +45,10 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	p := &port{
 		m: s.m, log: s.m.log.With("socket", c.Socket), cfg: c, path: c.Socket, home: s.m.nextHome(),
 	}
+	var err error
+	if p.kept, err = ctrl.OpenPersistent(s.m.state, stateKey(s.NQN(), c.ID), p.log); err != nil {
+		return nil, err
+	}
 	l, err := listen(c.Socket)
 	if err != nil {
 		return nil, err
@@ -53,6 +60,12 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	}
 	p.self = s.AddController(c.ID)
 	return p, nil
+}
+
+// stateKey is where a controller's counters and features are kept: they belong to its place in its subsystem.
+func stateKey(nqn string, cntlid uint16) string {
+	sum := sha256.Sum256([]byte(nqn))
+	return fmt.Sprintf("controller-%x-%d", sum[:8], cntlid)
 }
 
 // listen makes the socket. One that is there already is replaced if nobody listens on it: a mediator
@@ -176,6 +189,7 @@ func (p *port) close() error {
 		s.end(errShutdown)
 		<-s.done
 	}
+	err = errors.Join(err, p.kept.Close())
 	var st unix.Stat_t
 	if unix.Stat(p.path, &st) == nil && st.Ino == p.inode {
 		err = errors.Join(err, os.Remove(p.path))

@@ -211,6 +211,7 @@ func (c *Controller) sampleLater() {
 // sample adds what was done since the last time, and saves if it was anything.
 func (c *Controller) sample() {
 	c.takeIOErrors()
+	c.takeIOErrors()
 	total := c.power.base.plus(c.cfg.Stats())
 	now := c.now()
 	on := now.Sub(c.power.since)
