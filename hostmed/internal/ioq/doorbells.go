@@ -93,6 +93,11 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 	}
 	c.rung[index%2].Add(1)
 	if !c.shared.Load() {
+		if cq && value >= g.prod.Size() {
+			// A head is looked at when the CQ has no room, which may be never; this one is to be reported (R30).
+			g.w.post(func() { g.w.badHead(g, value) })
+			return
+		}
 		if x, err := c.bells.Word32(off); err == nil {
 			x.Store(value)
 		}

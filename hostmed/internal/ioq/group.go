@@ -317,6 +317,13 @@ func (w *Worker) badDoorbell(g *group, qid uint16, kind ErrorKind, err error) {
 	g.ctl.cfg.OnError(QueueError{QID: qid, Kind: kind, Err: fmt.Errorf("queue %d: %w", qid, err)})
 }
 
+// badHead stops g, whose driver wrote a CQ head that is not in the ring.
+func (w *Worker) badHead(g *group, head uint32) {
+	if g.state == Polling || g.state == Armed {
+		w.badDoorbell(g, g.qid, BadCQHead, fmt.Errorf("CQ head %d in a ring of %d: %w", head, g.prod.Size(), ring.ErrDoorbell))
+	}
+}
+
 // failGroup stops g. What is in flight completes into nothing.
 func (w *Worker) failGroup(g *group) {
 	g.state = Failed

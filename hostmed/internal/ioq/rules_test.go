@@ -410,6 +410,18 @@ func TestRule30_InvalidDoorbellStopsTheQueueAlone(t *testing.T) {
 			t.Errorf("reported %v", e.Kind)
 		}
 	})
+	t.Run("CQ head register, with room in the CQ", func(t *testing.T) {
+		r := newRig(t, rigConfig{mode: ctrl.Trap})
+		p := r.pair(1, 4, false)
+		p.do(rw(nvme.IORead, 0, 8, base+dataOff))
+		r.workers[0].Call(func() { r.ctl.Doorbell(r.workers[0], 12, 4) })
+		if e := <-r.errs; e.Kind != BadCQHead || e.QID != 1 {
+			t.Errorf("reported %v of queue %d", e.Kind, e.QID)
+		}
+		if s := r.state(1); s != Failed {
+			t.Errorf("the queue is %v", s)
+		}
+	})
 }
 
 func TestRule33_InflightMovesWithSlots(t *testing.T) {
