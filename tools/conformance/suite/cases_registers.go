@@ -350,10 +350,8 @@ var stateCases = []Case{
 		needs: join(needNS, bitNeed("CAP.MPSMAX is 0", func(f *facts) bool { return f.cap.MPSMAX() >= 1 })),
 		setup: setup{disabled: true},
 		run: func(c *ctl) {
-			c.alloc(pageSize) // so that not every page is one of 8 KiB
 			c.enable(setup{mps: 1})
-			mem := c.alloc(16 << 10)
-			at := (mem.iova + 8191) &^ 8191
+			at := c.alloc(8192).iova
 			var cmd nvme.Command
 			cmd.SetRW(nvme.IORead, c.facts.nsid, 0, nvme.ZeroBased16(8192/c.facts.lba-1))
 			cmd.PRP1 = at

@@ -36,7 +36,7 @@ func (r *rig) reopen(ctx context.Context) error {
 		return err
 	}
 	r.dev = dev
-	r.mem = arena{dev: dev}
+	r.mem = arena{dev: dev, align: pageSize}
 	r.bells = map[uint32]device.Doorbell{}
 	if n := min(dev.MaxInterrupts(), maxVectors); n > 0 {
 		if r.irqs, err = dev.Interrupts(n); err != nil {
@@ -92,7 +92,6 @@ type ctl struct {
 	ctx      context.Context
 	deadline time.Time
 	adm      *sq // the admin queues; nil while disabled
-	mps      uint8
 	grant    granted
 	io       *sq // see q
 	pages    *dbPages
@@ -260,7 +259,7 @@ func (c *ctl) adminQueues(s setup) {
 	if s.acqs == 0 {
 		cqs = adminDepth
 	}
-	c.mps = s.mps
+	c.mem.align = pageSize << s.mps
 	c.io, c.pages, c.grant = nil, nil, granted{}
 	q := c.newCQ(0, cqs)
 	c.adm = c.newSQ(0, sqs, q)

@@ -15,6 +15,7 @@ type facts struct {
 	active  []uint32
 	queues  granted
 	vectors int
+	mapped  bool // doorbells are memory that the controller polls
 
 	nsid   uint32 // under test; 0: there is none
 	ns     nvme.IdentifyNamespace
@@ -33,6 +34,7 @@ func (r *rig) probe(ctx context.Context) error {
 		f.id = *c.identifyController()
 		f.active = c.activeAfter(0)
 		f.queues = c.granted()
+		f.mapped = c.bell(nvme.SQTailDoorbell(1, f.cap.DSTRD())).Mapped != nil
 		r.choose(c)
 	})
 	if outcome == Failed {

@@ -21,9 +21,10 @@ type arena struct {
 	chunks []*device.DMARegion
 	chunk  int    // the one being handed out
 	used   uint64 // of it
+	align  uint64 // CC.MPS in bytes
 }
 
-func (a *arena) reset() { a.chunk, a.used = 0, 0 }
+func (a *arena) reset() { a.chunk, a.used, a.align = 0, 0, pageSize }
 
 func (a *arena) close() {
 	for _, m := range a.chunks {
@@ -34,7 +35,8 @@ func (a *arena) close() {
 
 // take returns n bytes, whole pages, zeroed and contiguous for the device.
 func (a *arena) take(n uint64) (buf, error) {
-	n = (n + pageSize - 1) &^ (pageSize - 1)
+	n = (n + a.align - 1) &^ (a.align - 1)
+	a.used = (a.used + a.align - 1) &^ (a.align - 1)
 	if n > chunkSize {
 		return buf{}, fmt.Errorf("%d bytes of contiguous memory, there are at most %d", n, chunkSize)
 	}

@@ -110,6 +110,9 @@ var subjects = [][]Case{
 	adminCases,
 	queueCases,
 	featureCases,
+	logCases,
+	eventCases,
+	doorbellCases,
 }
 
 // Run runs the cases that cfg selects. The error is one of the run and not of the controller's conduct: it cannot be opened,
