@@ -95,7 +95,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		CNTLID: p.self.ID, SubNQN: sub.NQN(), Serial: sub.Serial(), Model: sub.Model(), Firmware: "1.0", Self: p.self,
 		Namespaces: ns, MaxIOQueues: p.cfg.Queues, MaxDepth: p.cfg.Depth, MDTSBytes: uint32(p.cfg.MDTS), Vectors: vectors,
 		Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
-		Wake: s.kickAdmin, Persistent: p.kept,
+		Wake: s.kickAdmin, Persistent: p.kept, Dump: s.data.String,
 	}, s.data, guestMemory{s.mem})
 	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
 	s.disp.OnError = func(h vfiouser.Header, err error) {

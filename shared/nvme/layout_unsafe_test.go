@@ -21,12 +21,21 @@ func TestLayout(t *testing.T) {
 		eff CommandEffects
 		dsm DSMRange
 		lba LBAFormat
+		tel TelemetryHeader
 		sgl SGLDescriptor
 	)
 	tests := []struct {
 		name      string
 		got, want uintptr
 	}{
+		{"TELEMETRY.IEEE", unsafe.Offsetof(tel.IEEE), 5},
+		{"TELEMETRY.LastBlock1", unsafe.Offsetof(tel.LastBlock1), 8},
+		{"TELEMETRY.LastBlock4", unsafe.Offsetof(tel.LastBlock4), 16},
+		{"TELEMETRY.HostScope", unsafe.Offsetof(tel.HostScope), 380},
+		{"TELEMETRY.HostOrScope", unsafe.Offsetof(tel.HostOrScope), 381},
+		{"TELEMETRY.Available", unsafe.Offsetof(tel.Available), 382},
+		{"TELEMETRY.Generation", unsafe.Offsetof(tel.Generation), 383},
+		{"TELEMETRY.Reason", unsafe.Offsetof(tel.Reason), 384},
 		{"SQE.CID", unsafe.Offsetof(sqe.CID), 2},
 		{"SQE.NSID", unsafe.Offsetof(sqe.NSID), 4},
 		{"SQE.CDW2", unsafe.Offsetof(sqe.CDW2), 8},

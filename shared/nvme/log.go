@@ -172,6 +172,33 @@ type CommandEffects struct {
 // CommandsSupportedAndEffects is the specification's name of CommandEffects.
 type CommandsSupportedAndEffects = CommandEffects
 
+// TelemetryHeader is the beginning of logs 07h and 08h, 512 bytes; blocks of TelemetryBlock bytes follow, numbered from
+// 1. NVMe Base 2.0c 5.16.1.8 and 5.16.1.9.
+type TelemetryHeader struct {
+	LID         LogPage
+	_           [4]byte
+	IEEE        [3]byte
+	LastBlock1  uint16 // of data area 1; those of the others are not less
+	LastBlock2  uint16
+	LastBlock3  uint16
+	_           [2]byte
+	LastBlock4  uint32
+	_           [360]byte
+	HostScope   uint8 // log 07h only, as is the next
+	HostOrScope uint8 // log 07h: host-initiated generation; log 08h: scope
+	Available   uint8 // 1: there is controller-initiated data
+	Generation  uint8 // of the controller-initiated data
+	Reason      [128]byte
+}
+
+// Values of TelemetryHeader.
+const (
+	TelemetryBlock           = 512
+	TelemetryScopeController = 1
+	// TelemetryCreate is bit 0 of the log specific field: take new host-initiated data.
+	TelemetryCreate = 1 << 0
+)
+
 // Bits of CommandEffects.
 const (
 	EffectSupported       = 1 << 0 // CSUPP

@@ -22,6 +22,7 @@ var (
 	_ [512]byte            = [unsafe.Sizeof(FirmwareSlotLog{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(CommandEffects{})]byte{}
 	_ [512]byte            = [unsafe.Sizeof(HostBehavior{})]byte{}
+	_ [512]byte            = [unsafe.Sizeof(TelemetryHeader{})]byte{}
 )
 
 // Bytes returns v's own memory.
@@ -77,3 +78,6 @@ func (v *HostBehavior) Bytes() *[512]byte { return (*[512]byte)(unsafe.Pointer(v
 
 // Bytes returns v's own memory.
 func (v *SGLDescriptor) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *TelemetryHeader) Bytes() *[512]byte { return (*[512]byte)(unsafe.Pointer(v)) }

@@ -164,6 +164,8 @@ type Config struct {
 	Persistent                      *Persistent    // of this controller's identity, used by one Controller at a time [one that ends with it]
 	// IOErrors returns the I/O commands that failed since it was called last: how many, and the newest, oldest first. [none did]
 	IOErrors func() (newest []IOError, n uint64)
+	// Dump describes the queues of the data path, for telemetry. [nothing]
+	Dump func() string
 
 	// Wake makes the session call AdminKick soon. It is called from any goroutine, and must not block. [mail waits for the
 	// next doorbell]
@@ -194,6 +196,7 @@ type Controller struct {
 	power  power
 
 	keepAlive keepAlive
+	telemetry string // host-initiated, as last taken
 
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher
@@ -231,6 +234,9 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	}
 	if cfgp.IOErrors == nil {
 		cfgp.IOErrors = func() ([]IOError, uint64) { return nil, 0 }
+	}
+	if cfgp.Dump == nil {
+		cfgp.Dump = func() string { return "" }
 	}
 	if cfgp.Wake == nil {
 		cfgp.Wake = func() {}
@@ -277,6 +283,7 @@ func (c *Controller) namespace(nsid uint32) *Namespace {
 // Close waits for a shutdown's flush and for what else runs in the background, after which the backends may be closed. The
 // data path is closed before. The controller is not used afterwards.
 func (c *Controller) Close() {
+	c.ready = false
 	c.stopKeepAlive()
 	c.flush.wait.Wait()
 	c.closeAsync()

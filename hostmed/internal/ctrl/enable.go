@@ -215,6 +215,7 @@ func (c *Controller) fatal(what string, cause error) {
 	if c.regs.cc.SHN() != 0 {
 		log = c.log.debug // a driver that has shut the controller down may take its memory back
 	}
+	c.keepTelemetry(what + ": " + cause.Error())
 	log(what, "error", cause, "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 

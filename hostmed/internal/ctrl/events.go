@@ -1,6 +1,7 @@
 package ctrl
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -8,9 +9,10 @@ import (
 
 // Asynchronous events. NVMe Base 2.0c 5.2.
 //
-// An event waits until the host has an Asynchronous Event Request outstanding; there is one place for each type, since a
-// second event of a type tells the host nothing that the log page does not. When an event is reported, its type is
-// masked until the host reads the log page without Retain Asynchronous Event.
+// An event waits until the host has an Asynchronous Event Request outstanding; one that waits already is not added again, since
+// it would tell the host nothing that the log page does not. When an event is reported, its type is
+// masked until the host reads the event's log page without Retain Asynchronous Event. That also ends the waiting of what
+// the page has told.
 
 // aerLimit is how many Asynchronous Event Requests may be outstanding (AERL + 1).
 const aerLimit = 4
@@ -18,10 +20,10 @@ const aerLimit = 4
 const eventTypes = 8
 
 type events struct {
-	requests []uint16 // CIDs of outstanding requests, oldest first; at most aerLimit (R33)
-	waiting  [eventTypes]nvme.AsyncEvent
-	isSet    [eventTypes]bool
+	requests []uint16          // CIDs of outstanding requests, oldest first; at most aerLimit (R33)
+	waiting  []nvme.AsyncEvent // oldest first, each once; there are few that can be
 	masked   [eventTypes]bool
+	by       [eventTypes]nvme.LogPage // reading it ends the masking
 }
 
 // QueueErrorKind is what a worker found wrong with a doorbell.
@@ -46,7 +48,9 @@ func (c *Controller) QueueError(qid uint16, kind QueueErrorKind) {
 func (c *Controller) queueError(qid uint16, kind QueueErrorKind) {
 	c.takeIOErrors()
 	c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: qid, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusSuccess)
-	c.raise(nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError))
+	ev := nvme.MakeAsyncEvent(nvme.EventError, uint8(kind), nvme.LogError)
+	c.raise(ev)
+	c.keepTelemetry(fmt.Sprintf("queue %d: %v", qid, ev))
 }
 
 // takeIOErrors brings the error log up to date. Those that are too many for it are counted.
@@ -109,9 +113,8 @@ func (c *Controller) abortEventRequest(cid uint16) bool {
 }
 
 func (c *Controller) raise(ev nvme.AsyncEvent) {
-	t := ev.Type()
-	if !c.events.isSet[t] {
-		c.events.isSet[t], c.events.waiting[t] = true, ev
+	if !slices.Contains(c.events.waiting, ev) {
+		c.events.waiting = append(c.events.waiting, ev)
 	}
 	c.reportEvents()
 }
@@ -119,31 +122,36 @@ func (c *Controller) raise(ev nvme.AsyncEvent) {
 // reportEvents completes a request for each event that waits and is not masked.
 func (c *Controller) reportEvents() {
 	e := &c.events
-	for t := range eventTypes {
-		if !e.isSet[t] || e.masked[t] || len(e.requests) == 0 {
+	for i := 0; i < len(e.waiting) && len(e.requests) > 0; {
+		ev := e.waiting[i]
+		t := ev.Type()
+		if e.masked[t] {
+			i++
 			continue
 		}
 		cid := e.requests[0]
 		e.requests = slices.Delete(e.requests, 0, 1)
-		e.isSet[t], e.masked[t] = false, true
-		c.complete(cid, uint32(e.waiting[t]), nvme.StatusSuccess)
+		e.waiting = slices.Delete(e.waiting, i, i+1)
+		e.masked[t], e.by[t] = true, ev.Log()
+		c.complete(cid, uint32(ev), nvme.StatusSuccess)
 	}
 }
 
 // clearEvents is called when the host has read log without Retain Asynchronous Event: it
 // knows what happened up to now.
 func (c *Controller) clearEvents(log nvme.LogPage) {
-	var t nvme.EventType
+	e := &c.events
 	switch log {
-	case nvme.LogError:
-		t = nvme.EventError
-	case nvme.LogSMART:
-		t = nvme.EventSMART
 	case nvme.LogChangedNamespaces:
-		t = nvme.EventNotice
 		c.health.changed = nil
-	default:
-		return
+	case nvme.LogTelemetryCtrl:
+		c.telemetryRead()
 	}
-	c.events.isSet[t], c.events.masked[t] = false, false
+	e.waiting = slices.DeleteFunc(e.waiting, func(ev nvme.AsyncEvent) bool { return ev.Log() == log })
+	for t := range e.masked {
+		if e.masked[t] && e.by[t] == log {
+			e.masked[t] = false
+		}
+	}
+	c.reportEvents()
 }

@@ -29,7 +29,7 @@ func TestFeatureSelect(t *testing.T) {
 		{nvme.FeatureQueues, 0, 0x00020001, 0x00020001, 0x003f003f, changeable},
 		{nvme.FeatureCoalescing, 0, 0xabcd0507, 0x0507, 0, saveable},
 		{nvme.FeatureWriteAtomicity, 0, 1, 1, 0, saveable},
-		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x11f, 0, saveable},
+		{nvme.FeatureAsyncEvents, 0, 0xffffffff, 0x51f, 0, saveable},
 		{nvme.FeatureKeepAlive, 0, 1001, 2000, 0, changeable},
 		{nvme.FeatureCommandSetProfile, 0, 0xfffffe00, 0, 0, changeable},
 		{nvme.FeatureQuiet, 0, 1, 1, 0, changeable},
@@ -67,7 +67,7 @@ func TestFeatureSelect(t *testing.T) {
 	h.disable()
 	h.enable()
 	for fid, want := range map[nvme.FeatureID]uint32{
-		nvme.FeatureArbitration: 0x01020303, nvme.FeatureCoalescing: 0x0507, nvme.FeatureAsyncEvents: 0x11f, // saved
+		nvme.FeatureArbitration: 0x01020303, nvme.FeatureCoalescing: 0x0507, nvme.FeatureAsyncEvents: 0x51f, // saved
 		nvme.FeatureQueues: 0x003f003f, nvme.FeatureQuiet: 0, // not
 	} {
 		if got := h.ok(getFeature(fid, 0, nvme.FeatureCurrent, 0)); got != want {

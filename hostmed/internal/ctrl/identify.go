@@ -14,7 +14,7 @@ const (
 	criticalTemperature = 353
 	shutdownMicros      = 30_000_000 // RTD3E: how long a shutdown's flush may take
 	resumeMicros        = 1_000_000  // RTD3R: how long hostmed may take to answer after power-on
-	supportedEvents     = nvme.EventConfigNamespace | nvme.SMARTWarningSpare | nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability |
+	supportedEvents     = nvme.EventConfigNamespace | nvme.EventConfigTelemetry | nvme.SMARTWarningSpare | nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability |
 		nvme.SMARTWarningReadOnly | nvme.SMARTWarningBackup
 )
 
@@ -119,7 +119,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		ACL:       abortLimit - 1,
 		AERL:      aerLimit - 1,
 		FRMW:      nvme.FRMWSlot1ReadOnly | 1<<nvme.FRMWSlotsShift,
-		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPASupportedPages,
+		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPATelemetry | nvme.LPASupportedPages,
 		ELPE:      errorLogSize - 1,
 		NPSS:      nvme.ZeroBased8(len(powerStates) - 1),
 		APSTA:     1,

@@ -152,6 +152,33 @@ func TestLogOffsets(t *testing.T) {
 	h.fails(logCmd(nvme.LogError, 0, 1<<34, false), nvme.StatusInvalidField)
 }
 
+// What is supported is in the effects log, and what is there is supported; and no command is said to change what it cannot.
+func TestCommandEffects(t *testing.T) {
+	for _, mode := range []DoorbellMode{Shadow, Trap} {
+		cfg := testConfig()
+		cfg.Mode = mode
+		h := newEnabled(t, cfg)
+		var fx nvme.CommandEffects
+		copy(fx.Bytes()[:], h.log(nvme.LogCommandEffects, 4096, false))
+		for op := range 256 {
+			w := fx.Admin[op]
+			if w&nvme.EffectSupported == 0 {
+				if w != 0 {
+					t.Errorf("%s is not supported and has effects %#x", nvme.AdminOpcodeName(uint8(op)), w)
+				}
+				h.fails(nvme.Command{Opcode: uint8(op), NSID: 1}, nvme.StatusInvalidOpcode)
+			} else if op != nvme.AdminAsyncEventRequest {
+				if st := h.do(nvme.Command{Opcode: uint8(op)}).Status(); st.Code() == nvme.StatusInvalidOpcode {
+					t.Errorf("%s is in the effects log and not supported", nvme.AdminOpcodeName(uint8(op)))
+				}
+			}
+			if w := fx.IO[op]; w&nvme.EffectSupported == 0 && w != 0 {
+				t.Errorf("%s is not supported and has effects %#x", nvme.IOOpcodeName(uint8(op)), w)
+			}
+		}
+	}
+}
+
 // takeEvent returns the events that are reported; each request that reported one is replaced.
 func (h *host) takeEvents() []nvme.AsyncEvent {
 	h.Helper()

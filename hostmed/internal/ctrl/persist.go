@@ -55,6 +55,11 @@ type persisted struct {
 	Errors          []nvme.ErrorLogEntry  `json:"errors,omitempty"` // the newest, at most errorLogSize, oldest first
 	Features        map[featureKey]uint32 `json:"features,omitempty"`
 	APST            []uint64              `json:"apst,omitempty"` // the table of feature 0Ch
+
+	Telemetry           string `json:"telemetry,omitempty"` // controller-initiated, that no host has read
+	TelemetryReason     string `json:"telemetryReason,omitempty"`
+	TelemetryGeneration uint8  `json:"telemetryGeneration"`
+	HostGeneration      uint8  `json:"telemetryHostGeneration"`
 }
 
 // OpenPersistent returns what was saved under key, or what a new controller has. What cannot be read is logged, with the
@@ -212,11 +217,20 @@ func (c *Controller) sampleLater() {
 func (c *Controller) sample() {
 	c.takeIOErrors()
 	c.takeIOErrors()
-	total := c.power.base.plus(c.cfg.Stats())
+	stats := c.cfg.Stats()
+	total := c.power.base.plus(stats)
 	now := c.now()
 	on := now.Sub(c.power.since)
 	c.power.since = now
 	c.cfg.Persistent.update(func(v *persisted) { v.IO, v.PowerOn = total, v.PowerOn+on })
+	if c.health.mediaErrors != stats.MediaErrors {
+		c.health.mediaErrors = stats.MediaErrors
+		c.guarded(func() bool {
+			c.checkHealth()
+			c.interrupt()
+			return false
+		})
+	}
 }
 
 // powerOff is the end of the client.

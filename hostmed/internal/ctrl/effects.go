@@ -1,0 +1,68 @@
+package ctrl
+
+import "github.com/shadowbell/shadowbell/shared/nvme"
+
+// What commands and features do beside what they were sent for: logs 05h and 12h. NVMe Base 2.0c 5.16.1.6 and 5.16.1.18.
+// A host goes by it when somebody else's program sends a command past its driver.
+
+// Scopes of a feature in log 12h, bits 25:20.
+const (
+	featureSupported       = 1 << 0
+	featureScopeNamespace  = 1 << 20
+	featureScopeController = 1 << 21
+)
+
+// Commands that must have the controller or a namespace for themselves. CSE of log 05h.
+const (
+	aloneInNamespace  = 1 << nvme.EffectExclusiveShift
+	aloneInController = 2 << nvme.EffectExclusiveShift
+)
+
+// adminEffects is what a supported admin command may change.
+var adminEffects = map[uint8]uint32{
+	nvme.AdminNamespaceManagement: nvme.EffectNamespaceCap | nvme.EffectNamespaceList,
+	nvme.AdminNamespaceAttachment: nvme.EffectNamespaceList,
+	nvme.AdminFormatNVM:           nvme.EffectBlockContent | nvme.EffectNamespaceCap | aloneInNamespace,
+	nvme.AdminSanitize:            nvme.EffectBlockContent | aloneInController,
+}
+
+// ioEffects is what an I/O command may change.
+var ioEffects = map[uint8]uint32{
+	nvme.IOWrite:              nvme.EffectBlockContent,
+	nvme.IOWriteUncorrectable: nvme.EffectBlockContent,
+	nvme.IOWriteZeroes:        nvme.EffectBlockContent,
+	nvme.IODSM:                nvme.EffectBlockContent,
+	nvme.IOCopy:               nvme.EffectBlockContent,
+}
+
+// ioOpcodes are those that the data path knows.
+func (c *Controller) ioOpcodes() []uint8 {
+	return []uint8{nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOWrite, nvme.IOWriteZeroes, nvme.IODSM}
+}
+
+func (c *Controller) commandEffects() *nvme.CommandEffects {
+	l := new(nvme.CommandEffects)
+	for _, op := range c.adminOpcodes() {
+		l.Admin[op] = nvme.EffectSupported | adminEffects[op]
+	}
+	for _, op := range c.ioOpcodes() {
+		l.IO[op] = nvme.EffectSupported | ioEffects[op]
+	}
+	return l
+}
+
+// featureEffects is log 12h: a word for each feature. NVMe Base 2.0c 5.16.1.18.
+func (c *Controller) featureEffects() []byte {
+	p := make([]byte, 0, 256*4)
+	for fid := range 256 {
+		var w uint32
+		if caps, ok := c.featureCaps(nvme.FeatureID(fid)); ok {
+			w = featureSupported | featureScopeController
+			if caps&nvme.FeatureCapNamespace != 0 {
+				w = featureSupported | featureScopeNamespace
+			}
+		}
+		p = append(p, byte(w), byte(w>>8), byte(w>>16), byte(w>>24))
+	}
+	return p
+}

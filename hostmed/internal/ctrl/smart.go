@@ -1,0 +1,71 @@
+package ctrl
+
+import (
+	"time"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Health: the SMART log and its events. NVMe Base 2.0c 5.16.1.3.
+
+// compositeTemperature is what a controller made of software reports, in kelvin.
+const compositeTemperature = 313
+
+// mediaErrorsWarning is how many media errors of a power cycle put the reliability in doubt.
+const mediaErrorsWarning = 16
+
+// health is what the SMART and the Changed Namespace List log are made of.
+type health struct {
+	reported    uint8    // SMARTWarning bits that hold and were seen by checkHealth
+	mediaErrors uint64   // of this power cycle, as of the last sample
+	changed     []uint32 // namespaces, rising
+}
+
+func (c *Controller) criticalWarning() (w uint8) {
+	over, under := c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempOver}), c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempUnder})
+	if compositeTemperature >= over || compositeTemperature <= under {
+		w |= nvme.SMARTWarningTemperature
+	}
+	if c.health.mediaErrors >= mediaErrorsWarning {
+		w |= nvme.SMARTWarningReliability
+	}
+	return w
+}
+
+// smartEvents is which event tells of which warning.
+var smartEvents = [...]struct{ warning, info uint8 }{
+	{nvme.SMARTWarningTemperature, nvme.EventSMARTTemperature},
+	{nvme.SMARTWarningReliability, nvme.EventSMARTReliability},
+}
+
+// checkHealth raises an event for each warning that has come up and that the host wants to hear of.
+func (c *Controller) checkHealth() {
+	w := c.criticalWarning() & c.eventConfig().SMART()
+	risen := w &^ c.health.reported
+	c.health.reported = w
+	for _, e := range smartEvents {
+		if risen&e.warning != 0 {
+			c.raise(nvme.MakeAsyncEvent(nvme.EventSMART, e.info, nvme.LogSMART))
+		}
+	}
+}
+
+func (c *Controller) smart() *nvme.SMARTLog {
+	c.sample()
+	count := func(v uint64) nvme.Uint128 { return nvme.Uint128{Lo: v} }
+	l := &nvme.SMARTLog{CriticalWarning: c.criticalWarning(), AvailableSpare: 100, SpareThreshold: 10}
+	c.cfg.Persistent.read(func(v *persisted) {
+		l.DataUnitsRead = nvme.DataUnits(v.IO.ReadBytes)
+		l.DataUnitsWritten = nvme.DataUnits(v.IO.WriteBytes)
+		l.HostReads = count(v.IO.ReadCommands)
+		l.HostWrites = count(v.IO.WriteCommands)
+		l.BusyMinutes = count(uint64(v.IO.Busy / time.Minute))
+		l.PowerCycles = count(v.PowerCycles)
+		l.PowerOnHours = count(uint64(v.PowerOn / time.Hour))
+		l.UnsafeShutdowns = count(v.UnsafeShutdowns)
+		l.MediaErrors = count(v.IO.MediaErrors)
+		l.ErrorLogEntries = count(v.ErrorCount)
+	})
+	l.SetTemperature(compositeTemperature)
+	return l
+}
