@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -93,18 +94,46 @@ func (vm *VM) Dmesg(t testing.TB) string {
 	return vm.Run(t, "dmesg")
 }
 
-// complaints are what a kernel says of a drive that misbehaves, or of itself.
-var complaints = regexp.MustCompile(`(?i)\bnvme\b.*(timeout|abort|reset|fail|error|invalid|unexpected|warn|ignor|missing|duplicate|globally|bogus|broken|unable|disabl|not ready|can't|cannot|removing|down|stuck)` +
-	`|I/O error|Buffer I/O|blk_update_request|WARNING:|BUG:|\bOops\b|Call Trace|hung task|blocked for more than|soft lockup|rcu.*stall|irq \d+: nobody cared|Spurious`)
-
 // CheckDmesg fails the test for each line of the kernel log that complains. Lines that match one of allowed are expected.
 func (vm *VM) CheckDmesg(t testing.TB, allowed ...string) {
 	t.Helper()
-	for line := range strings.Lines(vm.Dmesg(t)) {
-		if complaints.MatchString(line) && !matchesAny(line, allowed) {
-			t.Errorf("the guest's kernel complains: %s", line)
+	for _, line := range complaints(vm.Run(t, "dmesg -r"), allowed) {
+		t.Errorf("the guest's kernel complains: %s", line)
+	}
+}
+
+var (
+	// logLine is a line of dmesg -r: facility*8 + level, then the text.
+	logLine = regexp.MustCompile(`^<(\d+)>(.*)$`)
+	// drive is what a line about a drive has in it.
+	drive = regexp.MustCompile(`(?i)nvme|vfio`)
+	// unhappy is what is wrong at any level, in a line about a drive: the kernel tells of some quirks and resets as mere information.
+	unhappy = regexp.MustCompile(`(?i)quirk|time(d )?out|abort|reset|fail|error|invalid|unexpected|warn|ignor|missing|mismatch|duplicate|globally|bogus|broken|corrupt` +
+		`|unable|disabl|not ready|can't|cannot|could not|don't match|not supported|removing|down\b|stuck|bug\b`)
+	// broken is what is wrong whatever it is about.
+	broken = regexp.MustCompile(`(?i)I/O error|blk_update_request|medium error|could not locate request|EXT4-fs (error|warning)|JBD2: .*(error|abort)|hung task|blocked for more than|soft lockup|rcu.*stall|irq \d+: nobody cared|\bspurious` +
+		`|(?-i:WARNING:|BUG:|\bOops\b|Call Trace)`)
+)
+
+const levelWarning = 4
+
+// complaints returns the lines of a raw kernel log that say of a drive, or of the kernel, that something is wrong: of a
+// drive everything from a warning on, and what sounds like one.
+func complaints(log string, allowed []string) []string {
+	var bad []string
+	for line := range strings.Lines(log) {
+		level, text := levelWarning, strings.TrimSpace(line)
+		if m := logLine.FindStringSubmatch(text); m != nil {
+			n, _ := strconv.Atoi(m[1])
+			level, text = n&7, m[2]
+		}
+		if ofDrive := drive.MatchString(text); broken.MatchString(text) || ofDrive && (level <= levelWarning || unhappy.MatchString(text)) {
+			if !matchesAny(text, allowed) {
+				bad = append(bad, text)
+			}
 		}
 	}
+	return bad
 }
 
 func matchesAny(line string, expressions []string) bool {
