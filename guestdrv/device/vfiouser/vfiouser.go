@@ -329,6 +329,9 @@ func (d *Device) Done() <-chan struct{} { return d.client.Done() }
 // Err returns why Done is closed.
 func (d *Device) Err() error { return wrap(d.client.Err()) }
 
+// Isolated says that the device can reach no memory but what AllocDMA gave: an address of anything else is an error, and harms nobody.
+func (d *Device) Isolated() bool { return true }
+
 // Notice says why the doorbells of a server that offers to have them mapped are messages all the same.
 func (d *Device) Notice() string {
 	if d.Unmapped == "" {

@@ -16,6 +16,7 @@ type facts struct {
 	queues  granted
 	vectors int
 	mapped  bool // doorbells are memory that the controller polls
+	iova    bool // addresses are those of an I/O address space, not of the machine
 
 	nsid   uint32 // under test; 0: there is none
 	ns     nvme.IdentifyNamespace
@@ -34,6 +35,9 @@ func (r *rig) probe(ctx context.Context) error {
 		f.id = *c.identifyController()
 		f.active = c.activeAfter(0)
 		f.queues = c.granted()
+		if d, ok := r.dev.(interface{ Isolated() bool }); ok {
+			f.iova = d.Isolated()
+		}
 		f.mapped = c.bell(nvme.SQTailDoorbell(1, f.cap.DSTRD())).Mapped != nil
 		r.choose(c)
 	})

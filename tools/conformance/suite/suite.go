@@ -113,6 +113,8 @@ var subjects = [][]Case{
 	logCases,
 	eventCases,
 	doorbellCases,
+	ioCases,
+	writeCases,
 }
 
 // Run runs the cases that cfg selects. The error is one of the run and not of the controller's conduct: it cannot be opened,
