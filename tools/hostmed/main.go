@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"io"
+	"math/bits"
 	"os"
 
 	"github.com/hashicorp/go-hclog"
@@ -27,6 +28,7 @@ type serveCmd struct {
 	Socket    []string  `required:"" sep:"none" placeholder:"PATH" help:"Unix socket to listen on. Give it several times for several controllers; each presents the same namespaces and takes one client at a time."`
 	Namespace []string  `required:"" sep:"none" placeholder:"SPEC" help:"A namespace to present; the first has NSID 1. Give it several times for several. See above."`
 	Doorbells string    `default:"shadow" enum:"shadow,trap,mmap" placeholder:"MODE" help:"How clients ring: ${enum} (${default}). See above."`
+	Stride    int       `name:"doorbell-stride" default:"4" enum:"4,8,16,32,64" placeholder:"BYTES" help:"Bytes from one doorbell to the next: ${enum} (${default}). With 64 no two share a cache line; shadow then has room for 31 I/O queues."`
 	CPUs      cpus.List `name:"cpus" placeholder:"LIST" help:"Cores to poll on, such as 1 or 2-3: one worker is pinned to each. Default: half as many workers as there are cores, not pinned."`
 	LogLevel  string    `default:"info" enum:"trace,debug,info,warn,error" placeholder:"LEVEL" help:"Least important message to log on stderr: ${enum} (${default})."`
 	LogJSON   bool      `name:"log-json" help:"Log one JSON object a line."`
@@ -49,8 +51,9 @@ func (s *serveCmd) config(stderr io.Writer) hostmed.Config {
 		CPUs: s.CPUs, NoSpin: s.Spin == "off",
 		Logger: hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.LevelFromString(s.LogLevel), JSONFormat: s.LogJSON, Output: stderr}),
 	}
+	dstrd := uint8(bits.TrailingZeros(uint(s.Stride / 4)))
 	for _, socket := range s.Socket {
-		c.Controllers = append(c.Controllers, hostmed.ControllerConfig{Socket: socket, Namespaces: s.Namespace, Doorbells: modes[s.Doorbells]})
+		c.Controllers = append(c.Controllers, hostmed.ControllerConfig{Socket: socket, Namespaces: s.Namespace, Doorbells: modes[s.Doorbells], DSTRD: dstrd})
 	}
 	return c
 }

@@ -208,12 +208,7 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	c := &Controller{cfg: cfg, dp: dp, mem: mem, now: time.Now, pageSize: minPageSize}
 	cfgp := &c.cfg
 	cfgp.DSTRD &= 0xf
-	cfgp.MaxIOQueues = limit(cfgp.MaxIOQueues, MaxIOQueues)
-	if cfgp.Mode == Shadow {
-		// The slots of every queue must lie in one page (R29).
-		slots := minPageSize / nvme.DoorbellStride(cfgp.DSTRD)
-		cfgp.MaxIOQueues = min(cfgp.MaxIOQueues, uint16(max(slots/2, 2)-1))
-	}
+	cfgp.MaxIOQueues = LimitQueues(cfgp.MaxIOQueues, cfgp.Mode, cfgp.DSTRD)
 	if cfgp.MaxDepth == 0 {
 		cfgp.MaxDepth = defaultMaxDepth
 	}
@@ -253,11 +248,18 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	return c
 }
 
-func limit(v, most uint16) uint16 {
-	if v == 0 || v > most {
+// LimitQueues returns how many I/O queues of each kind there can be if n are wanted; 0 wants all. The doorbells
+// of all must have room in one page if they can be moved there (R29).
+func LimitQueues(n uint16, mode DoorbellMode, dstrd uint8) uint16 {
+	most := uint16(MaxIOQueues)
+	if mode == Shadow {
+		slots := minPageSize / nvme.DoorbellStride(dstrd)
+		most = min(most, uint16(max(slots/2, 2)-1))
+	}
+	if n == 0 || n > most {
 		return most
 	}
-	return v
+	return n
 }
 
 func sortedNamespaces(in []Namespace) []Namespace {

@@ -80,6 +80,7 @@ var _ ctrl.DataPath = (*Controller)(nil)
 
 // NewController returns a data path without queues.
 func NewController(c Config) (*Controller, error) {
+	c.MaxQueues = ctrl.LimitQueues(c.MaxQueues, c.Mode, c.DSTRD)
 	d := &Controller{
 		cfg: c, mode: c.Mode, mem: c.Memory, mdts: uint64(c.MDTSBytes),
 		sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
