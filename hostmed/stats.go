@@ -1,0 +1,64 @@
+package hostmed
+
+import "fmt"
+
+// Stats is what a controller has done for the client that it has now. Bytes are of commands that succeeded.
+type Stats struct {
+	Reads, Writes, Others   uint64 // I/O commands that succeeded
+	Errors                  uint64 // and that did not
+	BytesRead, BytesWritten uint64
+	Interrupts              uint64
+	// Doorbells of I/O queues that came as messages, each of which is an exit of a virtual machine: SQ tails and CQ heads.
+	SQDoorbells, CQDoorbells uint64
+}
+
+// Commands is the number of I/O commands.
+func (s Stats) Commands() uint64 { return s.Reads + s.Writes + s.Others + s.Errors }
+
+// Sub returns what has been done since before.
+func (s Stats) Sub(before Stats) Stats {
+	return Stats{
+		Reads: s.Reads - before.Reads, Writes: s.Writes - before.Writes, Others: s.Others - before.Others, Errors: s.Errors - before.Errors,
+		BytesRead: s.BytesRead - before.BytesRead, BytesWritten: s.BytesWritten - before.BytesWritten, Interrupts: s.Interrupts - before.Interrupts,
+		SQDoorbells: s.SQDoorbells - before.SQDoorbells, CQDoorbells: s.CQDoorbells - before.CQDoorbells,
+	}
+}
+
+// Stats returns the counters of the controller behind socket. The error says that there is none, or that it has no client.
+func (m *Mediator) Stats(socket string) (Stats, error) {
+	p := m.port(socket)
+	if p == nil {
+		return Stats{}, fmt.Errorf("no controller has the socket %s", socket)
+	}
+	p.mu.Lock()
+	s := p.session
+	p.mu.Unlock()
+	if s == nil {
+		return Stats{}, fmt.Errorf("socket %s has no client", socket)
+	}
+	got := make(chan Stats, 1) // Post does nothing once the session is over, and then done is closed
+	s.ctl.Post(func() {
+		d := s.data.Stats()
+		got <- Stats{
+			Reads: d.Reads, Writes: d.Writes, Others: d.Others, Errors: d.Errors, BytesRead: d.BytesRead, BytesWritten: d.BytesWritten,
+			Interrupts: d.Interrupts, SQDoorbells: d.SQDoorbells, CQDoorbells: d.CQDoorbells,
+		}
+	})
+	select {
+	case d := <-got:
+		return d, nil
+	case <-s.done:
+		return Stats{}, fmt.Errorf("socket %s has no client", socket)
+	}
+}
+
+func (m *Mediator) port(socket string) *port {
+	for _, s := range m.subsystems {
+		for _, p := range s.ports {
+			if p.path == socket {
+				return p
+			}
+		}
+	}
+	return nil
+}
