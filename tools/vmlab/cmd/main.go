@@ -25,6 +25,8 @@ type grammar struct {
 	Env   envCmd   `cmd:"" help:"Print where everything is."`
 	Clean cleanCmd `cmd:"" help:"Remove everything that setup made."`
 
+	Doorbells doorbellsCmd `cmd:"" help:"Measure what doorbells cost in a guest: MMIO writes per I/O and IOPS by queue depth, with and without shadow doorbells and on QEMU's own NVMe device."`
+
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
