@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 	"github.com/shadowbell/shadowbell/hostmed/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
@@ -42,36 +43,6 @@ func (d *device) RegionInfo(i uint32) (vfiouser.RegionInfo, bool) {
 	return r, true
 }
 
-func (d *device) IRQInfo(i uint32) (vfiouser.IRQInfo, bool) {
-	if i != vfiouser.IRQMSIX {
-		return vfiouser.IRQInfo{}, false
-	}
-	return vfiouser.IRQInfo{Index: i, Flags: vfiouser.IRQEventFD, Count: uint32(d.cfg.Vectors())}, true
-}
-
-// SetIRQs takes MSI-X eventfds; without fds, it takes those of the vectors away.
-func (d *device) SetIRQs(r vfiouser.SetIRQs, fds []int) error {
-	if r.Index != vfiouser.IRQMSIX || r.Flags&vfiouser.IRQSetTrigger == 0 {
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-		return fmt.Errorf("interrupt index %d flags %#x: only MSI-X triggers are supported: %w", r.Index, r.Flags, unix.EINVAL)
-	}
-	switch {
-	case r.DisableAll():
-		d.data.SetVectors(0, nil, int(d.cfg.Vectors()))
-	case r.Flags&vfiouser.IRQSetDataEventFD != 0:
-		d.data.SetVectors(int(r.Start), fds, int(r.Count))
-	default: // a test of the wiring: fire these
-		for i := range r.Count {
-			if r.Flags&vfiouser.IRQSetDataBool == 0 || r.Bools[i] != 0 {
-				d.data.Interrupt(uint16(r.Start + i))
-			}
-		}
-	}
-	return nil
-}
-
 func (d *device) DMAMap(m vfiouser.DMAMap, fd int) error {
 	if fd >= 0 && shm.CanShrink(fd) && d.log.IsDebug() {
 		d.log.Debug("client memory is not sealed against shrinking", "iova", fmt.Sprintf("%#x", m.IOVA))
@@ -102,8 +73,17 @@ func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
 }
 
 func (d *device) RegionRead(i uint32, off uint64, p []byte) error {
+	if i != vfiouser.RegionConfig && d.asleep.Load() {
+		for k := range p {
+			p[k] = 0xff // nobody answers: PCI PM 1.2 5.4.1
+		}
+		return nil
+	}
 	switch {
 	case i == vfiouser.RegionConfig:
+		if pci.HasStatus(off, len(p)) {
+			d.cfg.SetInterruptStatus(d.interruptStatus())
+		}
 		return d.cfg.Read(off, p)
 	case i == pci.BARTable:
 		return d.msix.ReadTable(off, p)
@@ -119,19 +99,24 @@ func (d *device) RegionRead(i uint32, off uint64, p []byte) error {
 }
 
 func (d *device) RegionWrite(i uint32, off uint64, p []byte) error {
+	if i != vfiouser.RegionConfig && d.asleep.Load() {
+		return nil
+	}
 	switch {
 	case i == vfiouser.RegionConfig:
 		ev, err := d.cfg.Write(off, p)
-		if ev.FLR {
-			d.reset()
-		}
+		d.configChanged(ev)
 		return err
 	case i == pci.BARTable:
 		return d.msix.WriteTable(off, p)
 	case i == pci.BARPBA:
 		return nil // read-only
 	case i == vfiouser.RegionBAR0 && off < nvme.DoorbellBase:
-		return d.ctl.WriteReg(off, p)
+		err := d.ctl.WriteReg(off, p)
+		if off < nvme.RegINTMC+4 && off+uint64(len(p)) > nvme.RegINTMC {
+			d.checkPin(false)
+		}
+		return err
 	case i == vfiouser.RegionBAR0:
 		return fmt.Errorf("doorbell write of %d bytes at %#x: doorbells are written as 4 aligned bytes: %w", len(p), off, unix.EINVAL)
 	}
@@ -145,7 +130,12 @@ func (d *device) Reset() error {
 	return nil
 }
 
+// reset is what an FLR does to all but the configuration space.
 func (d *device) reset() {
 	d.ctl.Reset()
 	d.msix.Reset()
+	d.data.MaskVectors(0, int(d.cfg.Vectors()), ioq.MaskTable, false)
+	d.master, d.masterLost = false, false
+	d.power()
+	d.interruptsChanged()
 }

@@ -45,6 +45,12 @@ type session struct {
 	msix *pci.MSIX
 	disp *vfiouser.Dispatcher
 
+	// The PCI function's state, the goroutine's (interrupts.go):
+	master     bool // bus mastering is on
+	masterLost bool // and was, when not
+	held       bool // the controller is held
+	unmaskFD   int  // -1: none
+
 	// The home worker's:
 	recv *vfiouser.Receiver
 	busy bool // a message is with the goroutine
@@ -54,6 +60,9 @@ type session struct {
 	// From workers to the goroutine:
 	signal chan struct{} // capacity 1
 	kicked atomic.Bool   // queue 0's doorbell has moved
+	unmask atomic.Bool   // the client has unmasked INTx by its eventfd
+	pin    atomic.Bool   // the level of INTx may have risen
+	asleep atomic.Bool   // in D3hot; the goroutine's, which the home worker reads
 	mu     sync.Mutex    // guards the rest; nothing is called with it held
 	msg    vfiouser.Message
 	have   bool
@@ -69,6 +78,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 	s := &session{
 		p: p, log: p.log, fd: fd, home: p.home, mem: gmem.New(),
 		recv: vfiouser.NewReceiver(fd, vfiouser.MaxMsg), signal: make(chan struct{}, 1), done: make(chan struct{}),
+		unmaskFD: -1,
 	}
 	defer func() {
 		if err != nil {
@@ -76,16 +86,22 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		}
 	}()
 	vectors, sub, ns := p.cfg.Queues+1, p.self.Subsystem(), namespaces(p.self)
-	if s.cfg, err = pci.New(pci.Params{Vectors: vectors}); err != nil {
+	if s.cfg, err = pci.New(pci.Params{Vectors: vectors, BAR0Size: pci.BAR0Size(p.cfg.Queues, p.cfg.DSTRD)}); err != nil {
 		return nil, err
 	}
 	s.msix = pci.NewMSIX(s.cfg)
+	s.msix.Pending = func(v int) bool { return s.data.Pending(v) }
+	s.msix.Mask = func(v int, on bool) { s.data.MaskVectors(v, 1, ioq.MaskTable, on) }
 	s.data, err = ioq.NewController(ioq.Config{
 		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: ns, Self: p.self, Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD,
 		MaxQueues: p.cfg.Queues, Vectors: vectors, MDTSBytes: uint32(p.cfg.MDTS),
 		PageSize: func() uint32 { return s.ctl.PageSize() },
 		OnAdmin:  s.kickAdmin,
 		OnError:  s.fault,
+
+		OnPin: func() { s.pin.Store(true); s.wake() },
+
+		InterruptMask: func() uint32 { return s.ctl.InterruptMask() },
 	})
 	if err != nil {
 		return nil, err
@@ -168,7 +184,9 @@ func (s *session) doorbell(m *vfiouser.Message) (done bool, err error) {
 	if !ok || region != vfiouser.RegionBAR0 || off < nvme.DoorbellBase || count != 4 || len(data) != 4 {
 		return false, nil
 	}
-	s.data.Doorbell(s.home, off-nvme.DoorbellBase, binary.LittleEndian.Uint32(data))
+	if !s.asleep.Load() {
+		s.data.Doorbell(s.home, off-nvme.DoorbellBase, binary.LittleEndian.Uint32(data))
+	}
 	if m.Flags&vfiouser.FlagNoReply != 0 {
 		return true, nil
 	}
@@ -266,6 +284,12 @@ func (s *session) turn() {
 		s.kicked.Store(true) // more than one turn's worth
 		s.wake()
 	}
+	if s.unmask.Swap(false) {
+		(&device{s}).checkPin(true)
+	}
+	if s.pin.Swap(false) {
+		(&device{s}).checkPin(false)
+	}
 	if have {
 		s.handle(m)
 	}
@@ -316,6 +340,7 @@ func (s *session) tearDown() {
 	s.p.self.Disconnect()
 	s.dropCalls()
 	did := s.data.Stats()
+	(&device{s}).setUnmask(-1)
 	if err := s.data.Close(); err != nil {
 		s.log.Error("stopping the queues", "error", err)
 	}

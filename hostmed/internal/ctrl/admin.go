@@ -68,7 +68,7 @@ func (c *Controller) guardedMail(fn func()) {
 func (c *Controller) serveAdmin() (more bool) {
 	sqTail, cqHead := c.dp.AdminDoorbells()
 	a := &c.admin
-	if a.parked {
+	if a.parked || c.held {
 		return false
 	}
 	budget := kickBudget
@@ -142,7 +142,7 @@ func (c *Controller) complete(cid uint16, dw0 uint32, status nvme.Status) {
 func (c *Controller) postWaiting() {
 	a := &c.admin
 	n := min(len(a.waiting), int(a.cq.Free()))
-	if n == 0 || a.parked {
+	if n == 0 || a.parked || c.held {
 		return
 	}
 	a.cq.Post(a.waiting[:n])
@@ -157,6 +157,16 @@ func (c *Controller) interrupt() {
 		c.admin.posted = false
 		c.dp.Interrupt(0)
 	}
+}
+
+// AdminUnconsumed says whether the driver has yet to give back completions of the admin queue: the part of queue 0 in
+// the level of the interrupt pin.
+func (c *Controller) AdminUnconsumed() bool {
+	if !c.ready {
+		return false
+	}
+	_, head := c.dp.AdminDoorbells()
+	return c.admin.head.load(head)&^nvme.QuietBit != c.admin.cq.Tail()
 }
 
 // result is what became of a command.

@@ -186,6 +186,7 @@ type Controller struct {
 	intMask  atomic.Uint32
 	ready    bool // CSTS.RDY without CSTS.CFS: the admin queue is served
 	pageSize uint32
+	held     bool // not bus master, or not in D0
 
 	admin  adminQueue
 	pages  doorbellPages

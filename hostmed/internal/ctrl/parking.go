@@ -52,6 +52,14 @@ func (c *Controller) MemoryGained() {
 	}
 }
 
+// Hold keeps the controller from touching guest memory of its own accord, as it must when it is not bus master or not in D0; without
+// on it goes on with what was rung meanwhile. The data path is held by itself.
+func (c *Controller) Hold(on bool) {
+	if c.held = on; !on {
+		c.cfg.Wake()
+	}
+}
+
 func (a *adminQueue) sqBytes() uint64 { return uint64(a.sq.Size()) * ring.SQESize }
 func (a *adminQueue) cqBytes() uint64 { return uint64(a.cq.Size()) * ring.CQESize }
 

@@ -85,7 +85,9 @@ func (w *Worker) fireDue() {
 			keep = append(keep, d)
 		case d.g.vector.held.expire(d.wait):
 			d.g.stats.Interrupts++
-			d.g.vector.Fire()
+			if c := d.g.ctl; !d.g.vector.fire() && c.pin.on.Load() && c.cfg.OnPin != nil {
+				c.cfg.OnPin() // the completions may be another worker's
+			}
 		}
 	}
 	clear(w.due[len(keep):])

@@ -1,7 +1,6 @@
 package ioq
 
 import (
-	"sync/atomic"
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -55,39 +54,9 @@ func (w *Worker) postGroup(g *group) {
 		return
 	}
 	g.stats.Interrupts++
-	g.vector.Fire()
-}
-
-// Vector is one interrupt of a controller: the eventfd that the client gave for it. It latches an interrupt
-// that comes while there is none, because QEMU takes all eventfds away and gives
-// them again each time the guest unmasks a vector.
-type Vector struct {
-	fd      atomic.Int32 // -1: none
-	pending atomic.Bool
-	direct  atomic.Bool // not coalesced (feature 09h)
-	held    held        // completions without an interrupt yet
-}
-
-// Fire raises the interrupt, or latches it.
-func (v *Vector) Fire() {
-	if fd := v.fd.Load(); fd >= 0 {
-		writeEventFD(int(fd))
-		return
+	if !g.vector.fire() {
+		w.raisePin(g)
 	}
-	v.pending.Swap(true) // pairs with set, which stores the eventfd and then looks here
-	if fd := v.fd.Load(); fd >= 0 && v.pending.CompareAndSwap(true, false) {
-		writeEventFD(int(fd))
-	}
-}
-
-// set replaces the eventfd and returns the old one, which the caller closes when no worker can be
-// writing to it any more.
-func (v *Vector) set(fd int) (old int) {
-	old = int(v.fd.Swap(int32(fd)))
-	if fd >= 0 && v.pending.CompareAndSwap(true, false) {
-		writeEventFD(fd)
-	}
-	return old
 }
 
 // Stats counts what a worker or a controller has done. Bytes are of successful commands.

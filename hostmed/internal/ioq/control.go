@@ -6,8 +6,6 @@ import (
 	"strings"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
@@ -32,10 +30,13 @@ type Config struct {
 	MDTSBytes  uint32
 	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
 
-	// OnAdmin and OnError are called on a worker's thread and must not block: queue 0's doorbell
-	// has moved; a queue has failed.
+	// OnAdmin, OnError and OnPin are called on a worker's thread and must not block: queue 0's doorbell
+	// has moved; a queue has failed; CheckPin is to be called.
 	OnAdmin func()
 	OnError func(QueueError)
+	OnPin   func()
+	// InterruptMask returns INTMS; any thread may call it. [Nothing is masked]
+	InterruptMask func() uint32
 }
 
 // Controller is the data path of one controller. Except Doorbell, its methods belong to the session's goroutine; they
@@ -65,6 +66,7 @@ type Controller struct {
 	sqs     []atomic.Pointer[sq] // by queue id, for doorbell messages
 	cqs     []atomic.Pointer[group]
 	vectors []Vector
+	pin     pin
 
 	busy     busyClock
 	failures failures
@@ -88,8 +90,9 @@ func NewController(c Config) (*Controller, error) {
 	d.ns.Store(d.table(c.Namespaces))
 	d.vectors = make([]Vector, c.Vectors)
 	for i := range d.vectors {
-		d.vectors[i].fd.Store(-1)
+		d.vectors[i].init()
 	}
+	d.pin.fd.Store(-1)
 	size := doorbellBytes(c.MaxQueues, c.DSTRD)
 	if c.Mode == ctrl.Mmap {
 		var err error
@@ -133,6 +136,7 @@ func (c *Controller) Close() error {
 		})
 	}
 	c.SetVectors(0, nil, len(c.vectors))
+	c.SetPin(-1)
 	if c.bar != nil {
 		return c.bar.Close()
 	}
@@ -161,7 +165,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		return err
 	}
 	w := c.cfg.Workers[int(p.QID-1)%len(c.cfg.Workers)]
-	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, iova: p.IOVA, mem: p.Mem, fresh: c.away, ien: p.IEN, vector: &c.vectors[p.Vector], state: Armed}
+	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, iova: p.IOVA, mem: p.Mem, fresh: c.away, ien: p.IEN, index: p.Vector, vector: &c.vectors[p.Vector], state: Armed}
 	g.onKick = func() {
 		g.kicked.Store(false)
 		w.wake(g)
@@ -309,6 +313,19 @@ func (c *Controller) each(f func(*Worker, *group)) {
 	}
 }
 
+// Hold stops all fetching, and returns when nothing that was fetched is in flight; without on it lets go. It is for a
+// function that is not bus master, or not in D0.
+func (c *Controller) Hold(on bool) {
+	if on == c.held {
+		return
+	}
+	if c.held = on; on {
+		c.pause()
+	} else {
+		c.resume()
+	}
+}
+
 // pause stops fetching and waits until nothing that was fetched is in flight, but for what a namespace's gate holds back. No worker
 // touches this controller's guest memory until resume.
 func (c *Controller) pause() {
@@ -376,40 +393,6 @@ func (c *Controller) SetCoalescing(thresholdZ, time100us uint8) {
 func (c *Controller) SetVectorConfig(vector uint16, disabled bool) {
 	if int(vector) < len(c.vectors) {
 		c.vectors[vector].direct.Store(disabled)
-	}
-}
-
-// SetVectors gives the vectors from start the eventfds fds, and takes theirs from the rest of
-// the n vectors from start. The controller owns the fds.
-func (c *Controller) SetVectors(start int, fds []int, n int) {
-	var old []int
-	for i := range n {
-		if start+i >= len(c.vectors) {
-			break
-		}
-		fd := -1
-		if i < len(fds) {
-			fd = fds[i]
-		}
-		if was := c.vectors[start+i].set(fd); was >= 0 {
-			old = append(old, was)
-		}
-	}
-	if len(old) == 0 {
-		return
-	}
-	for _, w := range c.cfg.Workers {
-		w.Call(func() {}) // after this no worker is writing to them
-	}
-	for _, fd := range old {
-		unix.Close(fd)
-	}
-}
-
-// Interrupt raises a vector.
-func (c *Controller) Interrupt(vector uint16) {
-	if int(vector) < len(c.vectors) {
-		c.vectors[vector].Fire()
 	}
 }
 

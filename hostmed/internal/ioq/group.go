@@ -62,6 +62,7 @@ type group struct {
 	stats Stats
 
 	ien    bool
+	index  uint16 // of the vector
 	vector *Vector
 }
 
@@ -128,7 +129,9 @@ func (w *Worker) makeRoom(g *group) uint32 {
 		w.badDoorbell(g, g.qid, BadCQHead, err)
 		return 0
 	}
-	g.head.Behind(g.prod.Head())
+	if !g.ctl.pin.on.Load() { // which wants a ring for each head
+		g.head.Behind(g.prod.Head())
+	}
 	return g.room()
 }
 
@@ -232,7 +235,9 @@ func (w *Worker) behind(g *group) {
 	for _, s := range g.sqs {
 		s.tail.BehindNow(s.cons.Head())
 	}
-	g.head.BehindNow(g.prod.Head())
+	if !g.ctl.pin.on.Load() { // which wants a ring for each head
+		g.head.BehindNow(g.prod.Head())
+	}
 }
 
 // wake puts g on the active list.

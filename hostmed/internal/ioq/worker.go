@@ -210,13 +210,21 @@ func (w *Worker) runMail() {
 
 // Add, Modify and Remove keep the epoll set. They are called on the worker's thread, or before
 // anybody else knows of the worker.
-func (w *Worker) Add(fd int, s Source) error {
-	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
+func (w *Worker) Add(fd int, s Source) error { return w.add(fd, unix.EPOLLIN, s) }
+
+func (w *Worker) add(fd int, events uint32, s Source) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(fd)}
 	if err := unix.EpollCtl(w.ep, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
 		return fmt.Errorf("epoll add: %w", err)
 	}
 	w.sources[int32(fd)] = s
 	return nil
+}
+
+// AddEdge is Add for an eventfd that is not to be read: Ready is called for each write.
+func (w *Worker) AddEdge(fd int, s Source) error {
+	const edge = unix.EPOLLET & (1<<32 - 1)
+	return w.add(fd, unix.EPOLLIN|edge, s)
 }
 
 // Modify turns the reading of fd on or off. A hang-up is reported only while it is on.

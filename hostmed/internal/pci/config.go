@@ -148,6 +148,24 @@ func (c *ConfigSpace) BARSize(i int) uint64 {
 	return 0
 }
 
+// BAR0Size returns how large BAR0 is with the doorbells of queues 0 to n, 4 << dstrd bytes apart: at least 16 KiB.
+func BAR0Size(n uint16, dstrd uint8) uint64 {
+	const doorbells = 0x1000
+	return max(defaultBAR0, uint64(1)<<bits.Len64(doorbells+2*(uint64(n)+1)*(4<<(dstrd&0xf))-1))
+}
+
+// HasStatus says whether n bytes from off have the byte of the Interrupt Status bit among them.
+func HasStatus(off uint64, n int) bool { return off <= regStatus && regStatus < off+uint64(n) }
+
+// SetInterruptStatus sets the bit that says that INTA# is asserted, or would be if it were not disabled.
+func (c *ConfigSpace) SetInterruptStatus(on bool) {
+	const interruptStatus = 1 << 3
+	c.data[regStatus] &^= interruptStatus
+	if on {
+		c.data[regStatus] |= interruptStatus
+	}
+}
+
 // Vectors returns the number of MSI-X vectors.
 func (c *ConfigSpace) Vectors() uint16 { return c.params.Vectors }
 

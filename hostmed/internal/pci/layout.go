@@ -25,7 +25,7 @@ func (c *ConfigSpace) layHeader() {
 	c.put16(regSubVendor+2, c.params.SubsysID, 0)
 	c.data[regCapPtr] = CapPM
 	c.mask[regIntLine] = 0xff
-	c.data[regIntPin] = 0 // no INTx: interrupts are MSI-X
+	c.data[regIntPin] = 1 // INTA#
 }
 
 func (c *ConfigSpace) layPM() {

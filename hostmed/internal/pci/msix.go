@@ -1,39 +1,37 @@
 package pci
 
-import "sync/atomic"
-
 // tableEntry is the size of an MSI-X table entry in bytes: address, data, vector control.
 const tableEntry = 16
 
 // MSIX is the memory behind the MSI-X BARs. A vfio-user client keeps the real table itself, so what is
-// written here is only given back; the pending bits are what the server sets. The
-// table belongs to one goroutine, SetPending may be called from any.
+// written here is only given back, except for the mask bits of a client that writes them here after all: those
+// are told to Mask, beginning with the first that changes something. It is not safe for concurrent use.
 type MSIX struct {
-	table   []byte
-	pending []atomic.Uint64
-	size    uint64 // of the table's BAR
+	// Pending, if set, says whether a vector's interrupt waits, which its pending bit shows.
+	Pending func(vector int) bool
+	// Mask, if set, is told of each vector whose mask bit was written.
+	Mask func(vector int, on bool)
+
+	table []byte
+	size  uint64 // of the table's BAR
 }
 
 // NewMSIX returns the table of c's vectors, all masked.
 func NewMSIX(c *ConfigSpace) *MSIX {
 	n := int(c.Vectors())
 	m := &MSIX{
-		table:   make([]byte, n*tableEntry),
-		pending: make([]atomic.Uint64, (n+63)/64),
-		size:    c.BARSize(BARTable),
+		table: make([]byte, n*tableEntry),
+		size:  c.BARSize(BARTable),
 	}
 	m.Reset()
 	return m
 }
 
-// Reset masks every vector and clears what is pending.
+// Reset masks every vector, as far as the table says.
 func (m *MSIX) Reset() {
 	clear(m.table)
 	for at := tableEntry - 4; at < len(m.table); at += tableEntry {
 		m.table[at] = 1
-	}
-	for i := range m.pending {
-		m.pending[i].Store(0)
 	}
 }
 
@@ -67,21 +65,11 @@ func (m *MSIX) WriteTable(off uint64, p []byte) error {
 			v = 0
 		}
 		m.table[at] = v
+		if at%tableEntry == 12 && m.Mask != nil {
+			m.Mask(int(at/tableEntry), v != 0)
+		}
 	}
 	return nil
-}
-
-// SetPending sets or clears vector's pending bit; a vector that is not there is ignored.
-func (m *MSIX) SetPending(vector uint16, on bool) {
-	word := int(vector / 64)
-	if word >= len(m.pending) || int(vector) >= len(m.table)/tableEntry {
-		return
-	}
-	if bit := uint64(1) << (vector % 64); on {
-		m.pending[word].Or(bit)
-	} else {
-		m.pending[word].And(^bit)
-	}
 }
 
 // ReadPBA copies len(p) bytes of the pending bits' BAR from off. A driver cannot write it.
@@ -90,10 +78,12 @@ func (m *MSIX) ReadPBA(off uint64, p []byte) error {
 		return err
 	}
 	for i := range p {
-		at := off + uint64(i)
 		p[i] = 0
-		if word := at / 8; word < uint64(len(m.pending)) {
-			p[i] = byte(m.pending[word].Load() >> (at % 8 * 8))
+		for bit := range 8 {
+			v := int(off)*8 + i*8 + bit
+			if v < len(m.table)/tableEntry && m.Pending != nil && m.Pending(v) {
+				p[i] |= 1 << bit
+			}
 		}
 	}
 	return nil

@@ -52,7 +52,7 @@ func TestHeader(t *testing.T) {
 		{"subsystem", 0x2c, 4, 0x001f1ae0},
 		{"ROM", 0x30, 4, 0},
 		{"capabilities", 0x34, 1, CapPM},
-		{"interrupt pin", 0x3d, 1, 0},
+		{"interrupt pin", 0x3d, 1, 1},
 		{"extended space", 0x100, 4, 0},
 	} {
 		if got := read(t, c, reg.off, reg.n); got != reg.want {
@@ -213,16 +213,78 @@ func TestMSIXTable(t *testing.T) {
 	if m.ReadTable(65*16, got); !bytes.Equal(got, make([]byte, 16)) {
 		t.Error("an entry behind the last was kept")
 	}
-	m.SetPending(64, true)
-	m.SetPending(65, true)
-	m.SetPending(2000, true)
 	var pba [16]byte
-	if err := m.ReadPBA(0, pba[:]); err != nil || pba != [16]byte{8: 1} {
+	if err := m.ReadPBA(0, pba[:]); err != nil || pba != [16]byte{} {
 		t.Errorf("pending %x, %v", pba, err)
 	}
-	m.SetPending(64, false)
+	pending := map[int]bool{3: true, 64: true, 65: true, 2000: true}
+	m.Pending = func(v int) bool { return pending[v] }
+	if err := m.ReadPBA(0, pba[:]); err != nil || pba != [16]byte{0: 8, 8: 1} {
+		t.Errorf("pending %x, %v", pba, err)
+	}
+	delete(pending, 64)
 	if m.ReadPBA(8, pba[:1]); pba[0] != 0 {
 		t.Error("pending bit was not cleared")
+	}
+}
+
+func TestMSIXMaskBitsAreTold(t *testing.T) {
+	m := NewMSIX(newSpace(t, Params{Vectors: 3}))
+	var told []int
+	m.Mask = func(v int, on bool) {
+		if !on {
+			v = -v
+		}
+		told = append(told, v)
+	}
+	for _, w := range []struct {
+		off uint64
+		p   []byte
+	}{{16, make([]byte, 12)}, {28, []byte{0, 0, 0, 0}}, {44, []byte{0xff}}, {3*16 + 12, []byte{1}}, {45, []byte{1, 1, 1}}} {
+		if err := m.WriteTable(w.off, w.p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(told) != 2 || told[0] != -1 || told[1] != 2 {
+		t.Errorf("told %v, want vector 1 unmasked, 2 masked", told)
+	}
+	m.Reset()
+	if len(told) != 2 {
+		t.Error("a reset is the caller's to carry out")
+	}
+}
+
+func TestBAR0Size(t *testing.T) {
+	for _, c := range []struct {
+		n     uint16
+		dstrd uint8
+		want  uint64
+	}{{1, 0, 16 << 10}, {64, 0, 16 << 10}, {64, 4, 16 << 10}, {255, 4, 64 << 10}, {64, 10, 1 << 20}, {64, 15, 32 << 20}, {65535, 15, 32 << 30}} {
+		got := BAR0Size(c.n, c.dstrd)
+		if end := 0x1000 + 2*(uint64(c.n)+1)*(4<<c.dstrd); got != c.want || got < end {
+			t.Errorf("%d queues, DSTRD %d: %#x, want %#x; the doorbells end at %#x", c.n, c.dstrd, got, c.want, end)
+		}
+	}
+}
+
+func TestInterruptStatus(t *testing.T) {
+	c := newSpace(t, Params{})
+	for _, on := range []bool{true, true, false} {
+		c.SetInterruptStatus(on)
+		write(t, c, 4, 4, 0xffff0000) // read-only
+		if got := read(t, c, 6, 2)&8 != 0; got != on {
+			t.Errorf("status says %v, want %v", got, on)
+		}
+	}
+	c.SetInterruptStatus(true)
+	c.Reset()
+	if read(t, c, 6, 2) != 0x10 {
+		t.Error("the bit survives a reset")
+	}
+	for off, want := range map[uint64]bool{0: false, 2: false, 3: true, 4: true, 5: true, 6: true, 7: false} {
+		if HasStatus(off, 4) != want {
+			t.Errorf("4 bytes from %d: %v", off, !want)
+		}
 	}
 }
 
