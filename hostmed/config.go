@@ -2,15 +2,19 @@ package hostmed
 
 import (
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/bits"
 	"runtime"
 	"slices"
+	"strings"
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // Limits of each controller, which every Identify and CAP says too, and what a ControllerConfig's zeroes mean.
@@ -30,6 +34,7 @@ type Config struct {
 	CPUs        []int              // one worker is pinned to each; empty: half of the cores' number of workers, not pinned
 	NoSpin      bool               // workers never poll an empty queue: for measurements
 	State       string             // directory of what has to outlive hostmed; empty: nothing does
+	LogLevel    string             // what Logger should say at least; empty: left alone
 	Logger      hclog.Logger
 }
 
@@ -60,8 +65,11 @@ type ControllerConfig struct {
 type NamespaceConfig struct {
 	NSID        uint32   // 1 to 1024; 0: its place in the list, from 1
 	Spec        string   // see backend.Open
-	Shared      bool     // may be attached to several controllers; implied by Controllers that are several
-	Controllers []uint16 // CNTLIDs it is attached to; nil: all, if it is shared or there is one, otherwise the first
+	Shared      bool     // may be attached to several controllers; implied if it is attached to several
+	Controllers []uint16 // ids of those that it is attached to; nil: all; empty: none
+	UUID        string   // in place of the one made from Spec, 8-4-4-4-12 digits; empty: that one
+
+	uuid [16]byte // UUID
 }
 
 // subsystems puts c in order: every controller in its subsystem, zeroes replaced, everything checked that can be without opening
@@ -76,7 +84,7 @@ func (c *Config) subsystems() ([]SubsystemConfig, error) {
 		return nil, errors.New("no controller: name at least one socket (--socket PATH)")
 	}
 	for i := range list {
-		if err := list[i].complete(); err != nil {
+		if err := list[i].complete(fmt.Sprintf("subsystem[%d]", i)); err != nil {
 			return nil, err
 		}
 	}
@@ -153,83 +161,106 @@ func grouped(controllers []ControllerConfig) ([]SubsystemConfig, error) {
 	return list, nil
 }
 
-// complete replaces zeroes and checks what s says.
-func (s *SubsystemConfig) complete() error {
+// complete replaces zeroes and checks what s says. path is for fieldError.
+func (s *SubsystemConfig) complete(path string) error {
 	if len(s.Controllers) == 0 {
-		return fmt.Errorf("subsystem %s has no controller: give it one, with a socket", s.NQN)
+		return wrongField(path, "the subsystem has no controller: give it one, with a socket")
 	}
 	s.Controllers, s.Namespaces = slices.Clone(s.Controllers), slices.Clone(s.Namespaces)
-	first := s.Controllers[0].Socket
-	serial, nqn := identity(first)
-	if s.NQN == "" {
-		s.NQN = nqn
+	serial, nqn := identity(s.Controllers[0].Socket)
+	set := func(field *string, def string) {
+		if *field == "" {
+			*field = def
+		}
 	}
-	if s.Serial == "" {
-		s.Serial = serial
-	}
-	if s.Model == "" {
-		s.Model = "shadowbell NVMe"
+	set(&s.NQN, nqn)
+	set(&s.Serial, serial)
+	set(&s.Model, "shadowbell NVMe")
+	switch {
+	case len(s.NQN) > 223 || !strings.HasPrefix(s.NQN, "nqn.") || !printable(s.NQN):
+		return wrongField(path+".nqn", "nqn: %q is none: it begins with nqn., as in nqn.2026-11.org.example:disks, and has at most 223 characters", s.NQN)
+	case len(s.Serial) > 20 || !printable(s.Serial):
+		return wrongField(path+".serial", "serial: %q: at most 20 printable ASCII characters", s.Serial)
+	case len(s.Model) > 40 || !printable(s.Model):
+		return wrongField(path+".model", "model: %q: at most 40 printable ASCII characters", s.Model)
 	}
 	for i := range s.Controllers {
-		if err := s.Controllers[i].complete(i); err != nil {
+		c, path := &s.Controllers[i], fmt.Sprintf("%s.controller[%d]", path, i)
+		if err := c.complete(i, path); err != nil {
 			return err
+		}
+		if slices.ContainsFunc(s.Controllers[:i], func(o ControllerConfig) bool { return o.ID == c.ID }) {
+			return wrongField(path+".id", "controller %s: id %d is another controller's of its subsystem: choose another", c.Socket, c.ID)
 		}
 	}
 	for i := range s.Namespaces {
-		if err := s.completeNamespace(i); err != nil {
-			return fmt.Errorf("subsystem of %s: %w", first, err)
+		if err := s.completeNamespace(i, fmt.Sprintf("%s.namespace[%d]", path, i)); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (c *ControllerConfig) complete(i int) error {
-	def := func(v, d uint32) uint32 {
-		if v == 0 {
-			return d
-		}
-		return v
+func printable(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+func (c *ControllerConfig) complete(i int, path string) error {
+	if c.ID == 0 {
+		c.ID = uint16(i + 1)
 	}
-	c.ID = uint16(def(uint32(c.ID), uint32(i+1)))
-	c.Queues = uint16(def(uint32(c.Queues), maxQueues))
-	c.Depth = def(c.Depth, maxDepth)
+	if c.Queues == 0 {
+		c.Queues = maxQueues
+	}
+	if c.Depth == 0 {
+		c.Depth = maxDepth
+	}
 	if c.MDTS == 0 {
 		c.MDTS = mdtsBytes
 	}
-	say := func(format string, a ...any) error {
-		return fmt.Errorf("controller %s: %w", c.Socket, fmt.Errorf(format, a...))
+	say := func(field, format string, a ...any) error {
+		return wrongField(path+"."+field, "controller %s: %w", c.Socket, fmt.Errorf(format, a...))
 	}
 	switch {
 	case len(c.Namespaces) > 0:
-		return say("its namespaces are the subsystem's: put them there")
+		return say("namespaces", "its namespaces are the subsystem's: put them there")
 	case c.ID > maxCNTLID:
-		return say("id %d: controller ids are 1 to %d", c.ID, maxCNTLID)
+		return say("id", "id %d: controller ids are 1 to %d", c.ID, maxCNTLID)
 	case c.DSTRD > maxDSTRD:
-		return say("dstrd %d: the doorbell stride is 0 to %d", c.DSTRD, maxDSTRD)
+		return say("dstrd", "dstrd %d: the doorbell stride is 0 to %d", c.DSTRD, maxDSTRD)
 	case c.Queues > maxQueues:
-		return say("queues %d: a controller has 1 to %d", c.Queues, maxQueues)
+		return say("queues", "queues %d: a controller has 1 to %d", c.Queues, maxQueues)
 	case c.Depth < 2 || c.Depth > 1<<16:
-		return say("depth %d: a queue has 2 to 65536 entries", c.Depth)
+		return say("depth", "depth %d: a queue has 2 to 65536 entries", c.Depth)
 	case c.MDTS < minMDTS || c.MDTS > mdtsBytes || bits.OnesCount64(c.MDTS) != 1:
-		return say("mdts %d: a power of two from %d to %d bytes", c.MDTS, minMDTS, mdtsBytes)
+		return say("mdts", "mdts %d: a power of two from 8KiB to 1MiB", c.MDTS)
 	}
 	if err := checkMode(c.Doorbells, runtime.GOARCH); err != nil {
-		return say("%w", err)
+		return say("doorbells", "%w", err)
 	}
 	return nil
 }
 
-func (s *SubsystemConfig) completeNamespace(i int) error {
+func (s *SubsystemConfig) completeNamespace(i int, path string) error {
 	n := &s.Namespaces[i]
 	if n.NSID == 0 {
 		n.NSID = uint32(i + 1)
 	}
 	if n.NSID > subsys.MaxNSID {
-		return fmt.Errorf("namespace %s: nsid %d: namespace ids are 1 to %d", n.Spec, n.NSID, subsys.MaxNSID)
+		return wrongField(path+".nsid", "namespace %s: nsid %d: namespace ids are 1 to %d", n.Spec, n.NSID, subsys.MaxNSID)
 	}
 	for _, o := range s.Namespaces[:i] {
 		if o.NSID == n.NSID {
-			return fmt.Errorf("nsid %d is given to two namespaces, %s and %s: choose another for one", n.NSID, o.Spec, n.Spec)
+			return wrongField(path+".nsid", "nsid %d is given to two namespaces, %s and %s: choose another for one", n.NSID, o.Spec, n.Spec)
+		}
+	}
+	if _, err := backend.ParseSpec(n.Spec); err != nil {
+		return wrongField(path+".spec", "%w", err)
+	}
+	if n.UUID != "" {
+		var ok bool
+		if n.uuid, ok = parseUUID(n.UUID); !ok {
+			return wrongField(path+".uuid", "namespace %d: uuid %q: it is 8-4-4-4-12 hexadecimal digits and not zero (uuidgen makes one)", n.NSID, n.UUID)
 		}
 	}
 	var ids []uint16
@@ -238,39 +269,40 @@ func (s *SubsystemConfig) completeNamespace(i int) error {
 	}
 	if n.Controllers == nil {
 		n.Controllers = ids
-		if !n.Shared {
-			n.Controllers = ids[:1]
-		}
 	}
 	for j, id := range n.Controllers {
 		if !slices.Contains(ids, id) {
-			return fmt.Errorf("namespace %d is attached to controller %d, which does not exist: the controllers are %v", n.NSID, id, ids)
+			return wrongField(path+".controllers", "namespace %d is attached to controller %d, which does not exist: the controllers are %v", n.NSID, id, ids)
 		}
 		if slices.Contains(n.Controllers[:j], id) {
-			return fmt.Errorf("namespace %d is attached to controller %d twice: name it once", n.NSID, id)
+			return wrongField(path+".controllers", "namespace %d is attached to controller %d twice: name it once", n.NSID, id)
 		}
 	}
 	n.Shared = n.Shared || len(n.Controllers) > 1
 	return nil
 }
 
-// checkUnique finds what only one may have: socket, NQN, id.
+// parseUUID reads what nvme.FormatUUID prints.
+func parseUUID(s string) (u [16]byte, ok bool) {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	copy(u[:], b)
+	return u, err == nil && len(b) == len(u) && strings.EqualFold(nvme.FormatUUID(u), s) && u != [16]byte{}
+}
+
+// checkUnique finds what only one subsystem may have: socket and NQN.
 func checkUnique(list []SubsystemConfig) error {
 	sockets, nqns := map[string]bool{}, map[string]bool{}
-	for _, s := range list {
+	for i, s := range list {
+		path := fmt.Sprintf("subsystem[%d]", i)
 		if nqns[s.NQN] {
-			return fmt.Errorf("NQN %s is given to two subsystems: choose another for one", s.NQN)
+			return wrongField(path+".nqn", "NQN %s is given to two subsystems: choose another for one", s.NQN)
 		}
 		nqns[s.NQN] = true
-		ids := map[uint16]bool{}
-		for _, c := range s.Controllers {
+		for j, c := range s.Controllers {
 			if sockets[c.Socket] {
-				return fmt.Errorf("socket %s is given to two controllers: choose another path for one", c.Socket)
+				return wrongField(fmt.Sprintf("%s.controller[%d].socket", path, j), "socket %s is given to two controllers: choose another path for one", c.Socket)
 			}
-			if ids[c.ID] {
-				return fmt.Errorf("controller %s: id %d is another controller's of its subsystem: choose another", c.Socket, c.ID)
-			}
-			sockets[c.Socket], ids[c.ID] = true, true
+			sockets[c.Socket] = true
 		}
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // TestGrouped: a SPEC is one medium, so controllers that name it share a namespace, and are in one subsystem.
@@ -84,5 +85,31 @@ func TestSharedNamespace(t *testing.T) {
 	}
 	if _, err := nb.ReadAt(got, 8192); err != nil || string(got) != string(want) {
 		t.Errorf("the other controller reads something else, %v", err)
+	}
+}
+
+// TestStateOutlivesHostmed: with a directory for it, a controller's counters go on where they ended.
+func TestStateOutlivesHostmed(t *testing.T) {
+	dir := t.TempDir()
+	c := Config{State: filepath.Join(dir, "state"), Controllers: []ControllerConfig{{Socket: filepath.Join(dir, "s"), Namespaces: []string{"mem:size=1MiB"}}}}
+	for cycle := uint64(1); cycle <= 3; cycle++ {
+		c.Logger = testLog(t)
+		stop := start(t, c)
+		client := open(t, c.Controllers[0].Socket, guestdrv.Options{})
+		var cmd nvme.Command
+		if err := cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, 0, 512, false); err != nil {
+			t.Fatal(err)
+		}
+		var log nvme.SMARTLog
+		admin(t, client, cmd, log.Bytes()[:])
+		if log.PowerCycles.Lo != cycle || log.UnsafeShutdowns.Lo != 0 {
+			t.Errorf("%d power cycles, %d unsafe shutdowns, want %d and 0", log.PowerCycles.Lo, log.UnsafeShutdowns.Lo, cycle)
+		}
+		if err := client.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -40,12 +40,18 @@ const (
 
 // Mediator is a running or startable service.
 type Mediator struct {
-	log        hclog.Logger
-	workers    []*ioq.Worker
+	log     hclog.Logger
+	workers []*ioq.Worker
+	state   state.Store
+	trim    *time.Timer
+
+	mu         sync.Mutex // guards the rest; held while something is opened, reloaded or closed
+	cfg        Config     // of New, or of the last Reload
 	subsystems []*subsystem
-	homes      int // controllers that were given a home worker
-	state      state.Store
-	trim       *time.Timer
+	homes      int  // controllers that were given a home worker
+	running    bool // ports accept clients
+	closed     bool
+	accepting  sync.WaitGroup
 
 	closeOnce sync.Once
 	closeErr  error
@@ -58,7 +64,7 @@ func New(c Config) (_ *Mediator, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Mediator{log: c.Logger}
+	m := &Mediator{log: c.Logger, cfg: c}
 	m.trim = time.AfterFunc(trimAfter, trim)
 	if m.log == nil {
 		m.log = hclog.NewNullLogger()
@@ -76,12 +82,21 @@ func New(c Config) (_ *Mediator, err error) {
 	if err := m.startWorkers(c); err != nil {
 		return nil, err
 	}
-	for _, s := range list {
-		if err := m.open(s); err != nil {
-			return nil, err
-		}
+	if err := m.openAll(list); err != nil {
+		return nil, err
 	}
 	return m, nil
+}
+
+func (m *Mediator) openAll(list []SubsystemConfig) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range list {
+		if err := m.open(s); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // trimAfter is how long the control side is quiet before the memory that it used is given back. Clients are set up with
@@ -131,22 +146,34 @@ func (m *Mediator) nextHome() *ioq.Worker {
 // Run serves clients until ctx ends. Then it takes no new ones, finishes what is in flight, flushes what was
 // written, removes the sockets and returns nil.
 func (m *Mediator) Run(ctx context.Context) error {
-	var wg sync.WaitGroup
+	m.mu.Lock()
+	m.running = true
 	for _, s := range m.subsystems {
 		for _, p := range s.ports {
-			wg.Go(p.accept)
+			m.accept(p)
 		}
 	}
+	m.mu.Unlock()
 	<-ctx.Done()
 	m.log.Info("shutting down", "reason", context.Cause(ctx))
 	err := m.Close()
-	wg.Wait()
+	m.accepting.Wait()
 	return err
+}
+
+// accept has p serve clients, once Run has begun. It is called with mu held.
+func (m *Mediator) accept(p *port) {
+	if m.running && !m.closed {
+		m.accepting.Go(p.accept)
+	}
 }
 
 // Close ends everything, as the end of Run does.
 func (m *Mediator) Close() error {
 	m.closeOnce.Do(func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.closed = true
 		var errs []error
 		m.trim.Stop()
 		for _, s := range m.subsystems {

@@ -194,5 +194,5 @@ func (p *port) close() error {
 	if unix.Stat(p.path, &st) == nil && st.Ino == p.inode {
 		err = errors.Join(err, os.Remove(p.path))
 	}
-	return err
+	return errors.Join(err, p.kept.Close())
 }

@@ -14,29 +14,45 @@ import (
 type subsystem struct {
 	*subsys.Subsystem
 	m     *Mediator
+	cfg   SubsystemConfig // complete; as it was opened, or last reloaded
 	ports []*port
 }
 
 // open opens the media of c and listens on its sockets.
 func (m *Mediator) open(c SubsystemConfig) error {
-	s := &subsystem{m: m, Subsystem: subsys.New(subsys.Config{
+	s := &subsystem{m: m, cfg: c, Subsystem: subsys.New(subsys.Config{
 		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Logger: m.log,
 	})}
 	m.subsystems = append(m.subsystems, s)
 	for _, n := range c.Namespaces {
-		b, err := backend.Open(n.Spec)
-		if err != nil {
+		if err := s.openNamespace(n); err != nil {
 			return err
 		}
-		s.AddNamespace(n.NSID, b, n.Shared, n.Controllers)
 	}
 	for _, cc := range c.Controllers {
-		p, err := s.listen(cc)
-		if err != nil {
+		if err := s.openPort(cc); err != nil {
 			return err
 		}
-		s.ports = append(s.ports, p)
 	}
+	return nil
+}
+
+func (s *subsystem) openNamespace(n NamespaceConfig) error {
+	b, err := backend.Open(n.Spec)
+	if err != nil {
+		return err
+	}
+	s.AddNamespace(subsys.NamespaceConfig{NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid})
+	return nil
+}
+
+func (s *subsystem) openPort(c ControllerConfig) error {
+	p, err := s.listen(c)
+	if err != nil {
+		return err
+	}
+	s.ports = append(s.ports, p)
+	s.m.accept(p)
 	return nil
 }
 
@@ -50,15 +66,11 @@ func (s *subsystem) closePorts() error {
 	return errors.Join(errs...)
 }
 
+// flush makes every namespace durable; closeMedia gives them back. The workers have nothing of them any more.
 func (s *subsystem) flush() error {
 	var errs []error
 	for _, n := range s.Allocated() {
-		m := n.Medium()
-		if m.Info.VolatileCache && !m.Info.ReadOnly {
-			if err := ioq.Flush(m.Backend); err != nil {
-				errs = append(errs, fmt.Errorf("flush of %s: %w", m.Info.Name, err))
-			}
-		}
+		errs = append(errs, flushMedium(n.Medium()))
 	}
 	return errors.Join(errs...)
 }
@@ -66,12 +78,26 @@ func (s *subsystem) flush() error {
 func (s *subsystem) closeMedia() error {
 	var errs []error
 	for _, n := range s.Allocated() {
-		m := n.Medium()
-		if err := m.Backend.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("closing %s: %w", m.Info.Name, err))
-		}
+		errs = append(errs, closeMedium(n.Medium()))
 	}
 	return errors.Join(errs...)
+}
+
+func flushMedium(m *subsys.Medium) error {
+	if !m.Info.VolatileCache || m.Info.ReadOnly {
+		return nil
+	}
+	if err := ioq.Flush(m.Backend); err != nil {
+		return fmt.Errorf("flush of %s: %w", m.Info.Name, err)
+	}
+	return nil
+}
+
+func closeMedium(m *subsys.Medium) error {
+	if err := m.Backend.Close(); err != nil {
+		return fmt.Errorf("closing %s: %w", m.Info.Name, err)
+	}
+	return nil
 }
 
 // namespaces is what c has attached, as a controller and its data path take it.

@@ -53,7 +53,7 @@ type Request struct {
 	Priv   [2]uint64   // the backend's while the request is with it
 }
 
-// Info describes a namespace's medium. It does not change while the backend is open.
+// Info describes a namespace's medium. It does not change while a queue is open; see Alterable.
 type Info struct {
 	Name          string // for people and logs: the spec without its defaults, "file:/srv/a.img"
 	Blocks        uint64 // size in LBAs

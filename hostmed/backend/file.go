@@ -30,12 +30,15 @@ import (
 // Registered (pinned) guest memory made no difference that could be measured in any of them, and
 // would count as memory of this process, so AddMemory does nothing.
 
-// file is the backend of a regular file. Everything in it that changes is atomic.
+// file is the backend of a regular file. Everything in it that changes while a queue is open is atomic.
 type file struct {
 	info Info
 	id   identity
+	spec Spec
 	fd   int
 	f    *os.File // owns fd, and with it the lock
+
+	mayDirect bool // O_DIRECT may be tried
 
 	direct   bool
 	memAlign uint64 // of guest memory, direct only
@@ -54,7 +57,7 @@ func openFile(s Spec, direct bool) (_ Backend, err error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &file{f: f, fd: int(f.Fd())}
+	b := &file{f: f, fd: int(f.Fd()), spec: s, mayDirect: direct}
 	defer func() {
 		if err == nil {
 			return

@@ -166,10 +166,13 @@ func TestConfig(t *testing.T) {
 	if _, err := k.Parse(strings.Fields(args)); err != nil {
 		t.Fatal(err)
 	}
-	got := g.Serve.config(&bytes.Buffer{})
+	got, err := g.Serve.config(&bytes.Buffer{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	got.Logger = nil
 	specs := []string{"null:size=1GiB,lba=4096", "file:/x,,y,readonly"}
-	want := hostmed.Config{CPUs: []int{0}, NoSpin: true, Controllers: []hostmed.ControllerConfig{
+	want := hostmed.Config{CPUs: []int{0}, NoSpin: true, LogLevel: "info", Controllers: []hostmed.ControllerConfig{
 		{Socket: "/a,b", Namespaces: specs, Doorbells: hostmed.Mmap, DSTRD: 4}, {Socket: "/c", Namespaces: specs, Doorbells: hostmed.Mmap, DSTRD: 4},
 	}}
 	if !reflect.DeepEqual(got, want) {

@@ -18,6 +18,11 @@ MODE is one of
   mmap    The doorbell page of BAR0 is mapped into the client and polled. For clients that know nothing of
           shadow doorbells, such as SPDK's driver; x86-64 only, and never quite asleep.
 
+Controllers that present one SPEC share it: they are one NVM subsystem, and each sees what the others write. FILE says
+more than flags can: several subsystems, namespaces of some controllers only, identifiers; docs/hostmed.toml in the
+source is an example with every key. SIGHUP reads it again while clients work: controllers and namespaces come and go, guests are
+told. What cannot change is refused, and all stays as it was. SIGHUP also looks for files that have grown.
+
 Examples
 
   A disk in a file, made if it is missing, and one in memory, for the client vfio-user:/run/vm1.sock:
@@ -28,6 +33,9 @@ Examples
 
   What the doorbells cost by themselves:
     hostmed serve --socket /tmp/null.sock --namespace null:size=1TiB,lba=4096
+
+  What a configuration file says, checked before:
+    hostmed check /etc/hostmed.toml && hostmed serve --config /etc/hostmed.toml
 
 SIGTERM and SIGINT finish what is under way, flush, remove the sockets and exit 0. A wrong command line, or
 one that names what is missing, taken or forbidden, is one line on stderr and exit 2.`

@@ -16,7 +16,7 @@ func (r *rig) inSubsystem(b backend.Backend) (*subsys.Subsystem, *subsys.Namespa
 	r.t.Helper()
 	s := subsys.New(subsys.Config{Workers: Pool(r.workers)})
 	r.t.Cleanup(s.Close)
-	n := s.AddNamespace(1, b, true, nil)
+	n := s.AddNamespace(subsys.NamespaceConfig{NSID: 1, Backend: b, Shared: true})
 	r.attach(n)
 	return s, n
 }
@@ -224,7 +224,7 @@ func TestNamespacesComeAndGoUnderLoad(t *testing.T) {
 	}
 	for range 8 {
 		b := openBackend(t, "mem:size=1MiB")
-		two := s.AddNamespace(2, b, true, nil)
+		two := s.AddNamespace(subsys.NamespaceConfig{NSID: 2, Backend: b, Shared: true})
 		r.attach(one, two)
 		now := served.Load()
 		r.eventually("more was read", func() bool { return served.Load() > now+30 })

@@ -1,6 +1,7 @@
 package subsys
 
 import (
+	"crypto/sha256"
 	"sync"
 	"sync/atomic"
 
@@ -20,6 +21,7 @@ type Namespace struct {
 	Shared bool // NMIC: may be attached to more than one controller
 
 	sub    *Subsystem // nil: it stands alone
+	uuid   [16]byte   // in place of the backend's; zeroes: that one
 	medium atomic.Pointer[Medium]
 	gate   atomic.Pointer[Gate]
 
@@ -40,6 +42,23 @@ func Alone(nsid uint32, b backend.Backend, info backend.Info) *Namespace {
 	n := &Namespace{NSID: nsid}
 	n.medium.Store(&Medium{Backend: b, Info: info})
 	return n
+}
+
+// show makes the medium what b says that it is.
+func (n *Namespace) show(b backend.Backend) {
+	info := b.Info()
+	if n.uuid != ([16]byte{}) {
+		info.UUID = n.uuid
+		info.NGUID = sha256Half(n.uuid)
+		info.NGUID[8] = info.NGUID[8]&^0x03 | 0x02 // locally administered, as the backends' are
+	}
+	n.medium.Store(&Medium{Backend: b, Info: info})
+}
+
+func sha256Half(uuid [16]byte) (out [16]byte) {
+	sum := sha256.Sum256(uuid[:])
+	copy(out[:], sum[:])
+	return out
 }
 
 // Medium returns the namespace as it is now.

@@ -197,17 +197,25 @@ func (s *Subsystem) AttachedTo(n *Namespace) []uint16 {
 	return slices.Sorted(maps.Keys(n.attached))
 }
 
-// AddNamespace makes a namespace of the medium b and attaches it to the controllers ids. The NSID must be free. It does not tell
-// anybody: see Announce.
-func (s *Subsystem) AddNamespace(nsid uint32, b backend.Backend, shared bool, ids []uint16) *Namespace {
-	n := Alone(nsid, b, b.Info())
-	n.Shared, n.sub, n.attached = shared, s, map[uint16]bool{}
-	for _, id := range ids {
+// NamespaceConfig is what a namespace is made of.
+type NamespaceConfig struct {
+	NSID        uint32 // 1 to MaxNSID, free
+	Backend     backend.Backend
+	Shared      bool
+	Controllers []uint16 // ids of those that it is attached to
+	UUID        [16]byte // in place of the backend's; zeroes: that one
+}
+
+// AddNamespace makes a namespace. It does not tell anybody: see Announce.
+func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
+	n := &Namespace{NSID: c.NSID, Shared: c.Shared, sub: s, uuid: c.UUID, attached: map[uint16]bool{}}
+	n.show(c.Backend)
+	for _, id := range c.Controllers {
 		n.attached[id] = true
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.namespaces[nsid] = n
+	s.namespaces[c.NSID] = n
 	return n
 }
 
@@ -285,7 +293,7 @@ func (s *Subsystem) alter(n *Namespace, f func(backend.Backend) error) error {
 	b := n.Medium().Backend
 	s.cfg.Workers.Suspend(b)
 	err := f(b)
-	n.medium.Store(&Medium{Backend: b, Info: b.Info()})
+	n.show(b)
 	if e := s.cfg.Workers.Resume(b); err == nil {
 		err = e
 	}

@@ -90,7 +90,7 @@ func TestAttachAndRemove(t *testing.T) {
 	s, w, m := newSubsystem(t, 3)
 	m[2].c.Disconnect() // a controller without a client holds up nobody
 	b := openMem(t, "mem:size=1MiB")
-	n := s.AddNamespace(7, b, true, nil)
+	n := s.AddNamespace(NamespaceConfig{NSID: 7, Backend: b, Shared: true})
 	s.SetAttached(n, []uint16{1, 2, 3})
 	m[0].shows(t, 7)
 	m[1].shows(t, 7)
@@ -116,7 +116,7 @@ func TestAttachAndRemove(t *testing.T) {
 
 func TestAlter(t *testing.T) {
 	s, w, m := newSubsystem(t, 1)
-	n := s.AddNamespace(1, openMem(t, "mem:size=1MiB"), false, []uint16{1})
+	n := s.AddNamespace(NamespaceConfig{NSID: 1, Backend: openMem(t, "mem:size=1MiB"), Controllers: []uint16{1}})
 	err := s.Alter(n, func(b backend.Backend) error {
 		if g := n.Gate(); g == nil || !g.Hold {
 			t.Errorf("gate %+v", g)
@@ -137,7 +137,7 @@ func TestAlter(t *testing.T) {
 
 func TestExclusiveIsForOne(t *testing.T) {
 	s, _, _ := newSubsystem(t, 0)
-	n := s.AddNamespace(1, openMem(t, "mem:size=1MiB"), false, nil)
+	n := s.AddNamespace(NamespaceConfig{NSID: 1, Backend: openMem(t, "mem:size=1MiB")})
 	inside := 0
 	for range 20 {
 		s.Go(func() {
