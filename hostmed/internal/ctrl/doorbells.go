@@ -123,14 +123,25 @@ func (c *Controller) doorbellBufferConfig(cmd *nvme.Command) result {
 	}
 	shadowSQ, shadowCQ, err1 := dbbuf.Slots(n.shadow, 0, c.cfg.DSTRD)
 	eiSQ, eiCQ, err2 := dbbuf.Slots(n.ei, 0, c.cfg.DSTRD)
-	if err := errors.Join(err1, err2, c.dp.SetDoorbellPages(n.shadow, n.ei)); err != nil {
+	// The driver may be storing to a shadow page that is in use already: what it holds is not older than what would be put there.
+	again := c.pages.shadowIOVA == cmd.PRP1
+	move := c.dp.SetDoorbellPages
+	if again {
+		move = c.dp.ResumeDoorbellPages
+	}
+	if err := errors.Join(err1, err2, move(n.shadow, n.ei)); err != nil {
 		n.release()
 		return failErr(nvme.StatusInternalError, nowhere, "switching to the doorbell pages", err)
 	}
 	c.pages.release()
 	c.pages = n
-	c.admin.tail.attach(shadowSQ, eiSQ)
-	c.admin.head.attach(shadowCQ, eiCQ)
+	if again {
+		c.admin.tail.reattach(shadowSQ, eiSQ)
+		c.admin.head.reattach(shadowCQ, eiCQ)
+	} else {
+		c.admin.tail.attach(shadowSQ, eiSQ)
+		c.admin.head.attach(shadowCQ, eiCQ)
+	}
 	c.log.debug("doorbell pages configured", "command", nvme.AdminOpcodeName(cmd.Opcode))
 	return result{}
 }

@@ -223,6 +223,20 @@ func TestRule24_PagesAreChecked(t *testing.T) {
 	if h.mem.word(page1IOVA).Load() != was || h.mem.word(page3IOVA).Load() != h.sq.Tail() {
 		t.Error("the first pages are still in use")
 	}
+	// Configured again on the shadow page in use, to which the driver is storing: nothing there is overwritten.
+	h.dp.calls = nil
+	h.push(doorbellConfig(nvme.AdminDoorbellBufferConfig, page3IOVA, page2IOVA))
+	h.ring()
+	slot := h.mem.word(page3IOVA)
+	slot.Store(h.sq.Tail() + 1) // a driver that uses the slot of queue 0, and is ahead
+	h.push(identifyCmd(nvme.CNSController, 0))
+	h.c.AdminKick()
+	if es := h.reap(); len(es) != 2 || !es[0].Status().OK() || !es[1].Status().OK() || slot.Load() != h.sq.Tail() || !h.dp.called("ResumeDoorbellPages") {
+		t.Errorf("configured again: %+v, slot %d of %d, %q", es, slot.Load(), h.sq.Tail(), h.dp.calls)
+	}
+	if h.c.pages.eiIOVA != page2IOVA || h.mem.word(page2IOVA).Load() != h.sq.Tail() {
+		t.Error("the new event indices are not in use")
+	}
 }
 
 func TestRule25_PageMemoryLost(t *testing.T) {
