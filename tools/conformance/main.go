@@ -14,6 +14,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
+	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
 	"github.com/shadowbell/shadowbell/tools/conformance/suite"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
@@ -28,7 +29,7 @@ type grammar struct {
 }
 
 type runCmd struct {
-	Device      string        `arg:"" optional:"" help:"The controller: vfio-user:PATH."`
+	Device      string        `arg:"" optional:"" help:"The controller: vfio-user:PATH, or sysfs:ADDRESS for a PCI function of this machine."`
 	Peer        string        `placeholder:"DEVICE" help:"A second controller of the same subsystem, for what takes two (reservations)."`
 	Filter      string        `placeholder:"GLOB" help:"Only cases whose id matches, such as 'admin.*' or 'io.read.*'."`
 	List        bool          `help:"List the cases and run none."`
@@ -72,7 +73,7 @@ func (r *runCmd) Run(ctx context.Context, out *cli.Output) error {
 	begin := time.Now()
 	results, err := suite.Run(ctx, cfg)
 	if err != nil {
-		return explain(err)
+		return explain(r.Device, err)
 	}
 	if err := p.end(results, time.Since(begin)); err != nil {
 		return err
@@ -87,8 +88,11 @@ func opener(name string) func(context.Context) (device.Device, error) {
 	return func(ctx context.Context) (device.Device, error) { return devices.Open(ctx, name) }
 }
 
-// explain adds the remedy to why a device cannot be opened.
-func explain(err error) error {
+// explain adds the remedy to why a server cannot be reached. Devices of this machine say it themselves.
+func explain(name string, err error) error {
+	if _, ok := vfiouser.IsName(name); !ok {
+		return err
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
 		return cli.Usagef("%w; start the other side first: hostmed serve --socket PATH --namespace SPEC", err)
