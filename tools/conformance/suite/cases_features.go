@@ -54,6 +54,10 @@ var featureCases = []Case{
 		ID: "feature.select.default", Ref: "NVMe Base 2.0c 5.15.1", needs: needSelect,
 		Text: "after a reset each feature that cannot be saved has its default value",
 		run: func(c *ctl) {
+			c.setFeature(nvme.FeatureTemperature, 0, uint32(nvme.MakeTemperatureThreshold(411, nvme.TempSensorComposite, nvme.TempOver)))
+			c.setFeature(nvme.FeatureAsyncEvents, 0, nvme.SMARTWarningReliability)
+			c.disable()
+			c.enable(setup{})
 			for _, fid := range []nvme.FeatureID{nvme.FeatureArbitration, nvme.FeatureCoalescing, nvme.FeatureAsyncEvents, nvme.FeatureTemperature} {
 				if c.getFeature(fid, 0, nvme.FeatureSupported, 0)&nvme.FeatureCapSaveable != 0 {
 					continue
@@ -146,13 +150,17 @@ var featureCases = []Case{
 		Text:  "a power state beyond NPSS is Invalid Field in Command",
 		needs: bitNeed("NPSS leaves no power state", func(f *facts) bool { return f.id.NPSS.Count() < 32 }),
 		run: func(c *ctl) {
-			c.refused(setFeatureCmd(nvme.FeaturePowerManagement, 0, c.facts.id.NPSS.Count()), nvme.StatusInvalidField)
+			c.refused(setFeatureCmd(nvme.FeaturePowerManagement, 0, c.facts.id.NPSS.Count()), nvme.StatusInvalidField, nvme.StatusFeatureNotChangeable)
 		},
 	},
 	{
 		ID: "feature.power.each", Ref: "NVMe Base 2.0c 5.27.1.2",
 		Text: "each power state can be entered, and is then the current one",
 		run: func(c *ctl) {
+			if !c.changeable(nvme.FeaturePowerManagement, 0, 0) {
+				c.refused(setFeatureCmd(nvme.FeaturePowerManagement, 0, 0), nvme.StatusFeatureNotChangeable)
+				return
+			}
 			for ps := range c.facts.id.NPSS.Count() {
 				c.setFeature(nvme.FeaturePowerManagement, 0, ps)
 				got := nvme.PowerManagement(c.getFeature(nvme.FeaturePowerManagement, 0, nvme.FeatureCurrent, 0))
@@ -198,7 +206,7 @@ var featureCases = []Case{
 		ID: "feature.vector-config.beyond", Ref: "NVMe Base 2.0c 5.27.1.7",
 		Text: "Interrupt Vector Configuration of a vector that does not exist is Invalid Field in Command",
 		run: func(c *ctl) {
-			c.refused(setFeatureCmd(nvme.FeatureVectorConfig, 0, 0xFFFF), nvme.StatusInvalidField)
+			c.refused(setFeatureCmd(nvme.FeatureVectorConfig, 0, 0xFFFF), nvme.StatusInvalidField, nvme.StatusFeatureNotChangeable)
 		},
 	},
 	{
@@ -314,7 +322,7 @@ func (c *ctl) roundTrip(fid nvme.FeatureID) {
 	}
 	nsid := c.featureNSID(fid)
 	before := c.getFeature(fid, nsid, nvme.FeatureCurrent, f.value)
-	if c.facts.id.ONCS&nvme.ONCSSaveSelect != 0 && c.getFeature(fid, nsid, nvme.FeatureSupported, f.value)&nvme.FeatureCapChangeable == 0 {
+	if !c.changeable(fid, nsid, f.value) {
 		c.refused(setFeatureCmd(fid, nsid, f.value), nvme.StatusFeatureNotChangeable)
 		return
 	}
@@ -326,6 +334,11 @@ func (c *ctl) roundTrip(fid nvme.FeatureID) {
 	got := c.getFeature(fid, nsid, nvme.FeatureCurrent, value)
 	c.check(got&f.mask == value&f.mask, "%v is %#x after %#x was set", fid, got, value)
 	c.setFeature(fid, nsid, before|value&^f.mask)
+}
+
+// changeable says whether a feature can be changed, as far as the controller tells.
+func (c *ctl) changeable(fid nvme.FeatureID, nsid, cdw11 uint32) bool {
+	return c.facts.id.ONCS&nvme.ONCSSaveSelect == 0 || c.getFeature(fid, nsid, nvme.FeatureSupported, cdw11)&nvme.FeatureCapChangeable != 0
 }
 
 // saved sets and saves a feature, resets the controller, looks, and puts it back.

@@ -237,11 +237,11 @@ var ioCases = []Case{
 	prpCase("list-chained-first", "in a list whose first entry is a pointer to the next page", func(c *ctl) (uint64, shape) { return 7 * pageSize, shape{list: pageSize - 8} }),
 	{
 		ID: "io.prp.list-unaligned", Ref: "NVMe Base 2.0c 4.1.1", needs: needNS,
-		Text: "a list pointer that is not qword aligned is PRP Offset Invalid, or its low bits are ignored",
+		Text: "a list pointer whose bits 1:0 are not 0 is PRP Offset Invalid, or they are ignored",
 		run: func(c *ctl) {
 			d := c.data(4 * pageSize)
 			cmd := c.read(0, 4*pageSize/c.facts.lba, d)
-			cmd.PRP2 |= 4
+			cmd.PRP2 |= 3
 			cpl := c.q().exec(cmd)
 			c.q().want(&cmd, cpl, nvme.StatusSuccess, nvme.StatusPRPOffsetInvalid)
 			if cpl.Status().OK() {
