@@ -121,6 +121,34 @@ type DSMRange struct {
 // DSMMaxRanges is the most ranges that one Dataset Management command carries.
 const DSMMaxRanges = 256
 
+// CopyRanges returns the number of source ranges of a Copy, CDW12 bits 7:0. NVM Command Set 1.0c 3.2.2.
+func (c *Command) CopyRanges() ZeroBased8 { return ZeroBased8(c.CDW12) }
+
+// CopyFormat returns the format of the source ranges of a Copy, CDW12 bits 11:8. CopyRange is format 0.
+func (c *Command) CopyFormat() uint8 { return uint8(c.CDW12>>8) & 0xF }
+
+// CopyRange is one source range of a Copy, format 0, 32 bytes. NVM Command Set 1.0c figure 35.
+type CopyRange struct {
+	_      [8]byte
+	SLBA   uint64
+	NLB    ZeroBased16
+	_      [6]byte
+	EILBRT uint32
+	ELBAT  uint16
+	ELBATM uint16
+}
+
+// CopyRangeSize is the size of a CopyRange in bytes.
+const CopyRangeSize = 32
+
+// SetCopy makes c a Copy of n ranges, which are the data, to the blocks from lba on; it clears everything but the data pointer.
+func (c *Command) SetCopy(nsid uint32, lba uint64, n ZeroBased8) {
+	*c = Command{
+		Opcode: IOCopy, Flags: c.Flags, NSID: nsid, PRP1: c.PRP1, PRP2: c.PRP2,
+		CDW10: uint32(lba), CDW11: uint32(lba >> 32), CDW12: uint32(n),
+	}
+}
+
 // QID returns the queue that Create or Delete I/O SQ or CQ names, CDW10 bits 15:0. NVMe Base 2.0c 5.4.
 func (c *Command) QID() uint16 { return uint16(c.CDW10) }
 

@@ -40,6 +40,11 @@ func (c *Command) describeIO(l *line) {
 		if v := c.PRInfo(); v != 0 {
 			l.hex("prinfo", uint64(v))
 		}
+	case IOCopy:
+		l.hex("sdlba", c.SLBA())
+		l.dec("nr", uint64(c.CopyRanges().Count()))
+		l.dec("format", uint64(c.CopyFormat()))
+		l.flag("FUA", c.FUA())
 	case IODSM:
 		l.dec("nr", uint64(c.DSMRanges().Count()))
 		l.flag("IDR", c.CDW11&DSMIntegralRead != 0)

@@ -218,6 +218,9 @@ const (
 	ONCSCopy               = 1 << 8
 )
 
+// OCFSFormat0 is the bit of IdentifyController.OCFS that says Copy takes source ranges in format 0 (CopyRange).
+const OCFSFormat0 = 1 << 0
+
 // Bits of IdentifyController.VWC.
 const (
 	VWCPresent         = 1 << 0

@@ -23,6 +23,7 @@ func TestLayout(t *testing.T) {
 		lba LBAFormat
 		tel TelemetryHeader
 		sgl SGLDescriptor
+		cpy CopyRange
 	)
 	tests := []struct {
 		name      string
@@ -44,6 +45,9 @@ func TestLayout(t *testing.T) {
 		{"SQE.PRP2", unsafe.Offsetof(sqe.PRP2), 32},
 		{"SQE.CDW10", unsafe.Offsetof(sqe.CDW10), 40},
 		{"SQE.CDW15", unsafe.Offsetof(sqe.CDW15), 60},
+		{"Copy.SLBA", unsafe.Offsetof(cpy.SLBA), 8},
+		{"Copy.NLB", unsafe.Offsetof(cpy.NLB), 16},
+		{"Copy.EILBRT", unsafe.Offsetof(cpy.EILBRT), 24},
 		{"SGL.Length", unsafe.Offsetof(sgl.Length), 8},
 		{"SGL.ID", unsafe.Offsetof(sgl.ID), 15},
 		{"CQE.SQHead", unsafe.Offsetof(cqe.SQHead), 8},

@@ -8,6 +8,7 @@ var (
 	_ [CompletionSize]byte = [unsafe.Sizeof(Completion{})]byte{}
 	_ [DSMRangeSize]byte   = [unsafe.Sizeof(DSMRange{})]byte{}
 	_ [16]byte             = [unsafe.Sizeof(SGLDescriptor{})]byte{}
+	_ [CopyRangeSize]byte  = [unsafe.Sizeof(CopyRange{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyController{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyControllerNVM{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyNamespace{})]byte{}
@@ -81,3 +82,6 @@ func (v *SGLDescriptor) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)
 
 // Bytes returns v's own memory.
 func (v *TelemetryHeader) Bytes() *[512]byte { return (*[512]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *CopyRange) Bytes() *[32]byte { return (*[32]byte)(unsafe.Pointer(v)) }

@@ -37,7 +37,9 @@ var ioEffects = map[uint8]uint32{
 
 // ioOpcodes are those that the data path knows.
 func (c *Controller) ioOpcodes() []uint8 {
-	return []uint8{nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOWrite, nvme.IOWriteZeroes, nvme.IODSM}
+	return []uint8{
+		nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOVerify, nvme.IOWrite, nvme.IOWriteZeroes, nvme.IODSM, nvme.IOCopy,
+	}
 }
 
 func (c *Controller) commandEffects() *nvme.CommandEffects {

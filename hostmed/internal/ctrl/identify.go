@@ -40,8 +40,8 @@ func (c *Controller) identify(cmd *nvme.Command) result {
 		return c.identifyDescriptors(cmd)
 	case nvme.CNSController:
 		return c.toHost(cmd, c.controllerData().Bytes()[:])
-	case nvme.CNSCSIController: // no limits but MDTS
-		return c.toHost(cmd, new(nvme.IdentifyControllerNVM).Bytes()[:])
+	case nvme.CNSCSIController:
+		return c.toHost(cmd, ioLimits().Bytes()[:])
 	case nvme.CNSCommandSets:
 		return c.identifyCommandSets(cmd)
 	case nvme.CNSActiveNamespaces, nvme.CNSCSIActiveNamespaces:
@@ -129,9 +129,8 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		SQES:      0x66,
 		CQES:      0x44,
 		NN:        c.highestNSID(),
-		ONCS:      nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSSaveSelect | nvme.ONCSTimestamp,
+		ONCS:      nvme.ONCSSaveSelect | nvme.ONCSTimestamp,
 		VWC:       nvme.VWCFlushAllNo,
-		SGLS:      nvme.SGLSByteAligned | nvme.SGLSBitBucket | nvme.SGLSMetadataSGL,
 	}
 	if c.writeCache() {
 		id.VWC |= nvme.VWCPresent
@@ -142,6 +141,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	if c.cfg.Mode == Shadow {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
+	identifyIO(id)
 	nvme.SetASCII(id.SN[:], c.cfg.Serial)
 	nvme.SetASCII(id.MN[:], c.cfg.Model)
 	nvme.SetASCII(id.FR[:], c.cfg.Firmware)
@@ -167,6 +167,7 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NGUID:  info.NGUID,
 	}
 	id.LBAF[0].LBADS = info.LBAShift
+	identifyNamespaceIO(id, info)
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT |= nvme.NSFEATOptPerf
 		id.NPDG = zeroBased(info.OptimalBlocks)

@@ -21,7 +21,7 @@ func TestIdentifyController(t *testing.T) {
 	if id.MaxTransfer(0) != 1<<20 || id.SQES != 0x66 || id.CQES != 0x44 || id.NN != 3 || id.SGLS != 0x90001 {
 		t.Errorf("MDTS %d SQES %#x CQES %#x NN %d SGLS %#x", id.MDTS, id.SQES, id.CQES, id.NN, id.SGLS)
 	}
-	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != nvme.ONCSCompare|nvme.ONCSDSM|nvme.ONCSWriteZeroes|nvme.ONCSSaveSelect|nvme.ONCSTimestamp {
+	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 {
 		t.Errorf("OACS %#x ONCS %#x", id.OACS, id.ONCS)
 	}
 	if id.ACL.Count() != 4 || id.AERL.Count() != 4 || id.ELPE.Count() != 64 || id.FRMW != 3 || id.VWC&nvme.VWCPresent == 0 {
@@ -61,6 +61,9 @@ func TestIdentifyNamespace(t *testing.T) {
 	}
 	if id.NSATTR != 0 || id.DLFEAT != nvme.DLFEATReadZeroes|nvme.DLFEATWZDealloc || id.NSFEAT != nvme.NSFEATOptPerf || id.NPDG.Count() != 8 || id.NPWG.Count() != 8 {
 		t.Errorf("NSATTR %d DLFEAT %d NSFEAT %d NPDG %v NPWG %v", id.NSATTR, id.DLFEAT, id.NSFEAT, id.NPDG, id.NPWG)
+	}
+	if id.MSSRL != 16384 || id.MCL != 65536 || id.MSRC.Count() != 128 {
+		t.Errorf("MSSRL %d MCL %d MSRC %v", id.MSSRL, id.MCL, id.MSRC)
 	}
 	if id.NGUID != [16]byte{1, 2, 3} {
 		t.Errorf("NGUID %x", id.NGUID)
@@ -109,7 +112,14 @@ func TestIdentifyCommandSet(t *testing.T) {
 	h := newEnabled(t, testConfig())
 	zero := make([]byte, nvme.IdentifySize)
 	for _, cns := range []nvme.CNS{nvme.CNSCSINamespace, nvme.CNSCSIController} {
-		if !bytes.Equal(h.identify(cns, 1), zero) {
+		got := h.identify(cns, 1)
+		if cns == nvme.CNSCSIController {
+			if got[0] != 12 { // 2^12 pages of 4 KiB
+				t.Errorf("VSL %d", got[0])
+			}
+			got[0] = 0
+		}
+		if !bytes.Equal(got, zero) {
 			t.Errorf("%v says something", cns)
 		}
 		cmd := identifyCmd(cns, 1)

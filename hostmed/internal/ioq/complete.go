@@ -10,16 +10,19 @@ import (
 // complete stages the completion of r and gives r back.
 func (w *Worker) complete(r *request, st nvme.Status) {
 	g := r.sq.g
+	dw0 := uint64(0)
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
 	} else {
-		st = w.failed(r, st)
+		if st = w.failed(r, st); r.cmd.Opcode == nvme.IOCopy {
+			dw0 = r.notCopied()
+		}
 	}
 	if g.state != Failed {
 		if len(g.staged) == 0 {
 			w.touched = append(w.touched, g)
 		}
-		g.staged = append(g.staged, ring.MakeEntry(0, r.sq.cons.Head(), r.sq.qid, r.cmd.CID, st))
+		g.staged = append(g.staged, ring.MakeEntry(dw0, r.sq.cons.Head(), r.sq.qid, r.cmd.CID, st))
 	}
 	w.give(r)
 }
@@ -82,12 +85,18 @@ func (s Stats) MMIO() float64 {
 
 func (s *Stats) count(r *request) {
 	switch r.cmd.Opcode {
-	case nvme.IORead, nvme.IOCompare:
+	case nvme.IORead:
 		s.Reads++
 		s.BytesRead += r.Len
 	case nvme.IOWrite:
 		s.Writes++
 		s.BytesWritten += r.Len
+	case nvme.IOCompare:
+		s.Reads++
+		s.BytesRead += r.end
+	case nvme.IOVerify: // data units, but no host command
+		s.Others++
+		s.BytesRead += r.end
 	default:
 		s.Others++
 	}

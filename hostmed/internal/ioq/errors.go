@@ -120,6 +120,8 @@ func locate(c *nvme.Command, st nvme.Status) uint16 {
 			return flags
 		}
 		return cdw12
+	case nvme.StatusCommandSizeLimit:
+		return dptr
 	}
 	return nowhere
 }

@@ -11,21 +11,21 @@ import (
 type request struct {
 	backend.Request // Owner is the index in Worker.reqs
 
-	cmd   nvme.Command // the only copy: the SQE is never looked at again (R31)
-	sq    *sq
-	ns    *namespace
-	guest []backend.Seg // Compare: what the medium's data is compared with
-	buf   *shm.Region   // Compare: the medium's data
-	vec   []backend.Seg // backing array of Vec, kept
-	dsm   *dsmRanges    // Dataset Management: what is left to do
-	kept  *dsmRanges    // memory for dsm
-	held  bool          // waits for the namespace's gate
-}
+	cmd  nvme.Command // the only copy: the SQE is never looked at again (R31)
+	sq   *sq
+	ns   *namespace
+	vec  []backend.Seg // backing array of Vec, kept
+	step step          // what is to be done when the backend has done with it
+	held bool          // waits: for the namespace's gate, or for scratch memory
 
-type dsmRanges struct {
-	list [nvme.DSMMaxRanges]nvme.DSMRange
-	next int
-	n    int
+	// Of commands of several steps, see steps.go.
+	buf   *shm.Region   // the medium's data
+	guest []backend.Seg // Compare: what it is compared with
+	pos   uint64        // bytes that are done
+	end   uint64        // bytes in all; of a Copy, of the present range
+	list  *ranges       // Dataset Management and Copy: what there is to do; kept
+	from  uint64        // Copy: where on the medium the present range is
+	to    uint64        // and where it goes to
 }
 
 // take returns a request for a command of s.
@@ -50,10 +50,8 @@ func (w *Worker) give(r *request) {
 	r.sq.inflight--
 	r.sq.g.inflight--
 	if r.buf != nil {
-		w.scratch = append(w.scratch, r.buf)
-		r.buf = nil
+		w.giveScratch(r)
 	}
-	r.dsm = nil
 	if cap(r.vec) > keepVec {
 		r.vec = make([]backend.Seg, 0, 2) // of a long SGL
 	}
@@ -65,6 +63,7 @@ func (w *Worker) give(r *request) {
 func (w *Worker) start(r *request) {
 	c := &r.cmd
 	ctl := r.sq.g.ctl
+	r.step = oneStep
 	if c.Flags != 0 && !r.flags() {
 		w.complete(r, nvme.StatusInvalidField.WithDNR())
 		return
@@ -86,27 +85,21 @@ func (w *Worker) start(r *request) {
 		r.Op = backend.OpWrite
 		r.FUA = c.FUA()
 		st = w.data(r, false)
-	case nvme.IOCompare:
-		r.Op = backend.OpRead
-		st = w.compare(r)
 	case nvme.IOFlush:
 		r.Op, r.Off, r.Len = backend.OpFlush, 0, 0
 	case nvme.IOWriteZeroes:
 		r.Op = backend.OpWriteZeroes
 		r.FUA, r.Dealloc = c.FUA(), c.DEAC()
 		st = r.blocks(c.SLBA(), uint64(c.NLB().Count()))
-	case nvme.IODSM:
-		if st = w.dsm(r); st == nvme.StatusSuccess && r.dsm == nil {
-			w.complete(r, st) // a hint that asks for nothing
+	default:
+		if st = w.startSteps(r); st == waits {
 			return
 		}
-	default:
-		st = nvme.StatusInvalidOpcode.WithDNR()
 	}
 	if st == nvme.StatusSuccess && r.Op != backend.OpRead && r.Op != backend.OpFlush && r.ns.info.ReadOnly {
 		st = nvme.StatusNamespaceWriteProtected.WithDNR()
 	}
-	if st != nvme.StatusSuccess {
+	if st != nvme.StatusSuccess || r.step == noStep {
 		w.complete(r, st)
 		return
 	}
@@ -127,71 +120,6 @@ func (r *request) blocks(slba, n uint64) nvme.Status {
 	r.Off = slba << info.LBAShift
 	r.Len = n << info.LBAShift
 	return nvme.StatusSuccess
-}
-
-// compare reads the medium into memory of our own; afterCompare looks at it.
-func (w *Worker) compare(r *request) nvme.Status {
-	if st := w.data(r, false); st != nvme.StatusSuccess {
-		return st
-	}
-	if n := len(w.scratch) - 1; n >= 0 {
-		r.buf = w.scratch[n]
-		w.scratch = w.scratch[:n]
-	} else {
-		r.buf = shm.NewHeap(int(r.sq.g.ctl.mdts))
-	}
-	mine, err := r.buf.Bytes(0, r.Len)
-	if err != nil {
-		return nvme.StatusInternalError // another controller's MDTS was smaller: cannot be, it is one constant
-	}
-	r.guest = append(r.guest[:0], r.Vec...)
-	r.vec = append(r.vec[:0], backend.Seg{Base: &mine[0], Len: r.Len})
-	r.Vec = r.vec
-	return nvme.StatusSuccess
-}
-
-// dsm copies the ranges of a Dataset Management command and begins with the first. Only
-// the Deallocate attribute asks for anything.
-func (w *Worker) dsm(r *request) nvme.Status {
-	r.Op = backend.OpDiscard
-	if r.cmd.CDW11&nvme.DSMDeallocate == 0 {
-		return nvme.StatusSuccess
-	}
-	n := int(r.cmd.DSMRanges().Count())
-	r.Len = uint64(n) * nvme.DSMRangeSize
-	if st := w.translate(r, false); st != nvme.StatusSuccess {
-		return st
-	}
-	if r.kept == nil {
-		r.kept = new(dsmRanges)
-	}
-	d := r.kept
-	d.next, d.n = 0, n
-	if !copyRanges(d.list[:n], r.Vec) {
-		return nvme.StatusDataTransferError.WithDNR()
-	}
-	for i := range d.list[:n] {
-		if st := r.blocks(d.list[i].SLBA, uint64(d.list[i].Length)); st != nvme.StatusSuccess && d.list[i].Length > 0 {
-			return st
-		}
-	}
-	r.Vec = nil
-	if r.dsm = d; !r.nextRange() {
-		r.dsm = nil
-	}
-	return nvme.StatusSuccess
-}
-
-// nextRange sets r to the next range to be deallocated; false if there is none.
-func (r *request) nextRange() bool {
-	for d := r.dsm; d.next < d.n; {
-		x := &d.list[d.next]
-		d.next++
-		if x.Length > 0 {
-			return r.blocks(x.SLBA, uint64(x.Length)) == nvme.StatusSuccess
-		}
-	}
-	return false
 }
 
 // enqueue puts r in the batch for its backend.
@@ -235,7 +163,11 @@ func (w *Worker) flushBatch() {
 		}
 		r := w.again[n]
 		w.again = w.again[:n]
-		w.enqueue(r)
+		if r.step == notBegun {
+			w.begin(r)
+		} else {
+			w.enqueue(r)
+		}
 	}
 }
 
@@ -262,15 +194,8 @@ func (w *Worker) reap() int {
 func (w *Worker) finish(r *request) {
 	w.current = r.sq.g
 	st := r.Status
-	if st == nvme.StatusSuccess {
-		switch {
-		case r.buf != nil:
-			w.pending = r
-			if !equal(r.guest, r.Vec[0]) {
-				st = nvme.StatusCompareFailure
-			}
-			w.pending = nil
-		case r.dsm != nil && r.nextRange():
+	if r.step != oneStep && st == nvme.StatusSuccess {
+		if st = w.next(r); st == waits {
 			w.again = append(w.again, r)
 			return
 		}

@@ -7,7 +7,7 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// Commands that a namespace's gate holds back wait on their worker. They are fetched, so each has its place in the CQ, but
+// Commands that a namespace's gate holds back, or for which there is no scratch memory, wait on their worker. They are fetched, so each has its place in the CQ, but
 // nothing of them has begun: no memory is translated, and so DMA_UNMAP need not wait for them. They are counted in
 // group.held beside group.inflight.
 
@@ -16,9 +16,7 @@ func (w *Worker) passes(r *request, gate *subsys.Gate) bool {
 	verdict, st := gate.Check(subsys.ClassOf(r.cmd.Opcode), r.sq.g.ctl.host())
 	switch verdict {
 	case subsys.Wait:
-		r.held = true
-		r.sq.g.held++
-		w.held = append(w.held, r)
+		w.hold(r)
 	case subsys.Refuse:
 		w.complete(r, st)
 	default:
@@ -27,12 +25,22 @@ func (w *Worker) passes(r *request, gate *subsys.Gate) bool {
 	return false
 }
 
+// hold keeps r back.
+func (w *Worker) hold(r *request) {
+	r.held = true
+	r.sq.g.held++
+	w.held = append(w.held, r)
+}
+
 func (c *Controller) host() subsys.Host {
 	if c.cfg.Self == nil {
 		return subsys.Host{}
 	}
 	return c.cfg.Self.Host()
 }
+
+// begins reports whether commands of g that were held back may begin: not while it is paused.
+func (g *group) begins() bool { return g.state != Draining && g.state != Parked }
 
 // unhold takes the oldest command that waits and that f chooses out of w.held; nil: there is none.
 func (w *Worker) unhold(f func(*request) bool) *request {
@@ -51,17 +59,11 @@ func (w *Worker) unhold(f func(*request) bool) *request {
 // controller that is paused, or of a CQ that is parked, wait for it to be resumed.
 func (w *Worker) retryHeld() {
 	for range len(w.held) { // what is held back again goes to the end
-		r := w.unhold(func(r *request) bool { return r.sq.g.state != Draining && r.sq.g.state != Parked })
+		r := w.unhold(func(r *request) bool { return r.sq.g.begins() })
 		if r == nil {
 			break
 		}
-		if r.sq.g.state == Failed {
-			w.give(r)
-			continue
-		}
-		w.current, w.pending = r.sq.g, r
-		w.start(r)
-		w.pending = nil
+		w.begin(r)
 	}
 	w.flushBatch()
 	w.postAll()

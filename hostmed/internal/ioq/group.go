@@ -49,7 +49,7 @@ type group struct {
 	onKick   func()
 	blocked  bool         // an SQ has commands for which the CQ has no room
 	inflight uint32       // fetched, not yet completed
-	held     uint32       // of those, held back by a namespace's gate
+	held     uint32       // of those, held back, see gate.go
 	staged   []ring.Entry // completions to be posted in this round
 
 	worked    bool  // since the last tick
@@ -350,13 +350,16 @@ func (w *Worker) fault(err error) {
 		w.pending = nil
 		w.give(r)
 	}
+	keep := w.batch[:0]
 	for _, b := range w.batch {
-		w.give(w.reqs[b.Owner])
+		if r := w.reqs[b.Owner]; r.sq.g == g {
+			w.give(r)
+		} else {
+			keep = append(keep, b)
+		}
 	}
-	w.batch = w.batch[:0]
+	w.batch = keep
 	w.failGroup(g)
-	if len(w.held) > 0 {
-		w.post(w.retryHeld) // it may have been the one that faulted
-	}
+	w.post(w.retryHeld) // which may have been what faulted, and goes on with what others have begun
 	g.ctl.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryFault, Err: err})
 }

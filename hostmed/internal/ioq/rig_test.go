@@ -298,12 +298,27 @@ func (p *pair) reap(n int) []ring.Entry {
 	return out
 }
 
-// do runs one command.
-func (p *pair) do(c nvme.Command) nvme.Status {
+// reapSome takes the completions that are there and returns how many.
+func (p *pair) reapSome() int {
+	n := 0
+	for p.cq.Ready() {
+		p.reap(1)
+		n++
+	}
+	return n
+}
+
+// run runs one command, and do returns no more than its status.
+func (p *pair) run(c nvme.Command) ring.Entry {
 	p.r.t.Helper()
 	p.push(c)
 	p.publish()
-	return p.reap(1)[0].Status()
+	return p.reap(1)[0]
+}
+
+func (p *pair) do(c nvme.Command) nvme.Status {
+	p.r.t.Helper()
+	return p.run(c).Status()
 }
 
 func rw(op uint8, lba uint64, blocks uint32, iova uint64) nvme.Command {

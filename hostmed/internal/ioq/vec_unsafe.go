@@ -28,21 +28,30 @@ func (r *request) touches(gone []gmem.Range) bool {
 	return false
 }
 
-// equal reports whether the guest's memory holds the same bytes as mine.
-func equal(guest []backend.Seg, mine backend.Seg) bool {
+// equalAt reports whether the guest's memory from its byte pos on holds the same bytes as mine.
+func equalAt(guest []backend.Seg, pos uint64, mine backend.Seg) bool {
 	m := bytesOf(mine)
 	for _, s := range guest {
-		if !bytes.Equal(bytesOf(s), m[:s.Len]) {
+		if pos >= s.Len {
+			pos -= s.Len
+			continue
+		}
+		g := bytesOf(s)[pos:]
+		pos = 0
+		n := min(len(g), len(m))
+		if !bytes.Equal(g[:n], m[:n]) {
 			return false
 		}
-		m = m[s.Len:]
+		if m = m[n:]; len(m) == 0 {
+			return true
+		}
 	}
-	return true
+	return len(m) == 0
 }
 
-// copyRanges copies guest memory into dst, once (R31).
-func copyRanges(dst []nvme.DSMRange, guest []backend.Seg) bool {
-	raw := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(dst))), len(dst)*nvme.DSMRangeSize)
+// copyOut copies guest memory into dst, once (R31). T has no pointers.
+func copyOut[T nvme.DSMRange | nvme.CopyRange](dst []T, guest []backend.Seg) bool {
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(dst))), len(dst)*int(unsafe.Sizeof(dst[0])))
 	for _, s := range guest {
 		raw = raw[copy(raw, bytesOf(s)):]
 	}

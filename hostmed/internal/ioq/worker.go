@@ -32,6 +32,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/spin"
@@ -89,23 +91,25 @@ type Worker struct {
 	watched []*Controller // their queue 0
 	nap     int64         // ns between two looks
 
-	queues   []*media // open backend queues
-	inflight int      // requests with asynchronous backends
-	reqs     []*request
-	free     []*request
-	scratch  []*shm.Region // for Compare
-	sink     *shm.Region   // for bit buckets
-	walker   prp.Walker
-	extents  []prp.Extent
-	batch    []*backend.Request // being collected for one backend
-	batchOf  *media
-	again    []*request // have another step to be submitted
-	held     []*request // wait for a namespace's gate, oldest first
-	finished [2 * batchMax]*backend.Request
-	touched  []*group // have staged completions
-	current  *group   // whose memory is being touched
-	pending  *request // fetched, not yet handed on
+	queues    []*media // open backend queues
+	inflight  int      // requests with asynchronous backends
+	reqs      []*request
+	free      []*request
+	scratch   []*shm.Region // free, see steps.go
+	scratches int           // that there are
+	sink      *shm.Region   // for bit buckets
+	walker    prp.Walker
+	extents   []prp.Extent
+	batch     []*backend.Request // being collected for one backend
+	batchOf   *media
+	again     []*request // have another step to be submitted
+	held      []*request // wait, see gate.go, oldest first
+	finished  [2 * batchMax]*backend.Request
+	touched   []*group // have staged completions
+	current   *group   // whose memory is being touched
+	pending   *request // fetched, not yet handed on
 
+	copyFrom [ctrl.MaxCopyRanges]nvme.CopyRange // of the Copy that is being decoded
 }
 
 // wait is a condition that someone on the control side waits for.

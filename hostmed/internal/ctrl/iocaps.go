@@ -1,0 +1,46 @@
+package ctrl
+
+import (
+	"math/bits"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// What Identify says of the I/O commands that package ioq runs.
+
+const (
+	// MaxVerify is how many bytes one Verify may be about.
+	MaxVerify = 16 << 20
+	// MaxCopyRanges is how many source ranges a Copy may have (MSRC + 1).
+	MaxCopyRanges = 128
+
+	maxCopyRange = 8 << 20  // bytes of one source range
+	maxCopy      = 32 << 20 // bytes of all
+)
+
+// CopyLimits returns how many blocks one source range of a Copy may have (MSSRL), and all together (MCL).
+func CopyLimits(info *backend.Info) (perRange uint16, all uint32) {
+	return uint16(min(maxCopyRange>>info.LBAShift, 0xffff)), maxCopy >> info.LBAShift
+}
+
+// ioCommands are the bits of ONCS.
+const ioCommands = nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSVerify | nvme.ONCSCopy
+
+// identifyIO adds to Identify Controller what is said of I/O commands.
+func identifyIO(id *nvme.IdentifyController) {
+	id.ONCS |= ioCommands
+	id.OCFS = nvme.OCFSFormat0
+	id.SGLS = nvme.SGLSByteAligned | nvme.SGLSBitBucket | nvme.SGLSMetadataSGL
+}
+
+// identifyNamespaceIO is identifyIO for Identify Namespace.
+func identifyNamespaceIO(id *nvme.IdentifyNamespace, info *backend.Info) {
+	id.MSSRL, id.MCL = CopyLimits(info)
+	id.MSRC = MaxCopyRanges - 1
+}
+
+// ioLimits is Identify Controller of the NVM command set: beside MDTS only Verify has a limit.
+func ioLimits() *nvme.IdentifyControllerNVM {
+	return &nvme.IdentifyControllerNVM{VSL: uint8(bits.TrailingZeros32(MaxVerify / minPageSize))}
+}
