@@ -13,6 +13,17 @@ import (
 	"github.com/shadowbell/shadowbell/tools/vmlab/internal/wire"
 )
 
+var (
+	errEnded     = errors.New("QEMU has ended")
+	errRestarted = errors.New("the guest has restarted")
+)
+
+// answer is a reply, or why there is none.
+type answer struct {
+	wire.Reply
+	err error
+}
+
 // client talks to the agent in a guest.
 type client struct {
 	conn net.Conn
@@ -20,14 +31,14 @@ type client struct {
 	write   sync.Mutex // one line at a time; taken alone
 	mu      sync.Mutex
 	next    uint64
-	waiting map[uint64]chan wire.Reply
+	waiting map[uint64]chan answer
 	starts  int           // greetings of agents so far
 	changed chan struct{} // closed and replaced when starts or err changes
 	err     error         // once the connection has ended
 }
 
 func newClient(conn net.Conn) *client {
-	c := &client{conn: conn, waiting: map[uint64]chan wire.Reply{}, changed: make(chan struct{})}
+	c := &client{conn: conn, waiting: map[uint64]chan answer{}, changed: make(chan struct{})}
 	go c.read()
 	return c
 }
@@ -43,27 +54,30 @@ func (c *client) read() {
 		c.mu.Lock()
 		if r.ID == 0 {
 			// A new agent knows nothing of what the one before was asked.
-			c.failAll("the guest has restarted")
+			c.failAll(errRestarted)
 			c.starts++
 			c.change()
 		} else if w := c.waiting[r.ID]; w != nil {
 			delete(c.waiting, r.ID)
-			w <- r
+			w <- answer{Reply: r}
 		}
 		c.mu.Unlock()
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.err = errors.Join(errors.New("QEMU has ended"), lines.Err())
-	c.failAll("QEMU has ended")
+	c.err = errEnded
+	if err := lines.Err(); err != nil {
+		c.err = fmt.Errorf("%w: %w", errEnded, err)
+	}
+	c.failAll(c.err)
 	c.change()
 }
 
 // failAll answers all requests with an error; the lock is held.
-func (c *client) failAll(why string) {
+func (c *client) failAll(why error) {
 	for id, w := range c.waiting {
 		delete(c.waiting, id)
-		w <- wire.Reply{ID: id, Exit: -1, Error: why}
+		w <- answer{err: why}
 	}
 }
 
@@ -102,7 +116,7 @@ func (c *client) startsSoFar() int {
 const grace = 10 * time.Second
 
 func (c *client) do(ctx context.Context, q wire.Request) (wire.Reply, error) {
-	w := make(chan wire.Reply, 1)
+	w := make(chan answer, 1)
 	c.mu.Lock()
 	if err := c.err; err != nil {
 		c.mu.Unlock()
@@ -132,11 +146,11 @@ func (c *client) do(ctx context.Context, q wire.Request) (wire.Reply, error) {
 	}()
 	for {
 		select {
-		case r := <-w:
-			if r.Error != "" {
-				return r, errors.New(r.Error)
+		case a := <-w:
+			if a.err == nil && a.Error != "" {
+				a.err = errors.New(a.Error)
 			}
-			return r, nil
+			return a.Reply, a.err
 		case err := <-sent:
 			if err != nil {
 				return wire.Reply{}, err

@@ -32,7 +32,7 @@ func (b *build) lists() error {
 			return fmt.Errorf("%s is missing: the lab is made of Debian packages and needs a machine of Debian's family", tool)
 		}
 	}
-	for _, d := range []string{"sources", "preferences", "state/lists/partial", "cache/archives/partial"} {
+	for _, d := range []string{"sources", "preferences", "state/lists/partial", "cache", "tools"} {
 		if err := os.MkdirAll(filepath.Join(b.dir, "apt", d), 0o755); err != nil {
 			return err
 		}
@@ -89,7 +89,6 @@ Acquire::Retries "3";
 Dir::State %[1]q;
 Dir::State::status "/dev/null";
 Dir::Cache %[2]q;
-Dir::Cache::archives "archives/";
 Dir::Etc::SourceList "/dev/null";
 Dir::Etc::SourceParts %[3]q;
 Dir::Etc::Preferences "/dev/null";
@@ -124,7 +123,7 @@ func (b *build) mirrors() ([]string, error) {
 
 // download fetches the packages, what they depend on, and the kernel, which would drag in an initramfs maker.
 func (b *build) download() error {
-	if _, err := b.tool("apt-get", append([]string{"install", "-qq", "--download-only"}, packages...)...); err != nil {
+	if err := b.fetch("tools", packages...); err != nil {
 		return err
 	}
 	out, err := b.tool("apt-cache", "depends", kernelPackage)
@@ -139,11 +138,14 @@ func (b *build) download() error {
 	if _, err := b.tool("apt-get", "download", "-qq", image); err != nil {
 		return err
 	}
-	debs, err := b.debs()
-	if err != nil {
+	if err := b.fetch("debian", debianPackages...); err != nil {
 		return err
 	}
 	var size int64
+	debs, err := filepath.Glob(b.apt("*/*.deb"))
+	if err != nil {
+		return err
+	}
 	for _, d := range debs {
 		fi, err := os.Stat(d)
 		if err != nil {
@@ -155,20 +157,40 @@ func (b *build) download() error {
 	return nil
 }
 
-func (b *build) debs() ([]string, error) { return filepath.Glob(b.apt("cache/archives/*.deb")) }
+// fetch downloads packages and what they depend on into a directory of their own.
+func (b *build) fetch(dir string, names ...string) error {
+	if err := os.MkdirAll(b.apt(dir+"/partial"), 0o755); err != nil {
+		return err
+	}
+	_, err := b.tool("apt-get", append([]string{"-o", "Dir::Cache::Archives=" + b.apt(dir), "install", "-qq", "--download-only"}, names...)...)
+	return err
+}
 
-// unpack makes one tree of all packages. Their scripts do not run.
+// unpack makes the tree that the programs run from.
 func (b *build) unpack() error {
-	debs, err := b.debs()
+	if err := b.extract("tools", b.root); err != nil {
+		return err
+	}
+	version, err := output(b.ctx, b.root, "qemu-system-x86_64", "--version")
+	if err != nil {
+		return err
+	}
+	b.note, _, _ = strings.Cut(version, "\n")
+	return nil
+}
+
+// extract makes one tree of the packages of a directory. Their scripts do not run.
+func (b *build) extract(dir, root string) error {
+	debs, err := filepath.Glob(b.apt(dir + "/*.deb"))
 	if err != nil {
 		return err
 	}
 	// Merged before the first package: each must find its place.
 	for _, d := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := os.MkdirAll(filepath.Join(b.root, "usr", d), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(root, "usr", d), 0o755); err != nil {
 			return err
 		}
-		if err := os.Symlink("usr/"+d, filepath.Join(b.root, d)); err != nil {
+		if err := os.Symlink("usr/"+d, filepath.Join(root, d)); err != nil {
 			return err
 		}
 	}
@@ -176,7 +198,7 @@ func (b *build) unpack() error {
 	g.SetLimit(runtime.NumCPU())
 	for _, d := range debs {
 		g.Go(func() error {
-			_, err := command(b.ctx, exec.Command("dpkg-deb", "--extract", d, b.root))
+			_, err := command(b.ctx, exec.Command("dpkg-deb", "--extract", d, root))
 			return err
 		})
 	}
@@ -184,7 +206,7 @@ func (b *build) unpack() error {
 		return err
 	}
 	for _, pattern := range trimmed {
-		paths, err := filepath.Glob(filepath.Join(b.root, pattern))
+		paths, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			return err
 		}
@@ -194,19 +216,13 @@ func (b *build) unpack() error {
 			}
 		}
 	}
-	version, err := output(b.ctx, b.root, "qemu-system-x86_64", "--version")
-	if err != nil {
-		return err
-	}
-	version, _, _ = strings.Cut(version, "\n")
-	b.note = version
-	return os.RemoveAll(b.apt(""))
+	return os.RemoveAll(b.apt(dir))
 }
 
 // tool runs one of apt's programs in the cache of packages.
 func (b *build) tool(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, append([]string{"-c", b.apt("apt.conf")}, args...)...)
-	cmd.Dir = b.apt("cache/archives")
+	cmd.Dir = b.apt("tools") // where download puts things
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
 	return command(b.ctx, cmd)
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // recipeVersion stands for how a cache is made: whoever changes that raises it, and each machine makes it anew.
-const recipeVersion = 1
+const recipeVersion = 3
 
 const (
 	suite     = "trixie"
@@ -39,17 +39,20 @@ var guestPrograms = []string{
 // virtio-console are built into the kernel.
 var guestModules = []string{
 	"vfio", "vfio_iommu_type1", "vfio-pci", "virtio_blk", "virtio_mmio", "configfs", "null_blk", "loop", "nvme-fabrics", "nvme-tcp",
-	"nvmet", "nvmet-tcp", "nvme-loop", "ublk_drv", "nbd", "vfat", "nls_cp437", "nls_iso8859-1", "efivarfs", "xfs", "btrfs",
+	"nvmet", "nvmet-tcp", "nvme-loop", "ublk_drv", "nbd", "vfat", "nls_cp437", "nls_iso8859-1", "efivarfs", "xfs",
 }
 
+// debianPackages are the system that is installed on disks, besides what Debian cannot do without.
+var debianPackages = []string{"?essential", "systemd-sysv", "udev", "kmod", "e2fsprogs"}
+
 // trimmed is of no use here and half of what the packages hold.
-var trimmed = []string{"usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/i18n", "usr/share/zoneinfo", "usr/lib/systemd", "usr/lib/python3*"}
+var trimmed = []string{"usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/i18n", "usr/share/zoneinfo", "usr/share/perl", "usr/share/gconv", "usr/lib/python3*"}
 
 // recipeKey names the cache that this recipe makes.
 func recipeKey() string {
 	h := sha256.New()
 	fmt.Fprint(h, recipeVersion, suite, backports, kernelPackage, initScript)
-	for _, list := range [][]string{fromBackports, packages, guestPrograms, guestModules, trimmed} {
+	for _, list := range [][]string{fromBackports, packages, guestPrograms, guestModules, debianPackages, debianFiles, debianLinks, trimmed} {
 		fmt.Fprintln(h, strings.Join(list, " "))
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16]

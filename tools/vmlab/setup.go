@@ -91,6 +91,7 @@ func (l *Lab) make(ctx context.Context) error {
 		{"kernel", b.kernel},
 		{"modules", b.modules},
 		{"initramfs", b.initramfs},
+		{"debian", b.debian},
 	} {
 		b.note = ""
 		at := time.Now()

@@ -179,8 +179,10 @@ func (vm *VM) QMP(ctx context.Context, command string, arguments any) (json.RawM
 	return out, err
 }
 
-// Event waits for QEMU's next event of that name, such as RESET.
+// Event waits for QEMU's next event of that name, such as RESET: a minute at most unless ctx says otherwise.
 func (vm *VM) Event(ctx context.Context, name string) (Event, error) {
+	ctx, cancel := limited(ctx, time.Minute)
+	defer cancel()
 	vm.mu.Lock()
 	from := vm.events
 	vm.mu.Unlock()
@@ -205,6 +207,14 @@ func (vm *VM) Restarted(ctx context.Context, do func() error) error {
 	return nil
 }
 
+// limited gives ctx a deadline if it has none.
+func limited(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, d)
+}
+
 // BootTime is how long it took from the start of QEMU until the agent answered.
 func (vm *VM) BootTime() time.Duration { return vm.bootTime }
 
@@ -227,8 +237,10 @@ func (vm *VM) Ended() bool {
 	}
 }
 
-// Wait waits until QEMU has ended and returns how.
+// Wait waits until QEMU has ended, a minute at most unless ctx says otherwise, and returns how.
 func (vm *VM) Wait(ctx context.Context) error {
+	ctx, cancel := limited(ctx, time.Minute)
+	defer cancel()
 	select {
 	case <-vm.proc.done:
 		if vm.proc.err != nil {
@@ -240,12 +252,12 @@ func (vm *VM) Wait(ctx context.Context) error {
 	}
 }
 
-// Poweroff makes the guest shut down, in its own order, and waits for the end of QEMU.
+// Poweroff makes the guest write back its caches and switch itself off, which shuts its devices down, and waits for the end of QEMU. Its services
+// are not asked: where there is systemd, run systemctl poweroff and Wait.
 func (vm *VM) Poweroff(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	// Once it has begun nobody may be left to answer.
-	if _, err := vm.agent.do(ctx, wire.Request{Op: "run", Command: "sync; (sleep 0.1; poweroff -f) >/dev/null 2>&1 &", Limit: 30 * time.Second}); err != nil && !vm.Ended() {
+	if _, err := vm.agent.do(ctx, wire.Request{Op: "poweroff", Limit: time.Minute}); !errors.Is(err, errEnded) {
 		return vm.explain(fmt.Errorf("power off: %w", err))
 	}
 	return vm.Wait(ctx)

@@ -91,6 +91,9 @@ func answer(q wire.Request) wire.Reply {
 	switch q.Op {
 	case "run":
 		run(q, &r)
+	case "poweroff": // whatever init there is; there is no answer
+		syscall.Sync()
+		err = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
 	case "read":
 		r.Data, err = os.ReadFile(q.Path)
 	case "write":

@@ -13,7 +13,7 @@ const MaxLine = 128 << 20
 // Request asks the agent for one thing. Requests run side by side.
 type Request struct {
 	ID      uint64        `json:"id"`
-	Op      string        `json:"op"` // "run", "read", "write"
+	Op      string        `json:"op"` // "run", "read", "write", "poweroff"
 	Command string        `json:"command,omitempty"`
 	Path    string        `json:"path,omitempty"`
 	Mode    uint32        `json:"mode,omitempty"`
