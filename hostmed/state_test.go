@@ -75,3 +75,49 @@ func TestStateDirectoryInUse(t *testing.T) {
 		t.Error("its socket was left")
 	}
 }
+
+// A namespace that a guest has write protected stays so over restarts, and the data path knows.
+func TestWriteProtectionOutlives(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	cfg := Config{State: t.TempDir(), Logger: testLog(t),
+		Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"file:" + filepath.Join(t.TempDir(), "disk") + ",size=16MiB"}}}}
+	buf := make([]byte, 4096)
+	for _, step := range []struct{ was, set uint32 }{{0, 1}, {1, 1}, {1, 0}, {0, 2}, {0, 0}} { // 2 is until power is off
+		stop := start(t, cfg)
+		c := open(t, socket, guestdrv.Options{})
+		ns, err := c.Namespace(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(state uint32) {
+			t.Helper()
+			if _, err := ns.WriteAt(buf, 0); (err == nil) != (state == 0) || state != 0 && nvme.StatusOf(err).Code() != nvme.StatusNamespaceWriteProtected {
+				t.Errorf("in state %d a write gives %v", state, err)
+			}
+			if _, err := ns.ReadAt(buf, 0); err != nil {
+				t.Errorf("in state %d a read gives %v", state, err)
+			}
+			if err := ns.Flush(t.Context()); err != nil {
+				t.Errorf("in state %d a flush gives %v", state, err)
+			}
+			var cmd nvme.Command
+			cmd.SetGetFeatures(nvme.FeatureWriteProtect, 1, nvme.FeatureCurrent)
+			if got, err := c.Admin(t.Context(), &cmd, nil); err != nil || got != state {
+				t.Errorf("state %d, %v, want %d", got, err, state)
+			}
+		}
+		check(step.was)
+		var cmd nvme.Command
+		cmd.SetSetFeatures(nvme.FeatureWriteProtect, 1, step.set)
+		if _, err := c.Admin(t.Context(), &cmd, nil); err != nil {
+			t.Fatal(err)
+		}
+		check(step.set)
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

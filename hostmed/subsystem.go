@@ -21,7 +21,7 @@ type subsystem struct {
 // open opens the media of c and listens on its sockets.
 func (m *Mediator) open(c SubsystemConfig) error {
 	s := &subsystem{m: m, cfg: c, Subsystem: subsys.New(subsys.Config{
-		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Logger: m.log,
+		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Store: m.state, Logger: m.log,
 	})}
 	m.subsystems = append(m.subsystems, s)
 	for _, n := range c.Namespaces {
@@ -105,7 +105,7 @@ func namespaces(c *subsys.Controller) []ctrl.Namespace {
 	var list []ctrl.Namespace
 	for _, n := range c.Namespaces() {
 		m := n.Medium()
-		list = append(list, ctrl.Namespace{NSID: n.NSID, Backend: m.Backend, Info: m.Info, Of: n})
+		list = append(list, ctrl.Namespace{NSID: n.NSID, Backend: m.Backend, Info: m.Info, Of: n, Protection: n.Protection()})
 	}
 	return list
 }

@@ -229,6 +229,13 @@ const (
 	VWCFlushAll        = 3 << 1 // Flush of NSIDAll flushes all
 )
 
+// Bits of IdentifyController.NWPC: the states of feature 84h beside unprotected.
+const (
+	NWPCProtect         = 1 << 0
+	NWPCUntilPowerCycle = 1 << 1
+	NWPCForEver         = 1 << 2
+)
+
 // Bits of IdentifyController.LPA.
 const (
 	LPASmartPerNamespace = 1 << 0

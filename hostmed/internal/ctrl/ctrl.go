@@ -64,6 +64,8 @@ type Namespace struct {
 	Backend backend.Backend
 	Info    backend.Info
 	Of      *subsys.Namespace // in its subsystem; nil: in none
+
+	Protection subsys.Protection
 }
 
 // CQParams describes an I/O completion queue that passed every check of Create I/O CQ.

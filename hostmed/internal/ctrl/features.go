@@ -156,6 +156,8 @@ func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 		return nvme.FeatureCapChangeable, true
 	case nvme.FeatureWriteCache:
 		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable, c.writeCache()
+	case nvme.FeatureWriteProtect:
+		return nvme.FeatureCapChangeable | nvme.FeatureCapNamespace, c.cfg.Self != nil
 	case nvme.FeatureQuiet:
 		return nvme.FeatureCapChangeable, c.quietSupported()
 	}
@@ -197,6 +199,8 @@ func (c *Controller) getFeatures(cmd *nvme.Command) result {
 			return r
 		}
 		k.sub = uint32(t.Type())
+	case nvme.FeatureWriteProtect:
+		return c.getWriteProtect(cmd)
 	case nvme.FeatureErrorRecovery:
 		k.sub = cmd.NSID
 	case nvme.FeatureVectorConfig:
@@ -237,6 +241,8 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 	switch cmd.FID() {
 	case nvme.FeatureTimestamp, nvme.FeatureHostBehavior, nvme.FeatureAPST:
 		return c.setFeatureData(cmd)
+	case nvme.FeatureWriteProtect:
+		return c.setWriteProtect(cmd)
 	}
 	values := map[featureKey]uint32{}
 	r := c.checkFeature(cmd, values)

@@ -4,6 +4,7 @@ import (
 	"math/bits"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -138,6 +139,9 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	if self := c.cfg.Self; self != nil && len(self.Subsystem().Controllers()) > 1 {
 		id.CMIC = nvme.CMICMultiPort | nvme.CMICMultiController
 	}
+	if c.cfg.Self != nil {
+		id.NWPC = nvme.NWPCProtect | nvme.NWPCUntilPowerCycle | nvme.NWPCForEver
+	}
 	if c.cfg.Mode == Shadow {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
@@ -163,7 +167,7 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NUSE:   info.Blocks,
 		DLFEAT: deallocateFeatures(info),
 		NMIC:   n.sharing(),
-		NSATTR: namespaceAttributes(info),
+		NSATTR: n.attributes(),
 		NGUID:  info.NGUID,
 	}
 	id.LBAF[0].LBADS = info.LBAShift
@@ -182,7 +186,7 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 
 func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {
 	info := &n.Info
-	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), NSATTR: namespaceAttributes(info), NSTAT: nvme.NSTATReady}
+	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), NSATTR: n.attributes(), NSTAT: nvme.NSTATReady}
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT = nvme.NSFEATOptPerf
 	}
@@ -197,8 +201,9 @@ func (n *Namespace) sharing() uint8 {
 	return 0
 }
 
-func namespaceAttributes(info *backend.Info) uint8 {
-	if info.ReadOnly {
+// attributes is NSATTR.
+func (n *Namespace) attributes() uint8 {
+	if n.Info.ReadOnly || n.Protection != subsys.Unprotected {
 		return nvme.NSATTRWriteProtected
 	}
 	return 0

@@ -173,14 +173,21 @@ func TestGateRefuses(t *testing.T) {
 	r := newRig(t, rigConfig{shadow: true})
 	_, n := r.inSubsystem(disk)
 	p := r.pair(1, 16, false)
-	n.SetProtected(true)
+	if err := n.SetProtection(subsys.Protected); err != nil {
+		t.Fatal(err)
+	}
+	if st := p.do(nvme.Command{Opcode: nvme.IOFlush, NSID: 1}); !st.OK() {
+		t.Errorf("flush: %v", st)
+	}
 	if st := p.do(rw(nvme.IOWrite, 0, 1, base+dataOff)); st.Code() != nvme.StatusNamespaceWriteProtected {
 		t.Errorf("write: %v", st)
 	}
 	if st := p.do(rw(nvme.IORead, 0, 1, base+dataOff)); !st.OK() {
 		t.Errorf("read: %v", st)
 	}
-	n.SetProtected(false)
+	if err := n.SetProtection(subsys.Unprotected); err != nil {
+		t.Fatal(err)
+	}
 	if st := p.do(rw(nvme.IOWrite, 0, 1, base+dataOff)); !st.OK() {
 		t.Errorf("write: %v", st)
 	}

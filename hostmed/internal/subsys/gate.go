@@ -15,6 +15,7 @@ const (
 	Neutral Class = iota
 	Reads
 	Writes
+	Flushes // Writes to a reservation, nothing to write protection
 )
 
 // classes is by I/O opcode. An opcode that is not here fails as such, whatever the gate says.
@@ -22,7 +23,7 @@ var classes = [256]Class{
 	nvme.IORead:               Reads,
 	nvme.IOCompare:            Reads,
 	nvme.IOVerify:             Reads,
-	nvme.IOFlush:              Writes,
+	nvme.IOFlush:              Flushes,
 	nvme.IOWrite:              Writes,
 	nvme.IOWriteUncorrectable: Writes,
 	nvme.IOWriteZeroes:        Writes,

@@ -65,6 +65,8 @@ func TestGate(t *testing.T) {
 		{"failing", Gate{Fail: nvme.StatusFormatInProgress}, Reads, Refuse, nvme.StatusFormatInProgress},
 		{"failing, report", Gate{Fail: nvme.StatusFormatInProgress}, Neutral, Refuse, nvme.StatusFormatInProgress},
 		{"protected, read", Gate{Protected: true}, Reads, Pass, 0},
+		{"protected, flush", Gate{Protected: true}, Flushes, Pass, 0},
+		{"held, flush", Gate{Hold: true}, Flushes, Wait, 0},
 		{"protected, write", Gate{Protected: true}, Writes, Refuse, nvme.StatusNamespaceWriteProtected},
 	} {
 		if v, st := c.g.Check(c.class, holder); v != c.want || st.Code() != c.st {
@@ -75,7 +77,7 @@ func TestGate(t *testing.T) {
 
 func TestClasses(t *testing.T) {
 	for op, want := range map[uint8]Class{
-		nvme.IORead: Reads, nvme.IOCompare: Reads, nvme.IOVerify: Reads, nvme.IOWrite: Writes, nvme.IOFlush: Writes, nvme.IODSM: Writes,
+		nvme.IORead: Reads, nvme.IOCompare: Reads, nvme.IOVerify: Reads, nvme.IOWrite: Writes, nvme.IOFlush: Flushes, nvme.IODSM: Writes,
 		nvme.IOWriteZeroes: Writes, nvme.IOWriteUncorrectable: Writes, nvme.IOCopy: Writes, nvme.IOReservationRegister: Neutral,
 		nvme.IOReservationReport: Neutral, nvme.IOReservationAcquire: Neutral, nvme.IOReservationRelease: Neutral, 0xff: Neutral,
 	} {
@@ -106,12 +108,12 @@ func TestOpenGateIsNil(t *testing.T) {
 	if n.Gate() != nil {
 		t.Fatal("a new namespace has a gate")
 	}
-	n.SetProtected(true)
+	n.protect(Protected)
 	n.SetBad(func([]Range) []Range { return []Range{{1, 2}} })
 	if g := n.Gate(); g == nil || !g.Protected || len(g.Bad) != 1 || g.Hold {
 		t.Errorf("gate %+v", g)
 	}
-	n.SetProtected(false)
+	n.protect(Unprotected)
 	n.Exclusive(func() {
 		if g := n.Gate(); g == nil || !g.Hold || len(g.Bad) != 1 {
 			t.Errorf("alone: gate %+v", g)

@@ -34,6 +34,8 @@ type Namespace struct {
 	parts Gate       // what gate is made of
 	holds int
 
+	protection Protection
+
 	attached map[uint16]bool // by CNTLID; guarded by Subsystem.mu
 }
 
@@ -93,9 +95,6 @@ func (n *Namespace) publish() {
 	}
 	n.gate.Store(&g)
 }
-
-// SetProtected says whether writes are refused.
-func (n *Namespace) SetProtected(on bool) { n.EditGate(func(g *Gate) { g.Protected = on }) }
 
 // SetBad replaces the blocks that Write Uncorrectable has marked by what f makes of them.
 func (n *Namespace) SetBad(f func(old []Range) []Range) {

@@ -8,7 +8,7 @@
 // that sees the change, and waits until each has answered from its session's goroutine that its data path and its Identify show
 // it. So those methods wait, and are called on a goroutine of their own (Go), never a session's or a worker's.
 //
-// Order of locks: Namespace.alone, Namespace.use, Subsystem.mu, Namespace.mu.
+// Order of locks: Namespace.alone, Namespace.use, Subsystem.saving, Subsystem.mu, Namespace.mu.
 package subsys
 
 import (
@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/state"
 )
 
 // MaxNSID is the highest namespace id there can be: data paths keep a table of that length.
@@ -52,6 +53,7 @@ type Member interface {
 type Config struct {
 	NQN, Serial, Model string
 	Workers            Workers
+	Store              state.Store // what has to outlive hostmed; nil: nothing does
 	Logger             hclog.Logger
 }
 
@@ -60,7 +62,10 @@ type Subsystem struct {
 	cfg  Config
 	jobs sync.WaitGroup
 
+	saving sync.Mutex // held while protections are saved; above mu
+
 	mu          sync.Mutex // guards the rest, and Namespace.attached
+	protected   protections
 	namespaces  map[uint32]*Namespace
 	controllers map[uint16]*Controller
 }
@@ -70,7 +75,9 @@ func New(c Config) *Subsystem {
 	if c.Logger == nil {
 		c.Logger = hclog.NewNullLogger()
 	}
-	return &Subsystem{cfg: c, namespaces: map[uint32]*Namespace{}, controllers: map[uint16]*Controller{}}
+	s := &Subsystem{cfg: c, namespaces: map[uint32]*Namespace{}, controllers: map[uint16]*Controller{}}
+	s.loadProtections()
+	return s
 }
 
 // NQN, Serial and Model are what Identify Controller says.
@@ -128,6 +135,9 @@ func (c *Controller) Host() Host { return *c.host.Load() }
 func (c *Controller) Connect(m Member) {
 	c.sub.mu.Lock()
 	defer c.sub.mu.Unlock()
+	if !c.sub.powered() {
+		c.sub.powerOn()
+	}
 	c.member = m
 }
 
@@ -210,6 +220,7 @@ type NamespaceConfig struct {
 func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
 	n := &Namespace{NSID: c.NSID, Shared: c.Shared, sub: s, uuid: c.UUID, attached: map[uint16]bool{}}
 	n.show(c.Backend)
+	n.restoreProtection()
 	for _, id := range c.Controllers {
 		n.attached[id] = true
 	}
