@@ -2,6 +2,7 @@ package hostmed
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -126,7 +127,22 @@ func (d *device) interruptsChanged() {
 }
 
 // checkPin looks at the pin's level, and raises it if it stands.
-func (d *device) checkPin(unmask bool) { d.data.CheckPin(d.ctl.AdminUnconsumed(), unmask) }
+func (d *device) checkPin(unmask bool) { d.data.CheckPin(d.ctl.AdminUnconsumed(), unmask, false) }
+
+// pinDelay is how long the pin waits for the driver to give completions back before it is raised for them once more: longer than an interrupt handler takes,
+// also under emulation. Only an interrupt that was lost waits for so long.
+const pinDelay = 5 * time.Millisecond
+
+// pinLater is called by any thread to have the pin raised for what is then still there.
+func (s *session) pinLater() {
+	if s.pinTimer.CompareAndSwap(false, true) {
+		time.AfterFunc(pinDelay, func() {
+			s.pinTimer.Store(false)
+			s.pin.Store(true)
+			s.wake()
+		})
+	}
+}
 
 // interruptStatus is the level, which the PCI status register shows also when INTx is disabled.
 func (d *device) interruptStatus() bool {

@@ -61,15 +61,17 @@ type session struct {
 	signal chan struct{} // capacity 1
 	kicked atomic.Bool   // queue 0's doorbell has moved
 	unmask atomic.Bool   // the client has unmasked INTx by its eventfd
-	pin    atomic.Bool   // the level of INTx may have risen
-	asleep atomic.Bool   // in D3hot; the goroutine's, which the home worker reads
-	mu     sync.Mutex    // guards the rest; nothing is called with it held
-	msg    vfiouser.Message
-	have   bool
-	faults []ioq.QueueError
-	calls  []call
-	closed bool  // calls are not taken any more
-	over   error // why the session ends; nil: it does not
+	pin    atomic.Bool   // INTx is to be raised if its level stands
+
+	pinTimer atomic.Bool // pin is about to be set
+	asleep   atomic.Bool // in D3hot; the goroutine's, which the home worker reads
+	mu       sync.Mutex  // guards the rest; nothing is called with it held
+	msg      vfiouser.Message
+	have     bool
+	faults   []ioq.QueueError
+	calls    []call
+	closed   bool  // calls are not taken any more
+	over     error // why the session ends; nil: it does not
 
 	done chan struct{}
 }
@@ -288,7 +290,7 @@ func (s *session) turn() {
 		(&device{s}).checkPin(true)
 	}
 	if s.pin.Swap(false) {
-		(&device{s}).checkPin(false)
+		s.data.CheckPin(s.ctl.AdminUnconsumed(), false, true)
 	}
 	if have {
 		s.handle(m)

@@ -31,7 +31,7 @@ type Config struct {
 	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
 
 	// OnAdmin, OnError and OnPin are called on a worker's thread and must not block: queue 0's doorbell
-	// has moved; a queue has failed; CheckPin is to be called.
+	// has moved; a queue has failed; CheckPin is to be called with force, in some milliseconds. OnPin also on the session's.
 	OnAdmin func()
 	OnError func(QueueError)
 	OnPin   func()

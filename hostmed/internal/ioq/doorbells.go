@@ -76,6 +76,9 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 		return
 	}
 	cq := index%2 == 1
+	if cq && c.pin.on.Load() {
+		c.pin.rang()
+	}
 	if qid == 0 {
 		c.admin[index].Store(value)
 		c.cfg.OnAdmin()

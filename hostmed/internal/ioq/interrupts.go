@@ -134,20 +134,48 @@ func (c *Controller) AnyVector() bool {
 // Interrupt raises a vector, or the pin in its place.
 func (c *Controller) Interrupt(vector uint16) {
 	if int(vector) < len(c.vectors) && !c.vectors[vector].fire() && c.pin.on.Load() && c.unmasked(vector) {
-		c.pin.raise()
+		c.tryPin()
 	}
 }
 
 // pin is INTx.
+//
+// QEMU (without KVM) takes any touch of the device for the end of the interrupt: it lowers its line and unmasks. That may be
+// a submission by another CPU, while the interrupt handler is about to take the completions. If the pin were raised again for
+// them, QEMU's line would go up for nothing just after the handler has rung the CQ head, and stay up until somebody
+// touches the device: a storm, which ends with Linux switching the line off. So the pin is raised a second time only after a CQ
+// head was rung, and otherwise a while later (OnPin), if none was rung until then.
 type pin struct {
 	fd     atomic.Int32 // -1: none
 	on     atomic.Bool  // the function uses it: MSI-X is off, and INTx is not disabled
 	masked atomic.Bool  // because it was raised, or by the client, until the client unmasks it
+	raised atomic.Bool  // and no CQ head was rung since
+
+	rung  atomic.Uint32 // CQ heads
+	asked atomic.Uint32 // rung, when OnPin was called
 }
 
-func (p *pin) raise() {
-	if fd := p.fd.Load(); fd >= 0 && p.masked.CompareAndSwap(false, true) {
+// raise raises the pin; false: not now, see above.
+func (p *pin) raise(force bool) bool {
+	fd := p.fd.Load()
+	if fd < 0 || p.masked.Load() {
+		return true // the client's unmasking asks again
+	}
+	if p.raised.Load() && !force {
+		return false
+	}
+	if p.masked.CompareAndSwap(false, true) {
+		p.raised.Store(true)
 		writeEventFD(int(fd))
+	}
+	return true
+}
+
+// tryPin raises the pin now or later.
+func (c *Controller) tryPin() {
+	if !c.pin.raise(c.cfg.OnPin == nil) {
+		c.pin.asked.Store(c.pin.rung.Load())
+		c.cfg.OnPin()
 	}
 }
 
@@ -159,7 +187,7 @@ func (c *Controller) unmasked(vector uint16) bool {
 // raisePin raises the pin for g, whose vector has no eventfd, if that is what the function uses.
 func (w *Worker) raisePin(g *group) {
 	if c := g.ctl; c.pin.on.Load() && c.unmasked(g.index) && w.unconsumed(g) {
-		c.pin.raise()
+		c.tryPin()
 	}
 }
 
@@ -186,13 +214,20 @@ func (w *Worker) unconsumed(g *group) bool {
 func (c *Controller) SetPin(fd int) {
 	old := c.pin.fd.Swap(int32(fd))
 	c.pin.masked.Store(false)
+	c.pin.raised.Store(false)
 	if old >= 0 {
 		c.retire(int(old))
 	}
 }
 
+// rang takes note of a CQ head doorbell.
+func (p *pin) rang() {
+	p.rung.Add(1)
+	p.raised.Store(false)
+}
+
 // RaisePin raises the pin for no reason but the client's: a test of the wiring.
-func (c *Controller) RaisePin() { c.pin.raise() }
+func (c *Controller) RaisePin() { c.pin.raise(true) }
 
 // MaskPin masks the pin. CheckPin(true) unmasks it.
 func (c *Controller) MaskPin() { c.pin.masked.Store(true) }
@@ -207,14 +242,19 @@ func (c *Controller) UsePin(on bool) {
 }
 
 // CheckPin raises the pin if its level stands; admin says whether queue 0 asserts it. It is called when anything
-// else than a completion may have let it rise.
-func (c *Controller) CheckPin(admin, unmask bool) {
+// else than a completion may have let it rise, and, with force, a while after OnPin.
+func (c *Controller) CheckPin(admin, unmask, force bool) {
 	if unmask {
 		// Before the queues are looked at: a completion that is posted after that finds it unmasked.
 		c.pin.masked.Swap(false)
 	}
-	if c.pin.on.Load() && c.PinLevel(admin) {
-		c.pin.raise()
+	if !c.pin.on.Load() || !c.PinLevel(admin) {
+		return
+	}
+	if force && c.pin.asked.Load() == c.pin.rung.Load() {
+		c.pin.raise(true)
+	} else {
+		c.tryPin()
 	}
 }
 

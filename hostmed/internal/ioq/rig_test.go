@@ -38,6 +38,7 @@ type rig struct {
 	admin   atomic.Uint32
 	next    uint64 // free guest memory
 	scatter bool
+	later   chan struct{} // OnPin was called
 }
 
 type rigConfig struct {

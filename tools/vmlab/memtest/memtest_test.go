@@ -1,0 +1,72 @@
+// Package memtest has the tests of guest memory, interrupts and PCI that need a real guest: queues behind a vIOMMU, memory that comes while
+// I/O goes on, firmware that uses the controller before and while it locks its memory, and interrupts by the pin.
+package memtest
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var modes = []hostmed.DoorbellMode{hostmed.Shadow, hostmed.Trap, hostmed.Mmap}
+
+// disks are one controller in each doorbell mode.
+func disks(t *testing.T) (devices []vmlab.Device) {
+	for _, m := range modes {
+		devices = append(devices, vmlab.Controller(t, m, "mem:size=64MiB"))
+	}
+	return devices
+}
+
+// verify writes and reads back on all of a guest's disks at once, with a job on each of its CPUs.
+func verify(t *testing.T, vm *vmlab.VM, size string) {
+	t.Helper()
+	jobs := "fio --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k --iodepth=32 --verify=crc32c --verify_fatal=1 --size=" + size
+	for i := range modes {
+		for job := range 2 {
+			jobs += fmt.Sprintf(" --name=d%dj%d --filename=%s --offset=%dm", i, job, vm.Disk(t, i).Namespace(1), job*32)
+		}
+	}
+	vm.Run(t, jobs)
+}
+
+// TestVIOMMU: behind an IOMMU each page of a queue is a mapping of its own, and each I/O maps and unmaps.
+func TestVIOMMU(t *testing.T) {
+	vm := vmlab.Open(t).Boot(t, vmlab.Config{VIOMMU: true, Devices: disks(t)})
+	for i := range modes {
+		d := vm.Disk(t, i)
+		if got := vm.Run(t, "cat /sys/class/nvme/"+d.Name+"/queue_count"); got != "3" {
+			t.Errorf("%v: %s queues, want the admin queue and one for each CPU", modes[i], got)
+		}
+		if got := vm.Run(t, "cat /sys/class/nvme/"+d.Name+"/sqsize"); got != "1023" {
+			t.Errorf("%v: sqsize %s", modes[i], got)
+		}
+		t.Log(vm.Run(t, "cat /sys/bus/pci/devices/"+d.PCI+"/iommu_group/type"))
+	}
+	verify(t, vm, "4M")
+	vm.CheckDmesg(t)
+	if err := vm.Poweroff(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestINTx: a guest without MSI-X, several queues of several controllers on a line each.
+func TestINTx(t *testing.T) {
+	vm := vmlab.Open(t).Boot(t, vmlab.Config{Append: "pci=nomsi", Devices: disks(t)})
+	verify(t, vm, "4M")
+	interrupts := vm.Run(t, "grep nvme /proc/interrupts")
+	if strings.Contains(interrupts, "MSI") || strings.Count(interrupts, "fasteoi") == 0 {
+		t.Errorf("the guest does not use INTx:\n%s", interrupts)
+	}
+	vm.CheckDmesg(t)
+	if err := vm.Poweroff(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
