@@ -42,10 +42,15 @@ func (c *Controller) ioOpcodes() []uint8 {
 	}
 }
 
-func (c *Controller) commandEffects() *nvme.CommandEffects {
+// commandEffects is log 05h of one command set. nvme-cli asks for the zoned one too, whatever Identify says of it, and shows nothing at
+// all if that fails.
+func (c *Controller) commandEffects(csi nvme.CSI) *nvme.CommandEffects {
 	l := new(nvme.CommandEffects)
 	for _, op := range c.adminOpcodes() {
 		l.Admin[op] = nvme.EffectSupported | adminEffects[op]
+	}
+	if csi != nvme.CSINVM {
+		return l
 	}
 	for _, op := range c.ioOpcodes() {
 		l.IO[op] = nvme.EffectSupported | ioEffects[op]

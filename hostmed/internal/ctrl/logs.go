@@ -22,8 +22,6 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 		return fail(nvme.StatusInvalidField, dword(12, 0), "offset is not a multiple of 4")
 	case cmd.LID() == nvme.LogSMART && cmd.NSID != 0 && cmd.NSID != nvme.NSIDAll:
 		return fail(nvme.StatusInvalidField, inNSID, "SMART is of the controller")
-	case cmd.LID() == nvme.LogCommandEffects && cmd.LogCSI() != nvme.CSINVM:
-		return fail(nvme.StatusInvalidField, dword(14, 24), "only the NVM command set is there")
 	}
 	c.takeIOErrors()
 	page := c.logPage(cmd)
@@ -76,7 +74,7 @@ func (c *Controller) logPage(cmd *nvme.Command) []byte {
 	case nvme.LogChangedNamespaces:
 		return c.changedNamespaces().Bytes()[:]
 	case nvme.LogCommandEffects:
-		return c.commandEffects().Bytes()[:]
+		return c.commandEffects(cmd.LogCSI()).Bytes()[:]
 	case nvme.LogTelemetryHost, nvme.LogTelemetryCtrl:
 		return c.telemetryPage(cmd)
 	case nvme.LogFeatureEffects:
