@@ -17,6 +17,7 @@ const quiet = `<6>[    1.123456] Kernel command line: console=ttyS0 quiet panic=
 <6>[    9.150000] nvme nvme0: rescanning namespaces.
 <6>[    9.200000] EXT4-fs (nvme0n1): mounted filesystem 5d4ebc53-6f1d-4f0f-9ba1-8f3b4a8c8a70 r/w with ordered data mode. Quota mode: none.
 <4>[    0.100000] ACPI: [Firmware Bug]: BIOS _OSI(Linux) query ignored
+<6>[    0.150000] 	RCU CPU stall warnings timeout set to 300 (rcu_cpu_stall_timeout).
 <4>[    0.200000] process: Switch to broadcast mode on CPU1
 `
 
@@ -58,6 +59,7 @@ const unhappyLines = `<4>[   12.000001] nvme nvme0: resetting controller
 <4>[   12.000036] nvme nvme0: something that no list has
 <3>[   12.000037] INFO: task fio:123 blocked for more than 120 seconds.
 <4>[   12.000038] WARNING: CPU: 0 PID: 1 at drivers/nvme/host/core.c:123 nvme_do+0x1/0x2
+<3>[   12.000042] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:
 <4>[   12.000039] Call Trace:
 <3>[   12.000040] irq 24: nobody cared (try booting with the "irqpoll" option)
 <6>[   12.000041] vfio-pci 0000:00:02.0: Invalid PCI ROM header signature: expecting 0xaa55, got 0x0000

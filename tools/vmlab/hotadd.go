@@ -13,10 +13,38 @@ type Disk struct {
 	Name string // of the controller, such as nvme1
 	PCI  string // its address, such as 0000:02:00.0
 	Port string // of one that was plugged in: QEMU's name of the root port, and with -dev behind it of the device
+
+	blocks map[int]string // by NSID, of when the driver had taken it
 }
 
-// Namespace is the block device of namespace nsid, such as /dev/nvme1n1.
-func (d Disk) Namespace(nsid int) string { return fmt.Sprintf("/dev/%sn%d", d.Name, nsid) }
+// Namespace is the block device of namespace nsid, such as /dev/nvme1n1. The driver numbers them as they come, not by NSID.
+func (d Disk) Namespace(nsid int) string {
+	if b := d.blocks[nsid]; b != "" {
+		return b
+	}
+	return fmt.Sprintf("/dev/%sn%d", d.Name, nsid)
+}
+
+// NamespaceOf waits until the guest has a block device of namespace nsid, which need not have been there when d was taken.
+func (vm *VM) NamespaceOf(ctx context.Context, d Disk, nsid int) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	r, err := vm.Exec(ctx, fmt.Sprintf(blocksScript+"until blocks /sys/class/nvme/%s | grep '^%d '; do sleep 0.05; done", d.Name, nsid))
+	if err != nil {
+		return "", fmt.Errorf("waiting for namespace %d of %s: %w", nsid, d.Name, err)
+	}
+	_, block, _ := strings.Cut(strings.TrimSpace(r.Stdout), " ")
+	return block, nil
+}
+
+// blocksScript prints NSID and device of the namespaces of a controller whose devices are there.
+const blocksScript = `blocks() {
+	for ns in $1/nvme*n*; do
+		dev=/dev/$(echo ${ns##*/} | sed 's/c[0-9]*n/n/')
+		[ -e $ns/nsid ] && [ -e $dev ] && echo $(cat $ns/nsid) $dev
+	done
+}
+`
 
 // HotAdd plugs a device into the next free root port (Config.Ports), and waits until the guest's nvme driver has it and has
 // scanned its namespaces.
@@ -72,18 +100,29 @@ func (vm *VM) taken(ctx context.Context, disk *Disk, bus string, pci ...string) 
 	if len(pci) > 0 {
 		at = pci[0]
 	}
-	r, err := vm.Exec(ctx, fmt.Sprintf(`cd %s
+	r, err := vm.Exec(ctx, fmt.Sprintf(blocksScript+`cd %s
 until set -- %s/nvme/nvme*; [ -e "$1/state" ] && [ "$(cat $1/state)" = live ]; do sleep 0.05; done
-for ns in $1/nvme*n*; do [ ! -e "$ns" ] || until [ -e /dev/$(echo ${ns##*/} | sed 's/c[0-9]*n/n/') ]; do sleep 0.02; done; done
-echo $1`, bus, at))
+want=$(nvme list-ns /dev/${1##*/} | grep -c :0x)
+until [ $(blocks $1 | wc -l) -ge $want ]; do sleep 0.02; done
+echo $1
+blocks $1`, bus, at))
 	if err != nil {
 		return err
 	}
-	address, name, ok := strings.Cut(strings.TrimSpace(r.Stdout), "/nvme/")
+	first, rest, _ := strings.Cut(strings.TrimSpace(r.Stdout), "\n")
+	address, name, ok := strings.Cut(first, "/nvme/")
 	if !ok {
 		return fmt.Errorf("it is %q", r.Stdout)
 	}
-	disk.PCI, disk.Name = address, name
+	disk.PCI, disk.Name, disk.blocks = address, name, map[int]string{}
+	for line := range strings.Lines(rest) {
+		var nsid int
+		var dev string
+		if _, err := fmt.Sscan(line, &nsid, &dev); err != nil {
+			return fmt.Errorf("%q is no namespace: %w", line, err)
+		}
+		disk.blocks[nsid] = dev
+	}
 	return nil
 }
 

@@ -111,7 +111,7 @@ var (
 	unhappy = regexp.MustCompile(`(?i)quirk|time(d )?out|abort|reset|fail|error|invalid|unexpected|warn|ignor|missing|mismatch|duplicate|globally|bogus|broken|corrupt` +
 		`|unable|disabl|not ready|can't|cannot|could not|don't match|not supported|removing|down\b|stuck|bug\b`)
 	// broken is what is wrong whatever it is about.
-	broken = regexp.MustCompile(`(?i)I/O error|blk_update_request|medium error|could not locate request|EXT4-fs (error|warning)|JBD2: .*(error|abort)|hung task|blocked for more than|soft lockup|rcu.*stall|irq \d+: nobody cared|\bspurious` +
+	broken = regexp.MustCompile(`(?i)I/O error|blk_update_request|medium error|could not locate request|EXT4-fs (error|warning)|JBD2: .*(error|abort)|hung task|blocked for more than|soft lockup|rcu.*detected stall|irq \d+: nobody cared|\bspurious` +
 		`|(?-i:WARNING:|BUG:|\bOops\b|Call Trace)`)
 )
 
@@ -176,25 +176,41 @@ func (vm *VM) Plug(t testing.TB, d Device) Disk {
 	return disk
 }
 
-// Hostmed runs controllers in this process until the end of the test and returns their sockets; those that name none get one. What hostmed
-// logged is shown if the test failed.
+// Hostmed is Serve for a configuration that says no subsystems, and returns the sockets of its controllers.
+func Hostmed(t testing.TB, c hostmed.Config) []string {
+	t.Helper()
+	Serve(t, &c)
+	var sockets []string
+	for _, cc := range c.Controllers {
+		sockets = append(sockets, cc.Socket)
+	}
+	return sockets
+}
+
+// Serve runs what c says in this process until the end of the test, and returns it. Controllers without a socket get one, which is put into
+// c. What hostmed logged is shown if the test failed.
 //
 // QEMU may abort when a server goes under a running guest, so start it before the machine: what is started first ends last.
-func Hostmed(t testing.TB, c hostmed.Config) []string {
+func Serve(t testing.TB, c *hostmed.Config) *hostmed.Mediator {
 	t.Helper()
 	log := &lockedBuffer{}
 	if c.Logger == nil {
 		c.Logger = hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.Debug, Output: log})
 	}
-	dir := shortDir(t)
-	var sockets []string
-	for i := range c.Controllers {
-		if c.Controllers[i].Socket == "" {
-			c.Controllers[i].Socket = filepath.Join(dir, fmt.Sprintf("%d.sock", i))
+	dir, n := shortDir(t), 0
+	place := func(list []hostmed.ControllerConfig) {
+		for i := range list {
+			if list[i].Socket == "" {
+				list[i].Socket = filepath.Join(dir, fmt.Sprintf("%d.sock", n))
+				n++
+			}
 		}
-		sockets = append(sockets, c.Controllers[i].Socket)
 	}
-	m, err := hostmed.New(c)
+	place(c.Controllers)
+	for _, s := range c.Subsystems {
+		place(s.Controllers)
+	}
+	m, err := hostmed.New(*c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +226,7 @@ func Hostmed(t testing.TB, c hostmed.Config) []string {
 			t.Logf("end of hostmed's log:\n%s", lastLines(log.String(), tailLines))
 		}
 	})
-	return sockets
+	return m
 }
 
 // Controller is Hostmed with one controller, and returns it as a device.
