@@ -1,0 +1,17 @@
+package nvmecli
+
+import (
+	"testing"
+
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+)
+
+// TestNVMeCLI: everything that nvme-cli prints of our controllers is what they are, and what it asks them to do is done.
+func TestNVMeCLI(t *testing.T) {
+	runThemes(t,
+		// Otherwise the kernel keeps nvme-cli from the registers of a device that has a driver.
+		vmlab.Config{Append: "iomem=relaxed"},
+		theme{name: "identify", run: identify, sub: named("identify", 1, namespace(fileSpec(t, "identify", "size=64MiB")), namespace("mem:size=32MiB,lba=4096"))},
+		theme{name: "logs", run: logs, sub: named("logs", 1, namespace("mem:size=64MiB"))},
+	)
+}
