@@ -38,7 +38,8 @@ var ioEffects = map[uint8]uint32{
 // ioOpcodes are those that the data path knows.
 func (c *Controller) ioOpcodes() []uint8 {
 	return []uint8{
-		nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOVerify, nvme.IOWrite, nvme.IOWriteZeroes, nvme.IODSM, nvme.IOCopy,
+		nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOVerify, nvme.IOWrite, nvme.IOWriteUncorrectable,
+		nvme.IOWriteZeroes, nvme.IODSM, nvme.IOCopy,
 	}
 }
 

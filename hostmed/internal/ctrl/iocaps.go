@@ -25,7 +25,8 @@ func CopyLimits(info *backend.Info) (perRange uint16, all uint32) {
 }
 
 // ioCommands are the bits of ONCS.
-const ioCommands = nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSVerify | nvme.ONCSCopy
+const ioCommands = nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSVerify |
+	nvme.ONCSCopy | nvme.ONCSWriteUncorrectable
 
 // identifyIO adds to Identify Controller what is said of I/O commands.
 func identifyIO(id *nvme.IdentifyController) {

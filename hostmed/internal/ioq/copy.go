@@ -55,41 +55,44 @@ func (w *Worker) copy(r *request) nvme.Status {
 	}
 	r.to = r.Off
 	r.step = copying
-	w.nextSource(r)
+	if st := r.nextSource(); st != waits {
+		return st
+	}
 	return nvme.StatusSuccess
 }
 
-// nextSource begins with the next source range, if there is one.
-func (w *Worker) nextSource(r *request) bool {
+// nextSource begins with the next source range and returns waits, or ends.
+func (r *request) nextSource() nvme.Status {
 	d := r.list
 	if d.next == d.n {
-		return false
+		return nvme.StatusSuccess
 	}
 	x := &d.list[d.next]
 	d.next++
+	if gate := r.ns.of.Gate(); gate != nil && gate.Marked(x.SLBA, uint64(x.Length)) {
+		return nvme.StatusUnrecoveredRead
+	}
 	shift := r.ns.info.LBAShift
 	r.from, r.pos, r.end = x.SLBA<<shift, 0, uint64(x.Length)<<shift
 	r.readPiece()
-	return true
+	return waits
 }
 
 // copied goes on after a piece was read or written.
-func (w *Worker) copied(r *request) nvme.Status {
+func (r *request) copied() nvme.Status {
 	if r.Op == backend.OpRead {
 		r.Op, r.FUA = backend.OpWrite, r.cmd.FUA()
 		r.Off = r.to + (r.Off - r.from)
 		return waits
 	}
+	r.unmark()
 	r.pos += r.Len
 	if r.pos < r.end {
 		r.readPiece()
 		return waits
 	}
 	r.to += r.end
-	if w.nextSource(r) {
-		return waits
-	}
-	return nvme.StatusSuccess
+	return r.nextSource()
 }
 
 // readPiece makes r read the next piece of the present range.

@@ -72,7 +72,8 @@ func (w *Worker) start(r *request) {
 		w.complete(r, nvme.StatusInvalidNamespace.WithDNR())
 		return
 	}
-	if gate := r.ns.of.Gate(); gate != nil && !w.passes(r, gate) {
+	gate := r.ns.of.Gate()
+	if gate != nil && !w.passes(r, gate) {
 		return
 	}
 	r.FUA, r.Dealloc, r.Vec = false, false, nil
@@ -98,6 +99,9 @@ func (w *Worker) start(r *request) {
 	}
 	if st == nvme.StatusSuccess && r.Op != backend.OpRead && r.Op != backend.OpFlush && r.ns.info.ReadOnly {
 		st = nvme.StatusNamespaceWriteProtected.WithDNR()
+	}
+	if gate != nil && len(gate.Bad) > 0 && st == nvme.StatusSuccess {
+		st = r.meets(gate)
 	}
 	if st != nvme.StatusSuccess || r.step == noStep {
 		w.complete(r, st)

@@ -29,6 +29,7 @@ const (
 	verifying
 	deallocating
 	copying
+	marked // blocks that are written are not marked any more
 )
 
 // waits, in place of a status, says that the request is not to be completed yet. No status has this value.
@@ -52,6 +53,8 @@ func (w *Worker) startSteps(r *request) nvme.Status {
 		return w.dsm(r)
 	case nvme.IOCopy:
 		return w.copy(r)
+	case nvme.IOWriteUncorrectable:
+		return r.mark()
 	}
 	return nvme.StatusInvalidOpcode.WithDNR()
 }
@@ -67,11 +70,14 @@ func (w *Worker) next(r *request) nvme.Status {
 	case verifying:
 		return r.piece(r.Len)
 	case deallocating:
+		r.unmark()
 		if r.nextRange() {
 			return waits
 		}
+	case marked:
+		r.unmark()
 	case copying:
-		return w.copied(r)
+		return r.copied()
 	}
 	return nvme.StatusSuccess
 }
