@@ -202,6 +202,8 @@ func TestPinIsALevel(t *testing.T) {
 			t.Error("raised while the function does not use it")
 		}
 		r.ctl.UsePin(true)
+		r.ctl.CheckPin(true, false, false)
+		<-r.later
 		r.ctl.CheckPin(true, false, true)
 		if taken(mine) != 1 {
 			t.Error("the admin queue does not raise it")
