@@ -2,7 +2,6 @@ package hostmed
 
 import (
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -44,6 +43,13 @@ type SubsystemConfig struct {
 	NQN, Serial, Model string
 	Controllers        []ControllerConfig
 	Namespaces         []NamespaceConfig
+	Pool               PoolConfig
+}
+
+// PoolConfig is where namespaces are made that guests ask for. Each is a sparse file in Dir, and what they are is kept there too.
+type PoolConfig struct {
+	Dir      string // empty: guests create none
+	Capacity uint64 // bytes of all of them
 }
 
 // ControllerConfig is one virtual controller behind one socket.
@@ -55,6 +61,9 @@ type ControllerConfig struct {
 	Queues    uint16 // I/O queue pairs, 1 to 64; 0: 64
 	Depth     uint32 // entries of a queue, 2 to 65536; 0: 4096
 	MDTS      uint64 // longest transfer in bytes, a power of two from 8 KiB to 1 MiB; 0: 1 MiB
+	// Management lets the guest attach, detach, create and delete namespaces of the subsystem. It creates them in the subsystem's
+	// Pool, and deletes only what was created there.
+	Management bool
 
 	// Namespaces, in Config.Controllers only, are SPECs (see backend.Open); NSID 1 is the first. Controllers that name the same
 	// SPEC share the namespace, and with it the subsystem.
@@ -184,6 +193,12 @@ func (s *SubsystemConfig) complete(path string) error {
 	case len(s.Model) > 40 || !printable(s.Model):
 		return wrongField(path+".model", "model: %q: at most 40 printable ASCII characters", s.Model)
 	}
+	if (s.Pool.Dir == "") != (s.Pool.Capacity == 0) {
+		return wrongField(path+".pool", "a pool has a directory and a capacity, as in pool = { dir = \"/srv/pool\", capacity = \"1TiB\" }")
+	}
+	if s.Pool.Dir != "" && !slices.ContainsFunc(s.Controllers, func(c ControllerConfig) bool { return c.Management }) {
+		return wrongField(path+".pool", "no guest may create namespaces in the pool: give a controller management = true")
+	}
 	for i := range s.Controllers {
 		c, path := &s.Controllers[i], fmt.Sprintf("%s.controller[%d]", path, i)
 		if err := c.complete(i, path); err != nil {
@@ -259,7 +274,7 @@ func (s *SubsystemConfig) completeNamespace(i int, path string) error {
 	}
 	if n.UUID != "" {
 		var ok bool
-		if n.uuid, ok = parseUUID(n.UUID); !ok {
+		if n.uuid, ok = nvme.ParseUUID(n.UUID); !ok {
 			return wrongField(path+".uuid", "namespace %d: uuid %q: it is 8-4-4-4-12 hexadecimal digits and not zero (uuidgen makes one)", n.NSID, n.UUID)
 		}
 	}
@@ -280,13 +295,6 @@ func (s *SubsystemConfig) completeNamespace(i int, path string) error {
 	}
 	n.Shared = n.Shared || len(n.Controllers) > 1
 	return nil
-}
-
-// parseUUID reads what nvme.FormatUUID prints.
-func parseUUID(s string) (u [16]byte, ok bool) {
-	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
-	copy(u[:], b)
-	return u, err == nil && len(b) == len(u) && strings.EqualFold(nvme.FormatUUID(u), s) && u != [16]byte{}
 }
 
 // checkUnique finds what only one subsystem may have: socket and NQN.

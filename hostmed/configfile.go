@@ -28,8 +28,14 @@ type subsystemInFile struct {
 	NQN        string             `toml:"nqn"`
 	Serial     string             `toml:"serial"`
 	Model      string             `toml:"model"`
+	Pool       poolInFile         `toml:"pool"`
 	Controller []controllerInFile `toml:"controller"`
 	Namespace  []namespaceInFile  `toml:"namespace"`
+}
+
+type poolInFile struct {
+	Dir      string `toml:"dir"`
+	Capacity size   `toml:"capacity"`
 }
 
 type controllerInFile struct {
@@ -40,6 +46,7 @@ type controllerInFile struct {
 	Queues    *uint16 `toml:"queues"`
 	Depth     *uint32 `toml:"depth"`
 	MDTS      size    `toml:"mdts"`
+	Manage    bool    `toml:"management"`
 }
 
 type namespaceInFile struct {
@@ -115,21 +122,43 @@ func nearest(key []string) (hint string, known []string) {
 	t := reflect.TypeFor[configFile]()
 	for _, part := range key[:len(key)-1] {
 		for i := range t.NumField() {
-			if f := t.Field(i); f.Tag.Get("toml") == part && f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct {
-				t = f.Type.Elem()
+			if f := t.Field(i); f.Tag.Get("toml") == part && tableOf(f.Type) != nil {
+				t = tableOf(f.Type)
 				break
 			}
 		}
 	}
 	best := 3 // more edits than that are another word
+	look := func(t reflect.Type, note bool) {
+		for i := range t.NumField() {
+			k := t.Field(i).Tag.Get("toml")
+			if note {
+				known = append(known, k)
+			}
+			if d := edits(key[len(key)-1], k); d < best && d < len(k) {
+				best, hint = d, k
+			}
+		}
+	}
+	look(t, true)
+	// The decoder does not say which inline table a key is in.
 	for i := range t.NumField() {
-		k := t.Field(i).Tag.Get("toml")
-		known = append(known, k)
-		if d := edits(key[len(key)-1], k); d < best && d < len(k) {
-			best, hint = d, k
+		if inner := tableOf(t.Field(i).Type); inner != nil && t.Field(i).Type.Kind() == reflect.Struct {
+			look(inner, false)
 		}
 	}
 	return hint, known
+}
+
+// tableOf returns the struct that a field of type t holds, or a list of; nil: the field is a value.
+func tableOf(t reflect.Type) reflect.Type {
+	if t.Kind() == reflect.Slice {
+		t = t.Elem()
+	}
+	if t.Kind() == reflect.Struct && t != reflect.TypeFor[size]() {
+		return t
+	}
+	return nil
 }
 
 // edits is how many letters have to be inserted, deleted or changed to make b of a.
@@ -249,6 +278,13 @@ func (f *configFile) config() (Config, error) {
 	for i, s := range f.Subsystem {
 		sub := SubsystemConfig{NQN: s.NQN, Serial: s.Serial, Model: s.Model}
 		path := fmt.Sprintf("subsystem[%d]", i)
+		if t := s.Pool.Capacity.text; t != "" || s.Pool.Dir != "" {
+			var err error
+			if sub.Pool.Capacity, err = backend.ParseSize(t); err != nil || sub.Pool.Capacity == 0 {
+				return c, wrongField(path+".pool.capacity", "pool: capacity %q is not a size: say how much guests may create in all, as in 1TiB", t)
+			}
+			sub.Pool.Dir = s.Pool.Dir
+		}
 		for j, x := range s.Controller {
 			cc, err := x.config(fmt.Sprintf("%s.controller[%d]", path, j))
 			if err != nil {
@@ -269,7 +305,7 @@ func (f *configFile) config() (Config, error) {
 }
 
 func (x *controllerInFile) config(path string) (ControllerConfig, error) {
-	c := ControllerConfig{Socket: x.Socket, DSTRD: x.DSTRD}
+	c := ControllerConfig{Socket: x.Socket, DSTRD: x.DSTRD, Management: x.Manage}
 	if x.Socket == "" {
 		return c, wrongField(path+".socket", "the controller has no socket: give it a path, as in socket = \"/run/vm1.sock\"")
 	}

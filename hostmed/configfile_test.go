@@ -39,9 +39,9 @@ func TestExampleFile(t *testing.T) {
 	keys = func(f reflect.Type) {
 		for i := range f.NumField() {
 			key := f.Field(i).Tag.Get("toml")
-			if elem := f.Field(i).Type; elem.Kind() == reflect.Slice && elem.Elem().Kind() == reflect.Struct {
-				keys(elem.Elem())
-			} else if !regexp.MustCompile(`(?m)^(# )?` + key + ` = `).Match(doc) {
+			if table := tableOf(f.Field(i).Type); table != nil {
+				keys(table)
+			} else if !regexp.MustCompile(`(?m)(^|[{,] |^# )` + key + ` = `).Match(doc) {
 				t.Errorf("%s does not show %s", path, key)
 			}
 		}
@@ -102,6 +102,10 @@ spec = "mem:size=1MiB"
 		"nqn":                  {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\nnqn = \"disk\"\n", 1), []string{"f:3:1: nqn", "nqn."}},
 		"serial":               {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\nserial = \"123456789012345678901\"\n", 1), []string{"f:3:1: serial", "20"}},
 		"model":                {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\nmodel = \"größer\"\n", 1), []string{"f:3:1: model", "ASCII"}},
+		"pool without size":    {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\npool = { dir = \"/p\" }\n", 1), []string{"f:3:1: pool", "1TiB"}},
+		"pool without dir":     {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\npool = { capacity = \"1GiB\" }\n", 1), []string{"f:3:1: ", "dir ="}},
+		"pool for nobody":      {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\npool = { dir = \"/p\", capacity = \"1GiB\" }\n", 1), []string{"f:3:1: ", "management = true"}},
+		"unknown in pool":      {strings.Replace(rest, "[[subsystem]]\n", "[[subsystem]]\npool = { dirr = \"/p\" }\n", 1), []string{"f:3:", "did you mean dir?"}},
 		"socket twice":         {second + "[[subsystem.controller]]\nsocket = \"/t\"\n[[subsystem.controller]]\nsocket = \"/s\"\n", []string{"f:12:1: socket /s", "two controllers"}},
 		"nqn twice":            {second + "nqn = \"" + nqnOf("/s") + "\"\n[[subsystem.controller]]\nsocket = \"/t\"\n", []string{"f:9:1: NQN", "two subsystems"}},
 		"id twice":             {strings.Replace(rest, "[[subsystem.name", "[[subsystem.controller]]\nsocket = \"/t\"\nid = 1\n[[subsystem.name", 1), []string{"f:7:1: controller /t", "id 1"}},

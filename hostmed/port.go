@@ -59,6 +59,7 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 		p.inode = st.Ino
 	}
 	p.self = s.AddController(c.ID)
+	p.self.Manages = c.Management
 	return p, nil
 }
 

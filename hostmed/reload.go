@@ -43,7 +43,7 @@ func (m *Mediator) Reload(c Config) error {
 			return false
 		}
 		m.log.Info("subsystem removed", "nqn", s.NQN())
-		errs = append(errs, s.closePorts(), s.removeNamespaces(func(*subsys.Namespace) bool { return true }))
+		errs = append(errs, s.end())
 		return true
 	})
 	for _, s := range m.subsystems {
@@ -70,7 +70,16 @@ func (m *Mediator) openOrUndo(c SubsystemConfig) error {
 	last := len(m.subsystems) - 1
 	s := m.subsystems[last]
 	m.subsystems = m.subsystems[:last]
-	return errors.Join(err, s.closePorts(), s.removeNamespaces(func(*subsys.Namespace) bool { return true }))
+	return errors.Join(err, s.end())
+}
+
+// end takes a whole subsystem away.
+func (s *subsystem) end() error {
+	err := errors.Join(s.closePorts(), s.removeNamespaces(func(*subsys.Namespace) bool { return true }))
+	if s.pool != nil {
+		err = errors.Join(err, s.pool.Close())
+	}
+	return err
 }
 
 func findSubsystem(list []SubsystemConfig, nqn string) *SubsystemConfig {
@@ -117,13 +126,16 @@ func (m *Mediator) refuse(c Config, list []SubsystemConfig) error {
 		if sc == nil {
 			continue
 		}
+		if sc.Pool != s.cfg.Pool {
+			no("pool of subsystem %s", s.NQN())
+		}
 		if sc.Serial != s.cfg.Serial || sc.Model != s.cfg.Model {
 			no("serial and model of subsystem %s", s.NQN())
 		}
 		for _, old := range s.cfg.Controllers {
 			// Namespaces is the one field that cannot be compared, and is empty here.
 			if now := sc.controller(old.Socket); now != nil && !sameController(*now, old) {
-				no("id, doorbells, dstrd, queues, depth and mdts of controller %s", old.Socket)
+				no("id, doorbells, dstrd, queues, depth, mdts and management of controller %s", old.Socket)
 			}
 			for _, other := range sc.Controllers {
 				if other.ID == old.ID && other.Socket != old.Socket && sc.controller(old.Socket) != nil {
@@ -153,7 +165,7 @@ func (m *Mediator) refuse(c Config, list []SubsystemConfig) error {
 }
 
 func sameController(a, b ControllerConfig) bool {
-	return a.ID == b.ID && a.Doorbells == b.Doorbells && a.DSTRD == b.DSTRD && a.Queues == b.Queues && a.Depth == b.Depth && a.MDTS == b.MDTS
+	return a.ID == b.ID && a.Doorbells == b.Doorbells && a.DSTRD == b.DSTRD && a.Queues == b.Queues && a.Depth == b.Depth && a.MDTS == b.MDTS && a.Management == b.Management
 }
 
 // shrink takes away what c has no more.
@@ -168,9 +180,11 @@ func (s *subsystem) shrink(c *SubsystemConfig) error {
 		s.RemoveController(p.self)
 		return true
 	})
-	errs = append(errs, s.removeNamespaces(func(n *subsys.Namespace) bool {
-		return s.cfg.namespace(n.NSID) != nil && c.namespace(n.NSID) == nil
-	}))
+	s.Managing(func() {
+		errs = append(errs, s.removeNamespaces(func(n *subsys.Namespace) bool {
+			return s.cfg.namespace(n.NSID) != nil && c.namespace(n.NSID) == nil
+		}))
+	})
 	s.cfg.Controllers = slices.DeleteFunc(slices.Clone(s.cfg.Controllers), func(x ControllerConfig) bool { return c.controller(x.Socket) == nil })
 	s.cfg.Namespaces = slices.DeleteFunc(slices.Clone(s.cfg.Namespaces), func(x NamespaceConfig) bool { return c.namespace(x.NSID) == nil })
 	return errors.Join(errs...)
@@ -196,36 +210,41 @@ func (s *subsystem) grow(c *SubsystemConfig) error {
 		if s.cfg.controller(cc.Socket) != nil {
 			continue
 		}
-		if err := s.openPort(cc); err != nil {
+		p, err := s.listen(cc)
+		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
+		s.ports = append(s.ports, p)
+		s.m.accept(p)
 		s.cfg.Controllers = append(s.cfg.Controllers, cc)
 	}
-	for _, nc := range c.Namespaces {
-		old := s.cfg.namespace(nc.NSID)
-		if old == nil {
-			if err := s.openNamespace(nc); err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			s.m.log.Info("namespace added", "nqn", s.NQN(), "nsid", nc.NSID, "spec", nc.Spec)
-			s.Announce(s.Namespace(nc.NSID))
-			s.cfg.Namespaces = append(s.cfg.Namespaces, nc)
-			continue
+	s.Managing(func() {
+		for _, nc := range c.Namespaces {
+			errs = append(errs, s.growNamespace(nc))
 		}
-		n := s.Namespace(nc.NSID)
-		if n == nil {
-			continue // a guest has deleted it
-		}
-		if !slices.Equal(old.Controllers, nc.Controllers) {
-			s.SetAttached(n, nc.Controllers)
-			s.m.log.Info("namespace attached", "nqn", s.NQN(), "nsid", n.NSID, "controllers", nc.Controllers)
-			old.Controllers = nc.Controllers
-		}
-		errs = append(errs, s.resize(n, nc.Spec))
-	}
+	})
 	return errors.Join(errs...)
+}
+
+func (s *subsystem) growNamespace(c NamespaceConfig) error {
+	old := s.cfg.namespace(c.NSID)
+	if old == nil {
+		if err := s.openNamespace(c); err != nil {
+			return err
+		}
+		s.m.log.Info("namespace added", "nqn", s.NQN(), "nsid", c.NSID, "spec", c.Spec)
+		s.Announce(s.Namespace(c.NSID))
+		s.cfg.Namespaces = append(s.cfg.Namespaces, c)
+		return nil
+	}
+	n := s.Namespace(c.NSID)
+	if !slices.Equal(old.Controllers, c.Controllers) {
+		s.SetAttached(n, c.Controllers)
+		s.m.log.Info("namespace attached", "nqn", s.NQN(), "nsid", n.NSID, "controllers", c.Controllers)
+		old.Controllers = c.Controllers
+	}
+	return s.resize(n, c.Spec)
 }
 
 // resize takes up the size that n's medium has now.

@@ -16,6 +16,7 @@ type subsystem struct {
 	m     *Mediator
 	cfg   SubsystemConfig // complete; as it was opened, or last reloaded
 	ports []*port
+	pool  *subsys.Pool // nil: none
 }
 
 // open opens the media of c and listens on its sockets.
@@ -30,9 +31,23 @@ func (m *Mediator) open(c SubsystemConfig) error {
 		}
 	}
 	for _, cc := range c.Controllers {
-		if err := s.openPort(cc); err != nil {
+		p, err := s.listen(cc)
+		if err != nil {
 			return err
 		}
+		s.ports = append(s.ports, p)
+	}
+	if c.Pool.Dir != "" {
+		var err error
+		if s.pool, err = subsys.OpenPool(c.Pool.Dir, c.Pool.Capacity); err != nil {
+			return err
+		}
+		if err := s.UsePool(s.pool); err != nil {
+			return err
+		}
+	}
+	for _, p := range s.ports {
+		m.accept(p)
 	}
 	return nil
 }
@@ -43,16 +58,6 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 		return err
 	}
 	s.AddNamespace(subsys.NamespaceConfig{NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid})
-	return nil
-}
-
-func (s *subsystem) openPort(c ControllerConfig) error {
-	p, err := s.listen(c)
-	if err != nil {
-		return err
-	}
-	s.ports = append(s.ports, p)
-	s.m.accept(p)
 	return nil
 }
 
@@ -79,6 +84,9 @@ func (s *subsystem) closeMedia() error {
 	var errs []error
 	for _, n := range s.Allocated() {
 		errs = append(errs, closeMedium(n.Medium()))
+	}
+	if s.pool != nil {
+		errs = append(errs, s.pool.Close())
 	}
 	return errors.Join(errs...)
 }

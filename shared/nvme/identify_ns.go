@@ -2,7 +2,9 @@ package nvme
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
+	"strings"
 )
 
 // IdentifyNamespace is the Identify Namespace structure of the NVM command set, 4096
@@ -213,4 +215,11 @@ func (d *NamespaceDescriptors) Decode(b *[IdentifySize]byte) {
 func FormatUUID(u [16]byte) string {
 	return fmt.Sprintf("%08x-%04x-%04x-%04x-%012x",
 		binary.BigEndian.Uint32(u[:]), binary.BigEndian.Uint16(u[4:]), binary.BigEndian.Uint16(u[6:]), binary.BigEndian.Uint16(u[8:]), u[10:])
+}
+
+// ParseUUID reads what FormatUUID prints, in either case. The UUID of zeroes is none.
+func ParseUUID(s string) (u [16]byte, ok bool) {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	copy(u[:], b)
+	return u, err == nil && len(b) == len(u) && strings.EqualFold(FormatUUID(u), s) && u != [16]byte{}
 }

@@ -23,6 +23,8 @@ var (
 	_ [512]byte            = [unsafe.Sizeof(FirmwareSlotLog{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(CommandEffects{})]byte{}
 	_ [512]byte            = [unsafe.Sizeof(HostBehavior{})]byte{}
+	_ [4096]byte           = [unsafe.Sizeof(ControllerList{})]byte{}
+	_ [4096]byte           = [unsafe.Sizeof(NamespaceGranularity{})]byte{}
 	_ [512]byte            = [unsafe.Sizeof(TelemetryHeader{})]byte{}
 )
 
@@ -85,3 +87,9 @@ func (v *TelemetryHeader) Bytes() *[512]byte { return (*[512]byte)(unsafe.Pointe
 
 // Bytes returns v's own memory.
 func (v *CopyRange) Bytes() *[32]byte { return (*[32]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *ControllerList) Bytes() *[4096]byte { return (*[4096]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *NamespaceGranularity) Bytes() *[4096]byte { return (*[4096]byte)(unsafe.Pointer(v)) }

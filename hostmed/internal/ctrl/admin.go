@@ -260,6 +260,14 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 		if c.cfg.Mode == Shadow {
 			return c.doorbellBufferConfig(cmd)
 		}
+	case nvme.AdminNamespaceManagement:
+		if c.manages() {
+			return c.namespaceManagement(cmd)
+		}
+	case nvme.AdminNamespaceAttachment:
+		if c.manages() {
+			return c.namespaceAttachment(cmd)
+		}
 	}
 	return fail(nvme.StatusInvalidOpcode, inOpcode, "command not supported")
 }
@@ -273,6 +281,9 @@ func (c *Controller) adminOpcodes() []uint8 {
 	}
 	if c.cfg.Mode == Shadow {
 		ops = append(ops, nvme.AdminDoorbellBufferConfig, nvme.AdminDoorbellMemory2014)
+	}
+	if c.manages() {
+		ops = append(ops, nvme.AdminNamespaceManagement, nvme.AdminNamespaceAttachment)
 	}
 	return ops
 }

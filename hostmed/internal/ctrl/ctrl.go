@@ -296,12 +296,16 @@ func (c *Controller) Close() {
 	c.powerOff()
 }
 
-// highestNSID is NN of Identify Controller.
+// highestNSID is NN of Identify Controller: in a subsystem, where namespaces come and go, more than there are now.
 func (c *Controller) highestNSID() uint32 {
+	most := uint32(1)
 	if n := len(c.cfg.Namespaces); n > 0 {
-		return c.cfg.Namespaces[n-1].NSID
+		most = c.cfg.Namespaces[n-1].NSID
 	}
-	return 1
+	if c.cfg.Self != nil {
+		most = max(most, c.cfg.Self.Subsystem().HighestNSID(c.manages()))
+	}
+	return most
 }
 
 // Enabled reports whether the controller takes admin commands: CSTS.RDY and not CSTS.CFS.

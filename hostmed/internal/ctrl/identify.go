@@ -2,6 +2,7 @@ package ctrl
 
 import (
 	"math/bits"
+	"slices"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
@@ -25,13 +26,16 @@ var ouiLocal = [3]byte{0x42, 0x53, 0x02}
 
 func (c *Controller) identify(cmd *nvme.Command) result {
 	switch cmd.CNS() {
-	case nvme.CNSCSINamespace, nvme.CNSCSIController, nvme.CNSCSIActiveNamespaces:
+	case nvme.CNSCSINamespace, nvme.CNSCSIController, nvme.CNSCSIActiveNamespaces, nvme.CNSCSIAllocated, nvme.CNSCSIAllocatedNamespace:
 		if cmd.IdentifyCSI() != nvme.CSINVM {
 			return fail(nvme.StatusInvalidField, dword(11, 24), "only the NVM command set is there")
 		}
 	}
 	switch cmd.CNS() {
 	case nvme.CNSNamespace:
+		if cmd.NSID == nvme.NSIDAll && c.manages() {
+			return c.toHost(cmd, commonNamespaceData().Bytes()[:])
+		}
 		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(n).Bytes() })
 	case nvme.CNSCSINamespace: // no storage tags and no protection information: all zero
 		return c.identifyNamespace(cmd, func(*Namespace) *[nvme.IdentifySize]byte { return new([nvme.IdentifySize]byte) })
@@ -48,7 +52,7 @@ func (c *Controller) identify(cmd *nvme.Command) result {
 	case nvme.CNSActiveNamespaces, nvme.CNSCSIActiveNamespaces:
 		return c.identifyActive(cmd)
 	}
-	return fail(nvme.StatusInvalidField, dword(10, 0), "CNS not supported")
+	return c.identifyManaged(cmd)
 }
 
 // identifyNamespace answers with data of the namespace, or zeroes for one that could be and is not.
@@ -146,6 +150,12 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
 	identifyIO(id)
+	if c.manages() {
+		id.OACS |= nvme.OACSNamespaces
+		total, left := c.cfg.Self.Subsystem().Capacity()
+		id.TNVMCAP, id.UNVMCAP = nvme.Uint128{Lo: total}, nvme.Uint128{Lo: left}
+		id.CTRATT |= nvme.CTRATTGranularity
+	}
 	nvme.SetASCII(id.SN[:], c.cfg.Serial)
 	nvme.SetASCII(id.MN[:], c.cfg.Model)
 	nvme.SetASCII(id.FR[:], c.cfg.Firmware)
@@ -169,8 +179,9 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NMIC:   n.sharing(),
 		NSATTR: n.attributes(),
 		NGUID:  info.NGUID,
+		NVMCAP: nvme.Uint128{Lo: info.Size()},
 	}
-	id.LBAF[0].LBADS = info.LBAShift
+	setFormats(id, info.LBAShift)
 	identifyNamespaceIO(id, info)
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT |= nvme.NSFEATOptPerf
@@ -182,6 +193,29 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		id.NOWS = id.NPWG
 	}
 	return id
+}
+
+// blockSizes are the LBA formats that every namespace can be formatted with, as powers of two.
+var blockSizes = [...]uint8{9, 12}
+
+// setFormats fills in the LBA formats, of which that with shift is in use. One that the operator has chosen is the last.
+func setFormats(id *nvme.IdentifyNamespace, shift uint8) {
+	for i, f := range formats(shift) {
+		id.LBAF[i].LBADS = f
+		id.NLBAF = nvme.ZeroBased8(i)
+		if f == shift {
+			id.FLBAS = uint8(i)
+		}
+	}
+}
+
+// formats lists the LBA formats of a namespace that has shift at the moment.
+func formats(shift uint8) []uint8 {
+	list := slices.Clone(blockSizes[:])
+	if !slices.Contains(list, shift) {
+		list = append(list, shift)
+	}
+	return list
 }
 
 func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {

@@ -56,7 +56,7 @@ func TestIdentifyNamespace(t *testing.T) {
 	h := newEnabled(t, testConfig())
 	var id nvme.IdentifyNamespace
 	copy(id.Bytes()[:], h.identify(nvme.CNSNamespace, 1))
-	if size, ok := id.BlockSize(); !ok || size != 512 || id.NSZE != 1<<21 || id.NCAP != 1<<21 || id.NUSE != 1<<21 || id.NLBAF.Count() != 1 {
+	if size, ok := id.BlockSize(); !ok || size != 512 || id.NSZE != 1<<21 || id.NCAP != 1<<21 || id.NUSE != 1<<21 || id.NLBAF.Count() != 2 {
 		t.Errorf("size %d NSZE %d", size, id.NSZE)
 	}
 	if id.NSATTR != 0 || id.DLFEAT != nvme.DLFEATReadZeroes|nvme.DLFEATWZDealloc || id.NSFEAT != nvme.NSFEATOptPerf || id.NPDG.Count() != 8 || id.NPWG.Count() != 8 {

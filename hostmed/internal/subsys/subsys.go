@@ -8,7 +8,7 @@
 // that sees the change, and waits until each has answered from its session's goroutine that its data path and its Identify show
 // it. So those methods wait, and are called on a goroutine of their own (Go), never a session's or a worker's.
 //
-// Order of locks: Namespace.alone, Namespace.use, Subsystem.saving, Subsystem.mu, Namespace.mu.
+// Order of locks: Subsystem.manage, Namespace.alone, Namespace.use, Subsystem.saving, Subsystem.mu, Namespace.mu.
 package subsys
 
 import (
@@ -26,6 +26,9 @@ import (
 
 // MaxNSID is the highest namespace id there can be: data paths keep a table of that length.
 const MaxNSID = 1024
+
+// MaxCreated is the highest id that a created namespace gets.
+const MaxCreated = 128
 
 // Workers is the data path of all controllers. Its methods are called from any goroutine but a worker's, and wait.
 type Workers interface {
@@ -63,6 +66,10 @@ type Subsystem struct {
 	jobs sync.WaitGroup
 
 	saving sync.Mutex // held while protections are saved; above mu
+	manage sync.Mutex // held while namespaces are created, deleted and attached one after the other
+	pool   *Pool      // nil: none are created; guarded by manage
+
+	total, unallocated atomic.Uint64 // bytes of the pool
 
 	mu          sync.Mutex // guards the rest, and Namespace.attached
 	protected   protections
@@ -93,7 +100,8 @@ func (s *Subsystem) Close() { s.jobs.Wait() }
 
 // Controller is one controller of a subsystem, whether it has a client or not.
 type Controller struct {
-	ID uint16 // CNTLID
+	ID      uint16 // CNTLID
+	Manages bool   // takes Namespace Management and Attachment; set before the first client comes
 
 	sub    *Subsystem
 	host   atomic.Pointer[Host]
@@ -186,6 +194,21 @@ func (s *Subsystem) Allocated() []*Namespace {
 	return ns
 }
 
+// HighestNSID is the highest id that a namespace may have. It is small unless a higher one is in use, since firmware asks for every one up to
+// it.
+func (s *Subsystem) HighestNSID(managed bool) uint32 {
+	most := uint32(16)
+	if managed {
+		most = MaxCreated
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range s.namespaces {
+		most = max(most, id)
+	}
+	return most
+}
+
 // Namespace returns an allocated namespace, or nil.
 func (s *Subsystem) Namespace(nsid uint32) *Namespace {
 	s.mu.Lock()
@@ -198,6 +221,13 @@ func (s *Subsystem) Controllers() []uint16 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Sorted(maps.Keys(s.controllers))
+}
+
+// HasController reports whether there is a controller id.
+func (s *Subsystem) HasController(id uint16) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.controllers[id] != nil
 }
 
 // AttachedTo returns the ids of the controllers that n is attached to, rising.
