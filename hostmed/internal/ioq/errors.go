@@ -83,7 +83,7 @@ func (w *Worker) failed(r *request, st nvme.Status) nvme.Status {
 	}
 	st = st.WithMore()
 	g.ctl.failures.add(ctrl.IOError{
-		SQID: r.sq.qid, CID: r.cmd.CID, Status: st, Location: locate(&r.cmd, st.Code()), NSID: r.cmd.NSID, LBA: r.lba(),
+		SQID: r.sq.qid, CID: r.cmd.CID, Status: st, Location: r.locate(st.Code()), NSID: r.cmd.NSID, LBA: r.lba(),
 	})
 	return st
 }
@@ -102,8 +102,9 @@ func (r *request) lba() uint64 {
 	return r.cmd.SLBA()
 }
 
-// locate returns the parameter of c that st is about.
-func locate(c *nvme.Command, st nvme.Status) uint16 {
+// locate returns the parameter of r's command that st is about.
+func (r *request) locate(st nvme.Status) uint16 {
+	c := &r.cmd
 	const opcode, flags, nsid, dptr, cdw10, cdw12 = 0, 1, 4, 24, 40, 48
 	switch st {
 	case nvme.StatusInvalidOpcode:
@@ -118,6 +119,9 @@ func locate(c *nvme.Command, st nvme.Status) uint16 {
 	case nvme.StatusInvalidField:
 		if c.PSDT() > nvme.PSDTSGLMPTR || c.FUSE() != nvme.FuseNormal {
 			return flags
+		}
+		if r.ns == nil && c.Flags == 0 {
+			return nsid
 		}
 		return cdw12
 	case nvme.StatusCommandSizeLimit:

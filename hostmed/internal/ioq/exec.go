@@ -69,7 +69,7 @@ func (w *Worker) start(r *request) {
 		return
 	}
 	if r.ns = ctl.namespace(c.NSID); r.ns == nil {
-		w.complete(r, nvme.StatusInvalidNamespace.WithDNR())
+		w.complete(r, ctl.notAttached(c.NSID).WithDNR())
 		return
 	}
 	gate := r.ns.of.Gate()

@@ -7,6 +7,7 @@ import (
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // namespace is a namespace as the workers see it: what it was when the controller's table was made. Another
@@ -25,6 +26,14 @@ func (c *Controller) namespace(nsid uint32) *namespace {
 		return t[i]
 	}
 	return nil
+}
+
+// notAttached is the status of a command for nsid, which is nothing: an id up to NN is valid, and merely inactive (NVMe Base 2.0c 3.2.1).
+func (c *Controller) notAttached(nsid uint32) nvme.Status {
+	if nsid-1 < uint32(len(*c.ns.Load())) {
+		return nvme.StatusInvalidField
+	}
+	return nvme.StatusInvalidNamespace
 }
 
 // table makes a table of list; what is in the present one and has not changed is taken over.

@@ -300,3 +300,22 @@ func TestHeldCommandsOfAParkedCQ(t *testing.T) {
 	}
 	r.noError()
 }
+
+// A namespace id up to NN is valid, also if nothing is attached as it; NVMe Base 2.0c 3.2.1 has another status for it.
+func TestInactiveNamespaceIsNoInvalidOne(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	b := r.ctl.namespace(1).backend
+	p := r.pair(1, 8, false)
+	if err := r.ctl.SetNamespaces([]ctrl.Namespace{{NSID: 1, Backend: b, Info: b.Info()}, {NSID: 3, Backend: b, Info: b.Info()}}); err != nil {
+		t.Fatal(err)
+	}
+	for nsid, want := range map[uint32]nvme.Status{
+		0: nvme.StatusInvalidNamespace, 1: nvme.StatusSuccess, 2: nvme.StatusInvalidField, 3: nvme.StatusSuccess, 4: nvme.StatusInvalidNamespace, nvme.NSIDAll: nvme.StatusInvalidNamespace,
+	} {
+		c := rw(nvme.IORead, 0, 1, base+dataOff)
+		c.NSID = nsid
+		if st := p.do(c); st.Code() != want {
+			t.Errorf("namespace %d: %v, want %v", nsid, st, want)
+		}
+	}
+}
