@@ -112,7 +112,6 @@ func version(major uint16, minor uint8) []need {
 
 var (
 	needNS     = []need{func(f *facts) string { return noReason(f.nsid != 0, f.noNS) }}
-	needPeer   = []need{func(f *facts) string { return "" }} // see runCase
 	needNSSR   = bitNeed("CAP.NSSRS is 0", func(f *facts) bool { return f.cap.NSSRS() })
 	needMDTS   = bitNeed("MDTS is 0: there is no limit", func(f *facts) bool { return f.id.MDTS != 0 })
 	needIOCS   = bitNeed("CAP.CSS bit 6 is 0", func(f *facts) bool { return f.cap.CSS()&nvme.CAPCSSIOCS != 0 })

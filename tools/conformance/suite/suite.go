@@ -27,13 +27,14 @@ type Case struct {
 	Ref  string // where it does
 
 	needs []need
+	peer  bool // takes a second controller
 	does  effect
 	setup setup
 	run   func(c *ctl)
 }
 
 // Required reports whether every controller has to pass; others may lack the feature.
-func (c *Case) Required() bool { return len(c.needs) == 0 }
+func (c *Case) Required() bool { return len(c.needs) == 0 && !c.peer }
 
 // effect is what a case does beyond reading.
 type effect uint8
@@ -115,6 +116,10 @@ var subjects = [][]Case{
 	doorbellCases,
 	ioCases,
 	writeCases,
+	sglCases,
+	interruptCases,
+	reservationCases,
+	manageCases,
 }
 
 // Run runs the cases that cfg selects. The error is one of the run and not of the controller's conduct: it cannot be opened,
@@ -139,8 +144,13 @@ func Run(ctx context.Context, cfg Config) ([]Result, error) {
 		}
 		defer r.peer.close()
 	}
-	if err := r.probe(ctx); err != nil {
-		return nil, err
+	for _, r := range []*rig{r, r.peer} {
+		if r == nil {
+			continue
+		}
+		if err := r.probe(ctx); err != nil {
+			return nil, err
+		}
 	}
 	var results []Result
 	for _, cs := range cases {
@@ -213,6 +223,8 @@ func (r *rig) guard(ctx context.Context, s setup, f func(c *ctl)) (outcome Outco
 // reason returns why cs is not run, or "".
 func (r *rig) reason(cs *Case) string {
 	switch {
+	case cs.peer && r.peer == nil:
+		return "it takes a second controller: --peer DEVICE"
 	case cs.does == writes && !r.cfg.Destructive && r.cfg.NSID == 0:
 		return "it writes user data: name the namespace (--nsid) or say --destructive"
 	case cs.does == formats && !r.cfg.Destructive:
