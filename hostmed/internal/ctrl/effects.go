@@ -26,6 +26,25 @@ var adminEffects = map[uint8]uint32{
 	nvme.AdminSanitize:            nvme.EffectBlockContent | aloneInController,
 }
 
+// adminScopes is whom a supported admin command concerns, where that is not the controller.
+var adminScopes = map[uint8]uint32{
+	nvme.AdminGetLogPage:          nvme.EffectScopeController | nvme.EffectScopeSubsystem,
+	nvme.AdminIdentify:            nvme.EffectScopeController | nvme.EffectScopeNamespace | nvme.EffectScopeSubsystem,
+	nvme.AdminSetFeatures:         nvme.EffectScopeController | nvme.EffectScopeNamespace,
+	nvme.AdminGetFeatures:         nvme.EffectScopeController | nvme.EffectScopeNamespace,
+	nvme.AdminNamespaceManagement: nvme.EffectScopeSubsystem,
+	nvme.AdminNamespaceAttachment: nvme.EffectScopeSubsystem,
+	nvme.AdminFormatNVM:           nvme.EffectScopeNamespace,
+	nvme.AdminGetLBAStatus:        nvme.EffectScopeNamespace,
+}
+
+func adminScope(op uint8) uint32 {
+	if s, ok := adminScopes[op]; ok {
+		return s
+	}
+	return nvme.EffectScopeController
+}
+
 // ioEffects is what an I/O command may change.
 var ioEffects = map[uint8]uint32{
 	nvme.IOWrite:              nvme.EffectBlockContent,
@@ -48,13 +67,13 @@ func (c *Controller) ioOpcodes() []uint8 {
 func (c *Controller) commandEffects(csi nvme.CSI) *nvme.CommandEffects {
 	l := new(nvme.CommandEffects)
 	for _, op := range c.adminOpcodes() {
-		l.Admin[op] = nvme.EffectSupported | adminEffects[op]
+		l.Admin[op] = nvme.EffectSupported | adminEffects[op] | adminScope(op)
 	}
 	if csi != nvme.CSINVM {
 		return l
 	}
 	for _, op := range c.ioOpcodes() {
-		l.IO[op] = nvme.EffectSupported | ioEffects[op]
+		l.IO[op] = nvme.EffectSupported | ioEffects[op] | nvme.EffectScopeNamespace
 	}
 	return l
 }

@@ -126,6 +126,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		FRMW:      nvme.FRMWSlot1ReadOnly | 1<<nvme.FRMWSlotsShift,
 		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPATelemetry | nvme.LPASupportedPages,
 		ELPE:      errorLogSize - 1,
+		AVSCC:     1, // C0h has the usual format
 		NPSS:      nvme.ZeroBased8(len(powerStates) - 1),
 		APSTA:     1,
 		KAS:       keepAliveUnit,

@@ -104,7 +104,8 @@ func TestOtherLogs(t *testing.T) {
 	var fx nvme.CommandEffects
 	copy(fx.Bytes()[:], h.log(nvme.LogCommandEffects, 4096, false))
 	if fx.Admin[nvme.AdminIdentify]&nvme.EffectSupported == 0 || fx.Admin[nvme.AdminDoorbellBufferConfig] == 0 || fx.Admin[nvme.AdminDeviceSelfTest] != 0 ||
-		fx.IO[nvme.IOWrite] != nvme.EffectSupported|nvme.EffectBlockContent || fx.IO[nvme.IORead] != nvme.EffectSupported || fx.IO[nvme.IOReservationAcquire+1] != 0 || fx.IO[nvme.IOCopy] != fx.IO[nvme.IOWrite] {
+		fx.IO[nvme.IOWrite] != nvme.EffectSupported|nvme.EffectBlockContent|nvme.EffectScopeNamespace || fx.IO[nvme.IORead] != nvme.EffectSupported|nvme.EffectScopeNamespace ||
+		fx.Admin[nvme.AdminKeepAlive] != nvme.EffectSupported|nvme.EffectScopeController || fx.IO[nvme.IOReservationAcquire+1] != 0 || fx.IO[nvme.IOCopy] != fx.IO[nvme.IOWrite] {
 		t.Error("command effects")
 	}
 	cmd := logCmd(nvme.LogCommandEffects, 0, 4096, false)
