@@ -3,7 +3,6 @@ package vmlab
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/shadowbell/shadowbell/hostmed"
 )
@@ -17,7 +16,7 @@ func TestRootOnNVMe(t *testing.T) {
 		t.Fatal(err)
 	}
 	device := Controller(t, hostmed.Shadow, "file:"+image)
-	config := Config{Boot: RootDisk, Append: "root=/dev/nvme0n1 rw rootwait", Devices: []Device{device}, Within: 3 * time.Minute}
+	config := Config{Boot: RootDisk, Append: "root=/dev/nvme0n1 rw rootwait", Devices: []Device{device}}
 	vm := lab.Boot(t, config)
 	t.Logf("systemd: up after %.1f s", vm.BootTime().Seconds())
 	vm.Run(t, "grep -q ' / ext4' /proc/mounts && systemctl is-active local-fs.target")
@@ -52,7 +51,7 @@ func TestFirmwareStartsOurDisk(t *testing.T) {
 	for _, firmware := range []Firmware{SeaBIOS, OVMF} {
 		t.Run(string(firmware), func(t *testing.T) {
 			device := Controller(t, hostmed.Shadow, "file:"+image).With("bootindex", 0)
-			vm := lab.Boot(t, Config{Boot: FromDisk, Firmware: firmware, Devices: []Device{device}, Within: 3 * time.Minute})
+			vm := lab.Boot(t, Config{Boot: FromDisk, Firmware: firmware, Devices: []Device{device}})
 			t.Logf("up after %.1f s", vm.BootTime().Seconds())
 			vm.Run(t, "grep -q root=PARTUUID= /proc/cmdline")
 			if efi := vm.Try(t, "test -d /sys/firmware/efi").Exit == 0; efi != (firmware == OVMF) {

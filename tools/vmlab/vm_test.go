@@ -1,11 +1,18 @@
 package vmlab
 
 import (
+	"bufio"
+	"bytes"
+	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -19,7 +26,7 @@ const verify = "fio --name=v --filename=%s --rw=randwrite --bs=4k --size=4M --io
 // TestStockDriver: the stock driver takes our disks on each machine, reads back what it wrote, and has nothing to complain of.
 func TestStockDriver(t *testing.T) {
 	lab := Open(t)
-	for _, machine := range []Machine{Q35, Microvm} {
+	for _, machine := range []Machine{Q35, PC, Microvm} {
 		t.Run(string(machine), func(t *testing.T) {
 			file := t.TempDir() + "/disk"
 			vm := lab.Boot(t, Config{Machine: machine, Devices: []Device{
@@ -51,7 +58,7 @@ func TestStockDriver(t *testing.T) {
 	}
 }
 
-// TestHotAdd: disks are plugged into one running guest, a subtest each.
+// TestHotAdd: disks are plugged into one running guest, a subtest each. Then its kernel crashes, and the error says so.
 func TestHotAdd(t *testing.T) {
 	vm := Open(t).Boot(t, Config{Ports: 2})
 	for _, mode := range []hostmed.DoorbellMode{hostmed.Trap, hostmed.Mmap} {
@@ -61,5 +68,113 @@ func TestHotAdd(t *testing.T) {
 			vm.Run(t, fmt.Sprintf(verify, disk.Namespace(2)))
 			vm.CheckDmesg(t)
 		})
+	}
+	if _, err := vm.HotAdd(t.Context(), QEMUNVMe("/dev/null", "x")); err == nil || !strings.Contains(err.Error(), "all 2 root ports") {
+		t.Errorf("a third device: %v", err)
+	}
+	_, err := vm.Exec(t.Context(), "echo c > /proc/sysrq-trigger")
+	if err == nil || !strings.Contains(err.Error(), "QEMU has ended") || !strings.Contains(err.Error(), "Kernel panic") {
+		t.Errorf("after a crash: %v", err)
+	}
+}
+
+// TestAgent: commands, files and restarts, and what is said when something takes too long.
+func TestAgent(t *testing.T) {
+	ctx := t.Context()
+	vm := Open(t).Boot(t, Config{Reboot: true, Programs: []string{"guestdrv"}, Files: map[string]string{"/opt/of/test": "vm_test.go"}, Append: "vmlab_word=1"})
+	r := vm.Try(t, "cat; echo to stderr >&2; exit 3")
+	if want := (Result{Stderr: "to stderr\n", Exit: 3}); r != want {
+		t.Errorf("%+v, want %+v", r, want)
+	}
+	big := bytes.Repeat([]byte("0123456789abcdef"), 128<<10)
+	if err := vm.WriteFile(ctx, "/tmp/deep/down", big, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	back, err := vm.ReadFile(ctx, "/tmp/deep/down")
+	if err != nil || !bytes.Equal(back, big) {
+		t.Errorf("%d of %d bytes came back: %v", len(back), len(big), err)
+	}
+	if _, err := vm.ReadFile(ctx, "/nowhere"); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("%v", err)
+	}
+	if r, err := vm.ExecInput(ctx, "wc -c", big); err != nil || strings.TrimSpace(r.Stdout) != fmt.Sprint(len(big)) {
+		t.Errorf("%+v, %v", r, err)
+	}
+	vm.Run(t, "guestdrv version && grep -q TestAgent /opt/of/test && grep -q vmlab_word=1 /proc/cmdline")
+	// What is left in the background does not hold up the answer.
+	vm.Run(t, "sleep 1000 &")
+
+	short, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if _, err := vm.Exec(short, "echo so far; sleep 1000"); err == nil || !strings.Contains(err.Error(), "killed after") || !strings.Contains(err.Error(), "so far") {
+		t.Errorf("a command that hangs: %v", err)
+	}
+	if _, err := vm.QMP(ctx, "no-such-command", nil); err == nil || !strings.Contains(err.Error(), "no-such-command") {
+		t.Errorf("%v", err)
+	}
+	err = vm.Restarted(ctx, func() error {
+		_, err := vm.Exec(ctx, "reboot -f")
+		if !errors.Is(err, errRestarted) {
+			return fmt.Errorf("it answered %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := vm.ReadFile(ctx, "/tmp/deep/down"); err == nil {
+		t.Error("a file in memory has outlived a restart")
+	}
+	if _, err := vm.Event(ctx, "RESET"); err != nil {
+		t.Error(err)
+	}
+	vm.Kill()
+	if _, err := vm.Exec(ctx, "true"); !errors.Is(err, errEnded) {
+		t.Errorf("after its end: %v", err)
+	}
+}
+
+// TestNothingIsLeft: QEMU dies with the process that started it, even if that is killed.
+func TestNothingIsLeft(t *testing.T) {
+	lab := Open(t)
+	if os.Getenv("VMLAB_VICTIM") != "" {
+		vm, err := lab.Start(t.Context(), Config{NoAgent: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Printf("victim %d\n", vm.PID())
+		select {}
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "-test.run=^TestNothingIsLeft$")
+	cmd.Env = append(os.Environ(), "VMLAB_VICTIM=1", "TMPDIR="+t.TempDir()) // which has what a killed process cannot remove
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stop := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+	defer stop.Stop()
+	var pid int
+	for lines := bufio.NewScanner(out); pid == 0 && lines.Scan(); {
+		if _, err := fmt.Sscanf(lines.Text(), "victim %d", &pid); err != nil {
+			continue
+		}
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	if pid == 0 {
+		t.Fatal("the child has booted nothing")
+	}
+	for deadline := time.Now().Add(10 * time.Second); syscall.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+			t.Fatalf("QEMU (pid %d) has outlived its parent", pid)
+		}
 	}
 }
