@@ -84,7 +84,9 @@ func (w *Worker) fireDue() {
 		case d.at > w.now:
 			keep = append(keep, d)
 		case d.g.vector.held.expire(d.wait):
-			d.g.stats.Interrupts++
+			if d.g.state != Absent { // deleted meanwhile: its counters are
+				d.g.stats.Interrupts++
+			}
 			if c := d.g.ctl; !d.g.vector.fire() && c.pin.on.Load() && c.cfg.OnPin != nil {
 				c.cfg.OnPin() // the completions may be another worker's
 			}
