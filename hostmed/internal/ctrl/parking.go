@@ -45,9 +45,7 @@ func (c *Controller) MemoryGained() {
 	case err == nil:
 		c.log.debug("admin queue goes on")
 		c.cfg.Wake() // R27: what was rung meanwhile
-	case errors.Is(err, errAdminMemory):
-		c.log.debug("admin queue stays parked", "error", err)
-	default:
+	case !errors.Is(err, errAdminMemory): // which is still to come
 		c.fatal("admin queue", err)
 	}
 }

@@ -39,7 +39,7 @@ func verify(t *testing.T, vm *vmlab.VM, size string) {
 
 // TestVIOMMU: behind an IOMMU each page of a queue is a mapping of its own, and each I/O maps and unmaps.
 func TestVIOMMU(t *testing.T) {
-	vm := vmlab.Open(t).Boot(t, vmlab.Config{VIOMMU: true, Devices: disks(t)})
+	vm := vmlab.Open(t).Boot(t, vmlab.Config{VIOMMU: true, Append: "iommu.strict=1", Devices: disks(t)})
 	for i := range modes {
 		d := vm.Disk(t, i)
 		if got := vm.Run(t, "cat /sys/class/nvme/"+d.Name+"/queue_count"); got != "3" {
@@ -48,9 +48,11 @@ func TestVIOMMU(t *testing.T) {
 		if got := vm.Run(t, "cat /sys/class/nvme/"+d.Name+"/sqsize"); got != "1023" {
 			t.Errorf("%v: sqsize %s", modes[i], got)
 		}
-		t.Log(vm.Run(t, "cat /sys/bus/pci/devices/"+d.PCI+"/iommu_group/type"))
+		if got := vm.Run(t, "cat /sys/bus/pci/devices/"+d.PCI+"/iommu_group/type"); got != "DMA" {
+			t.Errorf("%v: IOMMU domain of type %s, want DMA: translated, and unmapped for each I/O", modes[i], got)
+		}
 	}
-	verify(t, vm, "4M")
+	verify(t, vm, "2M")
 	vm.CheckDmesg(t)
 	if err := vm.Poweroff(t.Context()); err != nil {
 		t.Error(err)
@@ -60,7 +62,7 @@ func TestVIOMMU(t *testing.T) {
 // TestINTx: a guest without MSI-X, several queues of several controllers on a line each.
 func TestINTx(t *testing.T) {
 	vm := vmlab.Open(t).Boot(t, vmlab.Config{Append: "pci=nomsi", Devices: disks(t)})
-	verify(t, vm, "4M")
+	verify(t, vm, "2M")
 	interrupts := vm.Run(t, "grep nvme /proc/interrupts")
 	if strings.Contains(interrupts, "MSI") || strings.Count(interrupts, "fasteoi") == 0 {
 		t.Errorf("the guest does not use INTx:\n%s", interrupts)
