@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -27,7 +26,7 @@ func main() {
 }
 
 func serve() error {
-	port, err := open(30 * time.Second)
+	port, err := wire.OpenPort(wire.Port, 30*time.Second)
 	if err != nil {
 		return err
 	}
@@ -47,24 +46,6 @@ func serve() error {
 		go func() { a.reply(answer(q)) }()
 	}
 	return errors.Join(errors.New("the port has ended"), lines.Err())
-}
-
-// open finds the port by its name, in sysfs: there need not be a udev that makes links.
-func open(limit time.Duration) (*os.File, error) {
-	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
-		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
-		if err != nil {
-			return nil, err
-		}
-		for _, n := range names {
-			if b, err := os.ReadFile(n); err == nil && strings.TrimSpace(string(b)) == wire.Port {
-				return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(n)), os.O_RDWR, 0)
-			}
-		}
-		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("no virtio-serial port %s after %v", wire.Port, limit)
-		}
-	}
 }
 
 type agent struct {
