@@ -156,6 +156,11 @@ func (l *Lab) grubEFI(ctx context.Context, path, tmp string) error {
 	return copySparse(path, esp, espStart*sector)
 }
 
+// Tool runs a program of the lab's packages on this machine to its end, such as usr/sbin/e2fsck, and returns what it printed.
+func (l *Lab) Tool(ctx context.Context, program string, args ...string) (string, error) {
+	return output(ctx, l.root(), program, args...)
+}
+
 // installAgent puts the agent, as it is built now, into an ext4 image.
 func (l *Lab) installAgent(ctx context.Context, image string) error {
 	b, err := buildProgram(ctx, "vmlab/agent")

@@ -1,0 +1,82 @@
+package faults
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+	"github.com/shadowbell/shadowbell/tools/vmlab/journal"
+)
+
+var journalMethods = []journal.Method{journal.Flush, journal.Durable, journal.Durable, journal.Batch}
+
+// startWriter starts the four writers of journalMethods on a namespace and returns where they write.
+func startWriter(t *testing.T, vm *vmlab.VM, device string, base int64) journal.Layout {
+	t.Helper()
+	l := journal.Layout{Run: rand.Uint64(), Methods: journalMethods, Records: 1000, Base: base}
+	vm.Run(t, fmt.Sprintf("setsid %s -device %s -run %d -records %d -base %d >/tmp/writer 2>&1 &", writer, device, l.Run, l.Records, l.Base))
+	return l
+}
+
+const loadBelow = 24 << 20 // what load has of a disk
+
+// load keeps a guest's disk busy beside the writers.
+func load(device string) string {
+	return fmt.Sprintf("fio --name=load --filename=%s --rw=randrw --bs=4k,64k --size=%d --iodepth=16 --ioengine=libaio --direct=1 --time_based --runtime=60 --fsync=32", device, loadBelow)
+}
+
+// TestKilledHostmedLosesNothing: hostmed and QEMU get SIGKILL in the middle of the work of four writers and fio, one before the other or
+// together. What was acknowledged is in the file.
+func TestKilledHostmedLosesNothing(t *testing.T) {
+	lab := vmlab.Open(t)
+	kill := func(pid int) {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Error(err)
+		}
+	}
+	for mode, order := range map[hostmed.DoorbellMode]string{hostmed.Shadow: "hostmed first", hostmed.Trap: "QEMU first", hostmed.Mmap: "both"} {
+		t.Run(fmt.Sprintf("%v: %s", mode, order), func(t *testing.T) {
+			disk := filepath.Join(t.TempDir(), "disk")
+			socket := filepath.Join(shortDir(t), "s")
+			h := vmlab.HostmedProcess(t, "--socket", socket, "--namespace", "file:"+disk+",size=64MiB", "--doorbells", mode.String())
+			c := vmlab.Config{Devices: []vmlab.Device{vmlab.VFIOUser(socket)}}
+			acks := withAcks(t, &c)
+			vm := lab.Boot(t, c)
+			ns := vm.Disk(t, 0).Namespace(1)
+			l := startWriter(t, vm, ns, loadBelow)
+			vm.Run(t, load(ns)+" >/dev/null 2>&1 &")
+			acks.more(t, 100+rand.IntN(200))
+
+			switch order {
+			case "hostmed first":
+				kill(h.PID())
+				time.Sleep(20 * time.Millisecond) // QEMU may abort by itself
+			case "both":
+				kill(h.PID())
+			}
+			vm.Kill()
+			if order == "QEMU first" {
+				kill(h.PID())
+			}
+			if err := h.Stop(); err == nil {
+				t.Error("hostmed was killed and ended well")
+			}
+			f, err := os.Open(disk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			r, err := journal.Check(f, l, acks.read(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			found(t, r, 50)
+		})
+	}
+}
