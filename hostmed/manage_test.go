@@ -162,7 +162,7 @@ func TestNamespaceManagement(t *testing.T) {
 		t.Errorf("the other controller has it still: %v", err)
 	}
 	admin(t, a, deleteCmd(nsid), nil)
-	if _, err := ns.ReadAt(got, 0); nvme.StatusOf(err).Code() != nvme.StatusInvalidNamespace {
+	if _, err := ns.ReadAt(got, 0); nvme.StatusOf(err).Code() != nvme.StatusInvalidField {
 		t.Errorf("read of a namespace that is deleted: %v", err)
 	}
 	if got := nsids(t, a, nvme.CNSAllocatedNamespaces); !slices.Equal(got, []uint32{1, 2}) {

@@ -171,7 +171,7 @@ func TestReload(t *testing.T) {
 	}
 
 	reload(conf([]NamespaceConfig{mem}, "a", "b"))
-	if _, err := ns.WriteAt(random(t, 4096), 0); nvme.StatusOf(err).Code() != nvme.StatusInvalidNamespace {
+	if _, err := ns.WriteAt(random(t, 4096), 0); nvme.StatusOf(err).Code() != nvme.StatusInvalidField {
 		t.Errorf("write to a namespace that is gone: %v", err)
 	}
 	// The file is free again.

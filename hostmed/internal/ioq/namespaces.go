@@ -30,7 +30,11 @@ func (c *Controller) namespace(nsid uint32) *namespace {
 
 // notAttached is the status of a command for nsid, which is nothing: an id up to NN is valid, and merely inactive (NVMe Base 2.0c 3.2.1).
 func (c *Controller) notAttached(nsid uint32) nvme.Status {
-	if nsid-1 < uint32(len(*c.ns.Load())) {
+	highest := uint32(len(*c.ns.Load()))
+	if self := c.cfg.Self; self != nil {
+		highest = max(highest, self.Subsystem().HighestNSID(self.Manages))
+	}
+	if nsid-1 < highest {
 		return nvme.StatusInvalidField
 	}
 	return nvme.StatusInvalidNamespace

@@ -70,6 +70,7 @@ type Subsystem struct {
 	pool   *Pool      // nil: none are created; guarded by manage
 
 	total, unallocated atomic.Uint64 // bytes of the pool
+	highest            atomic.Uint32 // key of namespaces; workers look at it
 
 	mu          sync.Mutex // guards the rest, and Namespace.attached
 	protected   protections
@@ -201,12 +202,16 @@ func (s *Subsystem) HighestNSID(managed bool) uint32 {
 	if managed {
 		most = MaxCreated
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	return max(most, s.highest.Load())
+}
+
+// findHighest is called with mu held.
+func (s *Subsystem) findHighest() {
+	highest := uint32(0)
 	for id := range s.namespaces {
-		most = max(most, id)
+		highest = max(highest, id)
 	}
-	return most
+	s.highest.Store(highest)
 }
 
 // Namespace returns an allocated namespace, or nil.
@@ -257,6 +262,7 @@ func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.namespaces[c.NSID] = n
+	s.findHighest()
 	return n
 }
 
@@ -286,6 +292,7 @@ func (s *Subsystem) RemoveNamespace(n *Namespace) {
 	s.SetAttached(n, nil)
 	s.mu.Lock()
 	delete(s.namespaces, n.NSID)
+	s.findHighest()
 	s.mu.Unlock()
 	n.alone.Lock()
 	defer n.alone.Unlock()
