@@ -68,6 +68,9 @@ type Info struct {
 	UUID          [16]byte // both stable: derived from the spec, for a file from its path
 }
 
+// MaxLBAShift is log2 of the largest block size in bytes.
+const MaxLBAShift = 16
+
 // LBASize is the size of a block in bytes.
 func (i Info) LBASize() uint64 { return 1 << i.LBAShift }
 

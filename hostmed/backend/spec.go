@@ -28,7 +28,7 @@ bytes, 512 if not given. A comma in PATH is written twice.`
 const (
 	defaultLBA = 512
 	minLBA     = 512
-	maxLBA     = 64 << 10
+	maxLBA     = 1 << MaxLBAShift
 )
 
 // Spec is a parsed namespace specification.

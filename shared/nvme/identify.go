@@ -218,6 +218,9 @@ const (
 	ONCSCopy               = 1 << 8
 )
 
+// FUSESCompareWrite is the bit of IdentifyController.FUSES that says Compare and Write may be fused.
+const FUSESCompareWrite = 1 << 0
+
 // OCFSFormat0 is the bit of IdentifyController.OCFS that says Copy takes source ranges in format 0 (CopyRange).
 const OCFSFormat0 = 1 << 0
 

@@ -36,7 +36,7 @@ func (c *Controller) identify(cmd *nvme.Command) result {
 		if cmd.NSID == nvme.NSIDAll && c.manages() {
 			return c.toHost(cmd, commonNamespaceData().Bytes()[:])
 		}
-		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(n).Bytes() })
+		return c.identifyNamespace(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return c.namespaceData(n).Bytes() })
 	case nvme.CNSCSINamespace: // no storage tags and no protection information: all zero
 		return c.identifyNamespace(cmd, func(*Namespace) *[nvme.IdentifySize]byte { return new([nvme.IdentifySize]byte) })
 	case nvme.CNSIndependentNamespace:
@@ -150,7 +150,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	if c.cfg.Mode == Shadow {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
-	identifyIO(id)
+	c.identifyIO(id)
 	if c.manages() {
 		id.OACS |= nvme.OACSNamespaces
 		total, left := c.cfg.Self.Subsystem().Capacity()
@@ -170,7 +170,7 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 	return id
 }
 
-func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
+func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 	info := &n.Info
 	id := &nvme.IdentifyNamespace{
 		NSZE:   info.Blocks,
@@ -183,7 +183,7 @@ func namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NVMCAP: nvme.Uint128{Lo: info.Size()},
 	}
 	setFormats(id, info.LBAShift)
-	identifyNamespaceIO(id, info)
+	c.identifyNamespaceIO(id, info)
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT |= nvme.NSFEATOptPerf
 		id.NPDG = zeroBased(info.OptimalBlocks)

@@ -21,7 +21,7 @@ func TestIdentifyController(t *testing.T) {
 	if id.MaxTransfer(0) != 1<<20 || id.SQES != 0x66 || id.CQES != 0x44 || id.NN != 3 || id.SGLS != 0x90001 {
 		t.Errorf("MDTS %d SQES %#x CQES %#x NN %d SGLS %#x", id.MDTS, id.SQES, id.CQES, id.NN, id.SGLS)
 	}
-	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 {
+	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 || id.FUSES != 1 || id.ACWU.Count() != 16 || id.AWUN != 0 || id.AWUPF != 0 {
 		t.Errorf("OACS %#x ONCS %#x", id.OACS, id.ONCS)
 	}
 	if id.ACL.Count() != 4 || id.AERL.Count() != 4 || id.ELPE.Count() != 64 || id.FRMW != 3 || id.VWC&nvme.VWCPresent == 0 {
@@ -59,7 +59,7 @@ func TestIdentifyNamespace(t *testing.T) {
 	if size, ok := id.BlockSize(); !ok || size != 512 || id.NSZE != 1<<21 || id.NCAP != 1<<21 || id.NUSE != 1<<21 || id.NLBAF.Count() != 2 {
 		t.Errorf("size %d NSZE %d", size, id.NSZE)
 	}
-	if id.NSATTR != 0 || id.DLFEAT != nvme.DLFEATReadZeroes|nvme.DLFEATWZDealloc || id.NSFEAT != nvme.NSFEATOptPerf || id.NPDG.Count() != 8 || id.NPWG.Count() != 8 {
+	if id.NSATTR != 0 || id.DLFEAT != nvme.DLFEATReadZeroes|nvme.DLFEATWZDealloc || id.NSFEAT != nvme.NSFEATOptPerf|nvme.NSFEATAtomics || id.NACWU.Count() != 2048 || id.NAWUN != 0 || id.NAWUPF != 0 || id.NPDG.Count() != 8 || id.NPWG.Count() != 8 {
 		t.Errorf("NSATTR %d DLFEAT %d NSFEAT %d NPDG %v NPWG %v", id.NSATTR, id.DLFEAT, id.NSFEAT, id.NPDG, id.NPWG)
 	}
 	if id.MSSRL != 16384 || id.MCL != 65536 || id.MSRC.Count() != 128 {
@@ -69,7 +69,7 @@ func TestIdentifyNamespace(t *testing.T) {
 		t.Errorf("NGUID %x", id.NGUID)
 	}
 	copy(id.Bytes()[:], h.identify(nvme.CNSNamespace, 3))
-	if size, ok := id.BlockSize(); !ok || size != 4096 || id.NSATTR != nvme.NSATTRWriteProtected || id.DLFEAT != 0 || id.NSFEAT != 0 {
+	if size, ok := id.BlockSize(); !ok || size != 4096 || id.NSATTR != nvme.NSATTRWriteProtected || id.DLFEAT != 0 || id.NSFEAT != nvme.NSFEATAtomics || id.NACWU.Count() != 256 {
 		t.Errorf("namespace 3: size %d NSATTR %d", size, id.NSATTR)
 	}
 	if zero := make([]byte, nvme.IdentifySize); !bytes.Equal(h.identify(nvme.CNSNamespace, 2), zero) {

@@ -29,14 +29,20 @@ const ioCommands = nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme
 	nvme.ONCSCopy | nvme.ONCSWriteUncorrectable
 
 // identifyIO adds to Identify Controller what is said of I/O commands.
-func identifyIO(id *nvme.IdentifyController) {
+func (c *Controller) identifyIO(id *nvme.IdentifyController) {
 	id.ONCS |= ioCommands
 	id.OCFS = nvme.OCFSFormat0
+	id.FUSES = nvme.FUSESCompareWrite
+	// A fused pair is atomic whatever its length: ACWU is MDTS in the largest blocks there can be, NACWU in those of the namespace. Other
+	// writes are so for one block (AWUN, AWUPF and what a namespace has of them are 0), which is what files promise.
+	id.ACWU = zeroBased(c.cfg.MDTSBytes >> backend.MaxLBAShift)
 	id.SGLS = nvme.SGLSByteAligned | nvme.SGLSBitBucket | nvme.SGLSMetadataSGL
 }
 
 // identifyNamespaceIO is identifyIO for Identify Namespace.
-func identifyNamespaceIO(id *nvme.IdentifyNamespace, info *backend.Info) {
+func (c *Controller) identifyNamespaceIO(id *nvme.IdentifyNamespace, info *backend.Info) {
+	id.NSFEAT |= nvme.NSFEATAtomics
+	id.NACWU = zeroBased(c.cfg.MDTSBytes >> info.LBAShift)
 	id.MSSRL, id.MCL = CopyLimits(info)
 	id.MSRC = MaxCopyRanges - 1
 }

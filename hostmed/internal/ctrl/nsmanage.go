@@ -167,7 +167,7 @@ func (c *Controller) identifyManaged(cmd *nvme.Command) result {
 	case nvme.CNSAllocatedNamespaces, nvme.CNSCSIAllocated:
 		return c.identifyAllocatedList(cmd)
 	case nvme.CNSAllocatedNamespace:
-		return c.identifyAllocated(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return namespaceData(n).Bytes() })
+		return c.identifyAllocated(cmd, func(n *Namespace) *[nvme.IdentifySize]byte { return c.namespaceData(n).Bytes() })
 	case nvme.CNSCSIAllocatedNamespace:
 		return c.identifyAllocated(cmd, func(*Namespace) *[nvme.IdentifySize]byte { return new([nvme.IdentifySize]byte) })
 	case nvme.CNSNamespaceControllers, nvme.CNSControllers:

@@ -16,7 +16,8 @@ type request struct {
 	ns   *namespace
 	vec  []backend.Seg // backing array of Vec, kept
 	step step          // what is to be done when the backend has done with it
-	held bool          // waits: for the namespace's gate, or for scratch memory
+	held bool          // waits: for the namespace's gate, for scratch memory, for its other half
+	pair *pairOf       // nil: it is no half of anything
 
 	// Of commands of several steps, see steps.go.
 	buf   *shm.Region   // the medium's data
@@ -49,6 +50,9 @@ func (w *Worker) take(s *sq) *request {
 func (w *Worker) give(r *request) {
 	r.sq.inflight--
 	r.sq.g.inflight--
+	if r.pair != nil {
+		w.leavePair(r)
+	}
 	if r.buf != nil {
 		w.giveScratch(r)
 	}
@@ -64,9 +68,13 @@ func (w *Worker) start(r *request) {
 	c := &r.cmd
 	ctl := r.sq.g.ctl
 	r.step = oneStep
-	if c.Flags != 0 && !r.flags() {
-		w.complete(r, nvme.StatusInvalidField.WithDNR())
-		return
+	if c.Flags != 0 {
+		if st := w.flags(r); st == waits {
+			return
+		} else if st != nvme.StatusSuccess {
+			w.complete(r, st)
+			return
+		}
 	}
 	if r.ns = ctl.namespace(c.NSID); r.ns == nil {
 		w.complete(r, ctl.notAttached(c.NSID).WithDNR())
@@ -108,11 +116,6 @@ func (w *Worker) start(r *request) {
 		return
 	}
 	w.enqueue(r)
-}
-
-// flags says whether the command's flags, which are not all zero, can be: fused operations are not offered.
-func (r *request) flags() bool {
-	return r.cmd.FUSE() == nvme.FuseNormal && r.cmd.PSDT() <= nvme.PSDTSGLMPTR
 }
 
 // blocks sets the byte range of n LBAs from slba, if the namespace has them.
@@ -198,9 +201,15 @@ func (w *Worker) reap() int {
 func (w *Worker) finish(r *request) {
 	w.current = r.sq.g
 	st := r.Status
-	if r.step != oneStep && st == nvme.StatusSuccess {
-		if st = w.next(r); st == waits {
-			w.again = append(w.again, r)
+	if r.step != oneStep {
+		if st == nvme.StatusSuccess {
+			if st = w.next(r); st == waits {
+				w.again = append(w.again, r)
+				return
+			}
+		}
+		if r.pair != nil {
+			w.fusedDone(r, st)
 			return
 		}
 	}

@@ -15,6 +15,15 @@ func FuzzCommand(f *testing.F) {
 	seed(nvme.Command{Opcode: nvme.IODSM, NSID: 1, PRP1: base + dataOff, CDW10: 255, CDW11: nvme.DSMDeallocate})
 	seed(nvme.Command{Opcode: nvme.IOWriteZeroes, NSID: 1, CDW12: 0xffff | 1<<25})
 	seed(nvme.Command{Opcode: nvme.IOFlush, NSID: nvme.NSIDAll})
+	seed(nvme.Command{Opcode: nvme.IOVerify, NSID: 1, CDW12: 0xffff})
+	seed(nvme.Command{Opcode: nvme.IOWriteUncorrectable, NSID: 1, CDW12: 3})
+	seed(nvme.Command{Opcode: nvme.IOCopy, NSID: 1, PRP1: base + dataOff, CDW10: 100, CDW12: 7})
+	fusedFirst, fusedSecond := fused(0, 8, dataOff, other)
+	seed(fusedFirst)
+	seed(fusedSecond)
+	sgl := rw(nvme.IORead, 0, 8, 0)
+	sgl.SetSGL(nvme.MakeSGL(nvme.SGLSegment, base+dataOff, 32))
+	seed(sgl)
 	r := newRig(f, rigConfig{shadow: true})
 	p := r.pair(1, 16, false)
 	f.Fuzz(func(t *testing.T, raw []byte) {
@@ -34,10 +43,16 @@ func FuzzCommand(f *testing.F) {
 			c.PRP2 += dataOff
 		}
 		p.push(c)
+		n := 1
+		if c.FUSE() == nvme.FuseFirst { // it may wait for what comes next
+			p.push(nvme.Command{Opcode: nvme.IOFlush, NSID: 1})
+			n = 2
+		}
 		p.publish()
-		e := p.reap(1)[0]
-		if e.SQID() != 1 {
-			t.Fatalf("completion names SQ %d", e.SQID())
+		for _, e := range p.reap(n) {
+			if e.SQID() != 1 {
+				t.Fatalf("completion names SQ %d", e.SQID())
+			}
 		}
 		r.noError()
 	})

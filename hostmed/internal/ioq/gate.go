@@ -7,7 +7,7 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// Commands that a namespace's gate holds back, or for which there is no scratch memory, wait on their worker. They are fetched, so each has its place in the CQ, but
+// Commands that a namespace's gate holds back, for which there is no scratch memory, or whose fused other half has yet to come, wait on their worker. They are fetched, so each has its place in the CQ, but
 // nothing of them has begun: no memory is translated, and so DMA_UNMAP need not wait for them. They are counted in
 // group.held beside group.inflight.
 
@@ -52,6 +52,9 @@ func (w *Worker) unhold(f func(*request) bool) *request {
 	w.held = slices.Delete(w.held, i, i+1)
 	r.held = false
 	r.sq.g.held--
+	if r.sq.first == r {
+		r.sq.first = nil
+	}
 	return r
 }
 

@@ -77,8 +77,9 @@ type sq struct {
 	tail     *dbbuf.Poller
 	state    State // Polling, Draining, Parked or Failed; whether it is armed is the group's
 	inflight uint32
-	pageSize uint32 // CC.MPS in bytes
-	maxPages int    // of a command's data
+	pageSize uint32   // CC.MPS in bytes
+	maxPages int      // of a command's data
+	first    *request // of a fused pair, held back until the second comes
 }
 
 // poll fetches and starts what is in the group's SQs and returns how many commands.
@@ -153,7 +154,11 @@ func (w *Worker) fetch(s *sq, n uint32) {
 		r := w.take(s)
 		w.pending = r
 		s.cons.Fetch(&r.cmd)
-		w.start(r)
+		if s.first != nil {
+			w.second(r)
+		} else {
+			w.start(r)
+		}
 		w.pending = nil
 	}
 }

@@ -1,8 +1,6 @@
 package ioq
 
 import (
-	"fmt"
-
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -104,10 +102,16 @@ func (r *request) setScratch() {
 
 // compare reads the medium into scratch memory, for compared to look at.
 func (w *Worker) compare(r *request) nvme.Status {
-	r.Op = backend.OpRead
+	r.Op = backend.OpRead // for what start looks at
 	if !w.takeScratch(r) {
 		return waits
 	}
+	return w.comparison(r)
+}
+
+// comparison is compare with scratch memory.
+func (w *Worker) comparison(r *request) nvme.Status {
+	r.Op = backend.OpRead
 	if st := w.data(r, false); st != nvme.StatusSuccess {
 		return st
 	}
@@ -126,19 +130,12 @@ func (r *request) firstPiece() nvme.Status {
 
 // compared compares a piece with guest memory, which may have gone.
 func (w *Worker) compared(r *request) nvme.Status {
-	same := false
-	if err := shm.Guard(func() { same = equalAt(r.guest, r.pos, r.Vec[0]) }); err != nil {
-		g := r.sq.g
-		if g.state != Failed {
-			w.failGroup(g)
-			g.ctl.cfg.OnError(QueueError{QID: g.qid, Kind: MemoryFault, Err: fmt.Errorf("compare: %w", err)})
+	return w.guarded(r, func() nvme.Status {
+		if !equalAt(r.guest, r.pos, r.Vec[0]) {
+			return nvme.StatusCompareFailure
 		}
-		return nvme.StatusDataTransferError
-	}
-	if !same {
-		return nvme.StatusCompareFailure
-	}
-	return nvme.StatusSuccess
+		return nvme.StatusSuccess
+	})
 }
 
 // verify reads the medium, and nobody looks at what it reads.

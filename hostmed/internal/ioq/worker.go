@@ -109,6 +109,10 @@ type Worker struct {
 	current   *group   // whose memory is being touched
 	pending   *request // fetched, not yet handed on
 
+	pairs       []*pairOf   // wait for their namespace, see fused.go
+	pairing     bool        // the namespace of one is asked for or held
+	pairScratch *shm.Region // for its Compare
+
 	copyFrom [ctrl.MaxCopyRanges]nvme.CopyRange // of the Copy that is being decoded
 }
 

@@ -109,6 +109,13 @@ func (g *Gate) Check(class Class, h Host) (Verdict, nvme.Status) {
 	return Pass, nvme.StatusSuccess
 }
 
+// CheckHolder is Check for whoever holds the namespace, for whom Hold is not meant.
+func (g *Gate) CheckHolder(class Class, h Host) (Verdict, nvme.Status) {
+	mine := *g
+	mine.Hold = false
+	return mine.Check(class, h)
+}
+
 // Marked reports whether one of n blocks from first is in Bad. The last of them must be a block of the namespace.
 func (g *Gate) Marked(first, n uint64) bool {
 	i, _ := slices.BinarySearchFunc(g.Bad, first, func(r Range, at uint64) int {

@@ -113,6 +113,22 @@ func (n *Namespace) Exclusive(f func()) {
 	f()
 }
 
+// BeginExclusive is Exclusive for callers that cannot wait, and for what does not end with a function: begin is called, on another
+// goroutine, when the namespace is held, which it is until done is called. A namespace that stands alone is held at once.
+func (n *Namespace) BeginExclusive(begin func(done func())) {
+	if n.sub == nil {
+		begin(func() {})
+		return
+	}
+	n.sub.Go(func() {
+		n.Exclusive(func() {
+			over := make(chan struct{})
+			begin(sync.OnceFunc(func() { close(over) }))
+			<-over
+		})
+	})
+}
+
 // failing is Exclusive for what takes long: commands that come meanwhile fail with st instead of waiting.
 func (n *Namespace) failing(st nvme.Status, f func()) {
 	n.alone.Lock()
