@@ -45,10 +45,27 @@ type Result struct {
 }
 
 // Start boots a machine and returns when its agent answers. The caller must Close it.
-func (l *Lab) Start(ctx context.Context, c Config) (_ *VM, err error) {
+func (l *Lab) Start(ctx context.Context, c Config) (*VM, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
+	for tries := 1; ; tries++ {
+		vm, err := l.start(ctx, c)
+		if err == nil || tries == maxTries || !strings.Contains(err.Error(), stalePatch) {
+			return vm, err
+		}
+		fmt.Fprintln(l.log, "vmlab: the emulator has run code that the guest's kernel had just changed, and it died of that: booting once more")
+	}
+}
+
+// A kernel changes its own code while it boots, with a breakpoint in it as long as that takes. QEMU 11.1 with a thread for each virtual
+// CPU sometimes runs the breakpoint when it is gone already: once in some tens of boots on a busy machine.
+const (
+	stalePatch = "Oops: int3"
+	maxTries   = 3
+)
+
+func (l *Lab) start(ctx context.Context, c Config) (_ *VM, err error) {
 	accel, _, err := l.Accel(ctx)
 	if err != nil {
 		return nil, err
