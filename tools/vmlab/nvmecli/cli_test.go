@@ -8,10 +8,14 @@ import (
 
 // TestNVMeCLI: everything that nvme-cli prints of our controllers is what they are, and what it asks them to do is done.
 func TestNVMeCLI(t *testing.T) {
+	resetting := "resetting controller$" // a warning, since somebody asked for it
 	runThemes(t,
 		// Otherwise the kernel keeps nvme-cli from the registers of a device that has a driver.
 		vmlab.Config{Append: "iomem=relaxed"},
 		theme{name: "identify", run: identify, sub: named("identify", 1, namespace(fileSpec(t, "identify", "size=64MiB")), namespace("mem:size=32MiB,lba=4096"))},
 		theme{name: "logs", run: logs, sub: named("logs", 1, namespace("mem:size=64MiB"))},
+		theme{name: "features", run: features, sub: named("features", 1, namespace(fileSpec(t, "features", "size=64MiB"))), allowed: []string{resetting}},
+		theme{name: "commands", run: commands, sub: named("commands", 1, namespace(fileSpec(t, "commands", "size=64MiB")), namespace("mem:size=64MiB,lba=4096"))},
+		theme{name: "resets", run: resets, sub: named("resets", 1, namespace("mem:size=64MiB")), allowed: []string{resetting}},
 	)
 }
