@@ -45,7 +45,8 @@ func adminScope(op uint8) uint32 {
 	return nvme.EffectScopeController
 }
 
-// ioEffects is what an I/O command may change.
+// ioEffects is what an I/O command may change. Linux warns of I/O commands that do anything but change blocks ("unusual effects"), and so
+// does it of one that says its scope, which is the namespace anyway.
 var ioEffects = map[uint8]uint32{
 	nvme.IOWrite:              nvme.EffectBlockContent,
 	nvme.IOWriteUncorrectable: nvme.EffectBlockContent,
@@ -73,7 +74,7 @@ func (c *Controller) commandEffects(csi nvme.CSI) *nvme.CommandEffects {
 		return l
 	}
 	for _, op := range c.ioOpcodes() {
-		l.IO[op] = nvme.EffectSupported | ioEffects[op] | nvme.EffectScopeNamespace
+		l.IO[op] = nvme.EffectSupported | ioEffects[op]
 	}
 	return l
 }

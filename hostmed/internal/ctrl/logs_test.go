@@ -104,9 +104,14 @@ func TestOtherLogs(t *testing.T) {
 	var fx nvme.CommandEffects
 	copy(fx.Bytes()[:], h.log(nvme.LogCommandEffects, 4096, false))
 	if fx.Admin[nvme.AdminIdentify]&nvme.EffectSupported == 0 || fx.Admin[nvme.AdminDoorbellBufferConfig] == 0 || fx.Admin[nvme.AdminDeviceSelfTest] != 0 ||
-		fx.IO[nvme.IOWrite] != nvme.EffectSupported|nvme.EffectBlockContent|nvme.EffectScopeNamespace || fx.IO[nvme.IORead] != nvme.EffectSupported|nvme.EffectScopeNamespace ||
+		fx.IO[nvme.IOWrite] != nvme.EffectSupported|nvme.EffectBlockContent || fx.IO[nvme.IORead] != nvme.EffectSupported ||
 		fx.Admin[nvme.AdminKeepAlive] != nvme.EffectSupported|nvme.EffectScopeController || fx.IO[nvme.IOReservationAcquire+1] != 0 || fx.IO[nvme.IOCopy] != fx.IO[nvme.IOWrite] {
 		t.Error("command effects")
+	}
+	for op, e := range fx.IO {
+		if e&^(nvme.EffectSupported|nvme.EffectBlockContent) != 0 {
+			t.Errorf("I/O command %02xh has effects %#x, of which Linux warns", op, e)
+		}
 	}
 	cmd := logCmd(nvme.LogCommandEffects, 0, 4096, false)
 	cmd.CDW14 = uint32(nvme.CSIZoned) << 24
