@@ -47,7 +47,11 @@ func (d *device) DMAMap(m vfiouser.DMAMap, fd int) error {
 	if fd >= 0 && shm.CanShrink(fd) && d.log.IsDebug() {
 		d.log.Debug("client memory is not sealed against shrinking", "iova", fmt.Sprintf("%#x", m.IOVA))
 	}
+	if fd < 0 {
+		d.unshared(&m)
+	}
 	if err := d.mem.Map(m.IOVA, m.Size, m.Offset, fd, m.Flags&vfiouser.DMAWrite != 0); err != nil {
+		d.advise("memory of the client refused", err)
 		return err
 	}
 	d.ctl.MemoryGained()

@@ -106,6 +106,7 @@ func listen(path string) (*net.UnixListener, error) {
 // accept serves clients one after the other until close.
 func (p *port) accept() {
 	p.log.Info("listening", "doorbells", p.cfg.Doorbells.String(), "namespaces", len(p.self.Namespaces()))
+	var refused refusals
 	for {
 		conn, err := p.listener.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
@@ -118,12 +119,14 @@ func (p *port) accept() {
 			continue
 		}
 		if err := p.serve(conn); err != nil {
-			p.log.Warn("client refused", "error", err)
+			if tell, dropped := refused.again(time.Now()); tell {
+				p.log.Warn("client refused", "error", err, "not_told", dropped)
+			}
 		}
 	}
 }
 
-var errBusy = errors.New("the controller has a client already")
+var errBusy = errors.New("the controller has a client already: end that, or give each guest a socket of its own")
 
 // serve starts a session on conn. A session that is on its way out is waited for.
 func (p *port) serve(conn *net.UnixConn) error {

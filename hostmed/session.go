@@ -51,6 +51,8 @@ type session struct {
 	held       bool // the controller is held
 	unmaskFD   int  // -1: none
 
+	advised uint32 // causes that were told, the goroutine's (advice.go)
+
 	// The home worker's:
 	recv *vfiouser.Receiver
 	busy bool // a message is with the goroutine
@@ -114,7 +116,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		Namespaces: ns, MaxIOQueues: p.cfg.Queues, MaxDepth: p.cfg.Depth, MDTSBytes: uint32(p.cfg.MDTS), Vectors: vectors,
 		Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
 		Wake: s.kickAdmin, Persistent: p.kept, Dump: s.data.String,
-	}, s.data, guestMemory{s.mem})
+	}, s.data, guestMemory{s.mem, s})
 	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
 	s.disp.OnError = func(h vfiouser.Header, err error) {
 		s.log.Debug("message refused", "message", h.String(), "error", err)
@@ -362,6 +364,9 @@ func (s *session) tearDown() {
 	for _, fd := range s.msg.FDs {
 		unix.Close(fd)
 	}
+	if !s.disp.Negotiated() && errors.Is(why, vfiouser.ErrProtocol) {
+		why = fmt.Errorf("%w (%w)", errVersion, why)
+	}
 	args := []any{"reason", why, "reads", did.Reads, "writes", did.Writes, "errors", did.Errors, "mmio_per_io", strconv.FormatFloat(did.MMIO(), 'g', 2, 64)}
 	switch {
 	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
@@ -380,8 +385,18 @@ func (s *session) stats() ctrl.IOStats {
 }
 
 // guestMemory gives the controller what is mapped at the moment.
-type guestMemory struct{ *gmem.Memory }
+type guestMemory struct {
+	*gmem.Memory
+	s *session
+}
 
-func (g guestMemory) View(iova, n uint64) (*shm.Region, error) { return g.Table().View(iova, n) }
-func (g guestMemory) ReadIOVA(iova uint64, p []byte) bool      { return g.Table().ReadIOVA(iova, p) }
-func (g guestMemory) WriteIOVA(iova uint64, p []byte) bool     { return g.Table().WriteIOVA(iova, p) }
+func (g guestMemory) View(iova, n uint64) (*shm.Region, error) {
+	r, err := g.Table().View(iova, n)
+	if err != nil {
+		g.s.advise("the controller cannot use the client's memory", err)
+	}
+	return r, err
+}
+
+func (g guestMemory) ReadIOVA(iova uint64, p []byte) bool  { return g.Table().ReadIOVA(iova, p) }
+func (g guestMemory) WriteIOVA(iova uint64, p []byte) bool { return g.Table().WriteIOVA(iova, p) }

@@ -27,6 +27,7 @@ type adminQueue struct {
 	cq         *ring.CQProducer
 	sqMem      *shm.Region
 	cqMem      *shm.Region
+	begun      bool // a command was run
 	parked     bool // their memory is not all mapped (parking.go)
 	tail, head adminDoorbell
 	stopped    bool // after an invalid doorbell: nothing is fetched until a reset
@@ -205,10 +206,11 @@ func failErr(status nvme.Status, loc location, cause string, err error) result {
 
 // run runs one command and completes it. A failure is logged and recorded here and nowhere else.
 func (c *Controller) run(cmd *nvme.Command) {
-	if *cmd == (nvme.Command{}) {
+	if !c.admin.begun && *cmd == (nvme.Command{}) {
 		// QEMU with share=off passes the file of memory that it writes to elsewhere.
-		c.log.warn("an admin command of zeroes: is the client's memory shared? QEMU needs share=on")
+		c.log.warn("an admin command of zeroes: is the client's memory shared? QEMU's needs share=on: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem")
 	}
+	c.admin.begun = true
 	if r := c.dispatch(cmd); !r.later {
 		c.finish(cmd, r)
 	}

@@ -161,6 +161,25 @@ func TestViewSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
+// Less than a huge page cannot be mapped, and to try would map too much.
+func TestViewRefusesScatteredHugePages(t *testing.T) {
+	m := newMemory(t)
+	fd := memfd(t, 8)
+	m.mustMap(t, 0, page, 4*page, dup(t, fd), true)
+	m.mustMap(t, page, page, 2*page, dup(t, fd), true)
+	m.mustMap(t, 2*page, page, 3*page, fd, true)
+	for _, files := range m.files { // as if it were of huge pages, which not every machine has
+		files[0].huge = true
+	}
+	if v, err := m.Table().View(0, 2*page); !errors.Is(err, ErrHugePages) || v != nil {
+		t.Errorf("scattered: %v", err)
+	}
+	v, err := m.Table().View(page, 2*page)
+	if err != nil || v.Len() != 2*page {
+		t.Errorf("two ranges that are contiguous in their file: %v", err)
+	}
+}
+
 // Any pages in any order, against the naive way through ReadIOVA.
 func TestViewAgainstNaiveModel(t *testing.T) {
 	fd := memfd(t, 32)
