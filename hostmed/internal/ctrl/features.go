@@ -170,7 +170,7 @@ func (c *Controller) getFeatures(cmd *nvme.Command) result {
 		return fail(nvme.StatusInvalidField, dword(10, 0), "no such feature")
 	}
 	if caps&nvme.FeatureCapNamespace != 0 && c.namespace(cmd.NSID) == nil {
-		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+		return c.notAttached(cmd.NSID)
 	}
 	var value func(featureKey) uint32
 	switch cmd.FeatureSelect() {
@@ -233,7 +233,7 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 		perNamespace := caps&nvme.FeatureCapNamespace != 0
 		switch exists := c.namespace(cmd.NSID) != nil; {
 		case perNamespace && !exists, cmd.NSID != 0 && !exists:
-			return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+			return c.notAttached(cmd.NSID)
 		case !perNamespace && exists:
 			return fail(nvme.StatusFeatureNotPerNamespace, inNSID, "the feature belongs to the controller")
 		}

@@ -66,6 +66,15 @@ func (c *Controller) identifyNamespace(cmd *nvme.Command, data func(*Namespace) 
 	return c.toHost(cmd, make([]byte, nvme.IdentifySize))
 }
 
+// notAttached is what becomes of a command for nsid, which is no active namespace: an id up to NN is valid, and merely inactive. NVMe
+// Base 2.0c 3.2.1.5.
+func (c *Controller) notAttached(nsid uint32) result {
+	if nsid-1 < c.highestNSID() {
+		return fail(nvme.StatusInvalidField, inNSID, "nothing is attached as this namespace")
+	}
+	return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+}
+
 func (c *Controller) identifyActive(cmd *nvme.Command) result {
 	if cmd.NSID >= nvme.NSIDAll-1 {
 		return fail(nvme.StatusInvalidNamespace, inNSID, "no namespace id is larger")
@@ -84,7 +93,7 @@ func (c *Controller) identifyActive(cmd *nvme.Command) result {
 func (c *Controller) identifyDescriptors(cmd *nvme.Command) result {
 	n := c.namespace(cmd.NSID)
 	if n == nil {
-		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace")
+		return c.notAttached(cmd.NSID)
 	}
 	var zero [16]byte
 	d := nvme.NamespaceDescriptors{

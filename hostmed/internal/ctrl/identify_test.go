@@ -103,9 +103,10 @@ func TestIdentifyLists(t *testing.T) {
 	if !d.HasNGUID || !d.HasUUID || !d.HasCSI || d.UUID != [16]byte{4, 5, 6} || d.CSI != nvme.CSINVM {
 		t.Errorf("descriptors %+v", d)
 	}
-	for _, nsid := range []uint32{0, 2, 9, nvme.NSIDAll} {
+	for _, nsid := range []uint32{0, 9, nvme.NSIDAll} {
 		h.fails(identifyCmd(nvme.CNSNamespaceDescriptors, nsid), nvme.StatusInvalidNamespace)
 	}
+	h.fails(identifyCmd(nvme.CNSNamespaceDescriptors, 2), nvme.StatusInvalidField) // inactive
 }
 
 func TestIdentifyCommandSet(t *testing.T) {

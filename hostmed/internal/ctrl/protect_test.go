@@ -120,7 +120,7 @@ func TestWriteProtect(t *testing.T) {
 		h.fails(set(2, 0), nvme.StatusFeatureNotChangeable)
 		h.fails(set(nvme.NSIDAll, 1), nvme.StatusFeatureNotChangeable)
 		h.fails(set(1, 4), nvme.StatusInvalidField)
-		h.fails(set(3, 1), nvme.StatusInvalidNamespace)
+		h.fails(set(3, 1), nvme.StatusInvalidField) // inactive
 		h.fails(saved(set(1, 1)), nvme.StatusFeatureNotSaveable)
 		if st := later(set(2, 2)); !st.OK() { // what is so already
 			t.Errorf("the same state: %v", st)
