@@ -210,12 +210,20 @@ var featureCases = []Case{
 		},
 	},
 	{
-		ID: "feature.error-recovery.nsid", Ref: "NVMe Base 2.0c 5.27, 3.2.1.1",
-		Text:  "Error Recovery of a namespace id that is not valid fails",
+		ID: "feature.error-recovery.nsid", Ref: "NVMe Base 2.0c 5.27, 3.2.1.5",
+		Text:  "Error Recovery of a namespace id that is not valid is Invalid Namespace or Format",
 		needs: bitNeed("NN leaves no namespace id", func(f *facts) bool { return f.id.NN < nvme.NSIDAll-1 }),
 		run: func(c *ctl) {
-			c.refused(setFeatureCmd(nvme.FeatureErrorRecovery, c.facts.id.NN+1, 0), nvme.StatusInvalidNamespace, nvme.StatusInvalidField)
-			c.refused(getFeatureCmd(nvme.FeatureErrorRecovery, c.facts.id.NN+1, nvme.FeatureCurrent, 0), nvme.StatusInvalidNamespace, nvme.StatusInvalidField)
+			c.refused(setFeatureCmd(nvme.FeatureErrorRecovery, c.facts.id.NN+1, 0), nvme.StatusInvalidNamespace)
+			c.refused(getFeatureCmd(nvme.FeatureErrorRecovery, c.facts.id.NN+1, nvme.FeatureCurrent, 0), nvme.StatusInvalidNamespace)
+		},
+	},
+	{
+		ID: "feature.error-recovery.inactive", Ref: "NVMe Base 2.0c 5.27, 3.2.1.5", needs: needHole,
+		Text: "Error Recovery of an inactive namespace id is Invalid Field in Command",
+		run: func(c *ctl) {
+			c.refused(setFeatureCmd(nvme.FeatureErrorRecovery, c.facts.inactive(), 0), nvme.StatusInvalidField)
+			c.refused(getFeatureCmd(nvme.FeatureErrorRecovery, c.facts.inactive(), nvme.FeatureCurrent, 0), nvme.StatusInvalidField)
 		},
 	},
 	{

@@ -120,12 +120,12 @@ var identifyCases = []Case{
 		},
 	},
 	{
-		ID: "admin.identify.cns-00.nsid-0", Ref: "NVMe Base 2.0c 3.2.1.1",
+		ID: "admin.identify.cns-00.nsid-0", Ref: "NVMe Base 2.0c 3.2.1.5",
 		Text: "NSID 0 is Invalid Namespace or Format",
 		run:  func(c *ctl) { c.identifyRefused(nvme.CNSNamespace, 0, nvme.StatusInvalidNamespace) },
 	},
 	{
-		ID: "admin.identify.cns-00.nsid-beyond-nn", Ref: "NVMe Base 2.0c 3.2.1.1",
+		ID: "admin.identify.cns-00.nsid-beyond-nn", Ref: "NVMe Base 2.0c 3.2.1.5",
 		Text:  "an NSID above NN is Invalid Namespace or Format",
 		needs: bitNeed("NN leaves no namespace id", func(f *facts) bool { return f.id.NN < nvme.NSIDAll-1 }),
 		run: func(c *ctl) {
@@ -144,7 +144,7 @@ var identifyCases = []Case{
 		},
 	},
 	{
-		ID: "admin.identify.cns-00.inactive", Ref: "NVMe Base 2.0c 5.17.2.1, 3.2.1.4", needs: needHole,
+		ID: "admin.identify.cns-00.inactive", Ref: "NVMe Base 2.0c 5.17.2.1, 3.2.1.5", needs: needHole,
 		Text: "an inactive NSID gives a structure of zeroes",
 		run: func(c *ctl) {
 			p := c.identify(nvme.CNSNamespace, c.facts.inactive())
@@ -204,11 +204,18 @@ var identifyCases = []Case{
 		},
 	},
 	{
-		ID: "admin.identify.cns-03.nsid-0", Ref: "NVMe Base 2.0c 5.17.2.3, 3.2.1.1", needs: version(1, 3),
+		ID: "admin.identify.cns-03.nsid-0", Ref: "NVMe Base 2.0c 5.17.2.3, 3.2.1.5", needs: version(1, 3),
 		Text: "no descriptors of NSID 0 or FFFFFFFFh: Invalid Namespace or Format",
 		run: func(c *ctl) {
 			c.identifyRefused(nvme.CNSNamespaceDescriptors, 0, nvme.StatusInvalidNamespace)
 			c.identifyRefused(nvme.CNSNamespaceDescriptors, nvme.NSIDAll, nvme.StatusInvalidNamespace)
+		},
+	},
+	{
+		ID: "admin.identify.cns-03.inactive", Ref: "NVMe Base 2.0c 5.17.2.3, 3.2.1.5", needs: join(version(1, 3), needHole),
+		Text: "no descriptors of an inactive NSID: Invalid Field in Command",
+		run: func(c *ctl) {
+			c.identifyRefused(nvme.CNSNamespaceDescriptors, c.facts.inactive(), nvme.StatusInvalidField)
 		},
 	},
 	{

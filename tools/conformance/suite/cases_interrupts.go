@@ -109,7 +109,7 @@ var interruptCases = []Case{
 		},
 	},
 	{
-		ID: "interrupt.reused", Ref: "NVMe Base 2.0c 5.4.1, 5.7", needs: join(needIRQ, needNS),
+		ID: "interrupt.reused", Ref: "NVMe Base 2.0c 5.4.1, 5.6", needs: join(needIRQ, needNS),
 		Text: "a vector whose CQ was deleted serves the next CQ, with no interrupt of the old one",
 		run: func(c *ctl) {
 			for range 5 {

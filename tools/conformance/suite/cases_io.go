@@ -21,23 +21,23 @@ var ioCases = []Case{
 		run:  func(c *ctl) { c.beyond(nvme.IORead) },
 	},
 	{
-		ID: "io.nsid.0", Ref: "NVMe Base 2.0c 3.2.1.1", needs: needNS,
+		ID: "io.nsid.0", Ref: "NVMe Base 2.0c 3.2.1.5", needs: needNS,
 		Text: "an I/O command with NSID 0 is Invalid Namespace or Format",
 		run:  func(c *ctl) { c.ioNSID(0, nvme.StatusInvalidNamespace) },
 	},
 	{
-		ID: "io.nsid.all", Ref: "NVMe Base 2.0c 3.2.1.1", needs: needNS,
+		ID: "io.nsid.all", Ref: "NVMe Base 2.0c 3.2.1.5", needs: needNS,
 		Text: "a read of NSID FFFFFFFFh is Invalid Namespace or Format, or Invalid Field in Command",
 		run:  func(c *ctl) { c.ioNSID(nvme.NSIDAll, nvme.StatusInvalidNamespace, nvme.StatusInvalidField) },
 	},
 	{
-		ID: "io.nsid.beyond-nn", Ref: "NVMe Base 2.0c 3.2.1.1",
+		ID: "io.nsid.beyond-nn", Ref: "NVMe Base 2.0c 3.2.1.5",
 		Text:  "an I/O command with an NSID above NN is Invalid Namespace or Format",
 		needs: join(needNS, bitNeed("NN leaves no namespace id", func(f *facts) bool { return f.id.NN < nvme.NSIDAll-1 })),
 		run:   func(c *ctl) { c.ioNSID(c.facts.id.NN+1, nvme.StatusInvalidNamespace) },
 	},
 	{
-		ID: "io.nsid.inactive", Ref: "NVMe Base 2.0c 3.2.1.4", needs: join(needNS, needHole),
+		ID: "io.nsid.inactive", Ref: "NVMe Base 2.0c 3.2.1.5", needs: join(needNS, needHole),
 		Text: "an I/O command with an inactive NSID is Invalid Field in Command",
 		run:  func(c *ctl) { c.ioNSID(c.facts.inactive(), nvme.StatusInvalidField) },
 	},
@@ -142,7 +142,7 @@ var ioCases = []Case{
 		},
 	},
 	{
-		ID: "io.flush", Ref: "NVM Command Set 1.0c 7.1", needs: needNS,
+		ID: "io.flush", Ref: "NVMe Base 2.0c 7.1", needs: needNS,
 		Text: "Flush of a namespace succeeds",
 		run:  func(c *ctl) { c.q().ok(nvme.Command{Opcode: nvme.IOFlush, NSID: c.facts.nsid}) },
 	},
@@ -162,7 +162,7 @@ var ioCases = []Case{
 		},
 	},
 	{
-		ID: "io.flush.nsid-0", Ref: "NVMe Base 2.0c 7.1, 3.2.1.1", needs: needNS,
+		ID: "io.flush.nsid-0", Ref: "NVMe Base 2.0c 7.1, 3.2.1.5", needs: needNS,
 		Text: "Flush of NSID 0 is Invalid Namespace or Format",
 		run: func(c *ctl) {
 			c.q().refused(nvme.Command{Opcode: nvme.IOFlush}, nvme.StatusInvalidNamespace)
@@ -207,7 +207,7 @@ var ioCases = []Case{
 		run:  func(c *ctl) { c.beyond(nvme.IOVerify) },
 	},
 	{
-		ID: "io.lba-status", Ref: "NVMe Base 2.0c 5.14, NVM Command Set 1.0c 4.2.1", needs: join(needNS, oacs(nvme.OACSLBAStatus, "Get LBA Status")),
+		ID: "io.lba-status", Ref: "NVM Command Set 1.0c 4.2.1", needs: join(needNS, oacs(nvme.OACSLBAStatus, "Get LBA Status")),
 		Text: "Get LBA Status answers with descriptors that rise and lie in the range",
 		run: func(c *ctl) {
 			const n = 4096

@@ -7,7 +7,7 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// Format, and namespaces that come and go. NVMe Base 2.0c 5.13 (Format NVM), 5.22, 5.23.
+// Format, and namespaces that come and go. NVMe Base 2.0c 5.14 (Format NVM), 5.22, 5.23.
 
 var (
 	needFormat = join(needNS, oacs(nvme.OACSFormat, "Format NVM"))
@@ -20,7 +20,7 @@ var (
 
 var manageCases = []Case{
 	{
-		ID: "format.same", Ref: "NVMe Base 2.0c 5.13", needs: needFormat, does: formats,
+		ID: "format.same", Ref: "NVMe Base 2.0c 5.14", needs: needFormat, does: formats,
 		Text: "Format NVM with the format in use keeps the namespace's size, and no old data can be read",
 		run: func(c *ctl) {
 			p := pattern(41, c.facts.lba)
@@ -38,7 +38,7 @@ var manageCases = []Case{
 		},
 	},
 	{
-		ID: "format.unknown", Ref: "NVMe Base 2.0c 5.13", needs: needFormat, does: formats,
+		ID: "format.unknown", Ref: "NVMe Base 2.0c 5.14", needs: needFormat, does: formats,
 		Text: "Format NVM with a format that is not listed is Invalid Format",
 		run: func(c *ctl) {
 			n := c.facts.ns.NLBAF.Count()
@@ -50,7 +50,7 @@ var manageCases = []Case{
 		},
 	},
 	{
-		ID: "format.each", Ref: "NVMe Base 2.0c 5.13, NVM Command Set 1.0c 4.1.5.1", needs: needFormat, does: formats,
+		ID: "format.each", Ref: "NVMe Base 2.0c 5.14, NVM Command Set 1.0c 4.1.5.1", needs: needFormat, does: formats,
 		Text: "after Format NVM the namespace says the new format and has about the same bytes",
 		run: func(c *ctl) {
 			was := c.facts.ns.FormatIndex()
@@ -71,7 +71,7 @@ var manageCases = []Case{
 		},
 	},
 	{
-		ID: "format.nsid", Ref: "NVMe Base 2.0c 5.13, 3.2.1.1", needs: needFormat, does: formats,
+		ID: "format.nsid", Ref: "NVMe Base 2.0c 5.14, 3.2.1.5", needs: needFormat, does: formats,
 		Text: "Format NVM of a namespace id that is not valid fails",
 		run: func(c *ctl) {
 			cmd := c.formatCmd(0, 0)
@@ -124,7 +124,7 @@ var manageCases = []Case{
 		},
 	},
 	{
-		ID: "namespace.delete.absent", Ref: "NVMe Base 2.0c 5.23, 3.2.1.1", needs: needManage, does: formats,
+		ID: "namespace.delete.absent", Ref: "NVMe Base 2.0c 5.23, 3.2.1.5", needs: needManage, does: formats,
 		Text: "to delete a namespace that is not there fails",
 		run: func(c *ctl) {
 			for _, nsid := range []uint32{0, nvme.NSIDAll - 1} {

@@ -129,7 +129,7 @@ var queueCases = []Case{
 		},
 	},
 	{
-		ID: "queue.delete.order", Ref: "NVMe Base 2.0c 5.7",
+		ID: "queue.delete.order", Ref: "NVMe Base 2.0c 5.6",
 		Text: "a CQ that has SQs cannot be deleted: Invalid Queue Deletion",
 		run: func(c *ctl) {
 			c.q()
@@ -139,7 +139,7 @@ var queueCases = []Case{
 		},
 	},
 	{
-		ID: "queue.delete.busy", Ref: "NVMe Base 2.0c 5.6", needs: needNS,
+		ID: "queue.delete.busy", Ref: "NVMe Base 2.0c 5.7", needs: needNS,
 		Text: "after Delete I/O SQ has completed, no completion of that queue is posted",
 		run: func(c *ctl) {
 			q := c.q()
