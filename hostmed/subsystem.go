@@ -22,7 +22,7 @@ type subsystem struct {
 // open opens the media of c and listens on its sockets.
 func (m *Mediator) open(c SubsystemConfig) error {
 	s := &subsystem{m: m, cfg: c, Subsystem: subsys.New(subsys.Config{
-		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Store: m.state, Logger: m.log,
+		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Store: m.state, Forgets: m.cfg.State == "", Logger: m.log,
 	})}
 	m.subsystems = append(m.subsystems, s)
 	for _, n := range c.Namespaces {
@@ -53,11 +53,17 @@ func (m *Mediator) open(c SubsystemConfig) error {
 }
 
 func (s *subsystem) openNamespace(n NamespaceConfig) error {
-	b, err := backend.Open(n.Spec)
+	spec, err := backend.ParseSpec(n.Spec)
 	if err != nil {
 		return err
 	}
-	s.AddNamespace(subsys.NamespaceConfig{NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid})
+	b, err := backend.OpenSpec(s.Formatted(n.NSID, spec))
+	if err != nil {
+		return err
+	}
+	s.AddNamespace(subsys.NamespaceConfig{
+		NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid, Spec: spec,
+	})
 	return nil
 }
 
@@ -112,8 +118,7 @@ func closeMedium(m *subsys.Medium) error {
 func namespaces(c *subsys.Controller) []ctrl.Namespace {
 	var list []ctrl.Namespace
 	for _, n := range c.Namespaces() {
-		m := n.Medium()
-		list = append(list, ctrl.Namespace{NSID: n.NSID, Backend: m.Backend, Info: m.Info, Of: n, Protection: n.Protection()})
+		list = append(list, *ctrl.View(n))
 	}
 	return list
 }

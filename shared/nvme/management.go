@@ -29,3 +29,27 @@ type NamespaceGranularity struct {
 	Descriptor [16]struct{ Size, Capacity uint64 } // bytes; 0: none said
 	_          [3808]byte
 }
+
+// FPISupported is the bit of IdentifyNamespace.FPI that says bits 6:0 are the percentage of a format that is left to do.
+const FPISupported = 1 << 7
+
+// Values of SES of Format NVM.
+const (
+	EraseNone     = 0
+	EraseUserData = 1
+	EraseCrypto   = 2
+)
+
+// FormatIndex returns the LBA format that Format NVM asks for, LBAFU and LBAFL. NVMe Base 2.0c 5.14.
+func (c *Command) FormatIndex() uint8 { return uint8(c.CDW10&0xF) | uint8(c.CDW10>>12&3)<<4 }
+
+// FormatProtection returns PI of Format NVM, the type of protection information.
+func (c *Command) FormatProtection() uint8 { return uint8(c.CDW10>>5) & 7 }
+
+// FormatErase returns SES of Format NVM.
+func (c *Command) FormatErase() uint8 { return uint8(c.CDW10>>9) & 7 }
+
+// SetFormat makes c a Format NVM.
+func (c *Command) SetFormat(nsid uint32, index, erase uint8) {
+	*c = Command{Opcode: AdminFormatNVM, NSID: nsid, CDW10: uint32(index&0xF) | uint32(index>>4&3)<<12 | uint32(erase&7)<<9}
+}

@@ -262,6 +262,10 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 		if c.cfg.Mode == Shadow {
 			return c.doorbellBufferConfig(cmd)
 		}
+	case nvme.AdminFormatNVM:
+		if c.canFormat() {
+			return c.formatNVM(cmd)
+		}
 	case nvme.AdminNamespaceManagement:
 		if c.manages() {
 			return c.namespaceManagement(cmd)
@@ -283,6 +287,9 @@ func (c *Controller) adminOpcodes() []uint8 {
 	}
 	if c.cfg.Mode == Shadow {
 		ops = append(ops, nvme.AdminDoorbellBufferConfig, nvme.AdminDoorbellMemory2014)
+	}
+	if c.canFormat() {
+		ops = append(ops, nvme.AdminFormatNVM)
 	}
 	if c.manages() {
 		ops = append(ops, nvme.AdminNamespaceManagement, nvme.AdminNamespaceAttachment)

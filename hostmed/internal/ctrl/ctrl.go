@@ -66,6 +66,13 @@ type Namespace struct {
 	Of      *subsys.Namespace // in its subsystem; nil: in none
 
 	Protection subsys.Protection
+	Formats    uint64 // how often it was formatted
+}
+
+// View is n as it is now.
+func View(n *subsys.Namespace) *Namespace {
+	m := n.Medium()
+	return &Namespace{NSID: n.NSID, Backend: m.Backend, Info: m.Info, Of: n, Protection: n.Protection(), Formats: n.Formats()}
 }
 
 // CQParams describes an I/O completion queue that passed every check of Create I/O CQ.

@@ -72,7 +72,7 @@ func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
 	changed := c.health.changed
 	for _, n := range slices.Concat(old, c.cfg.Namespaces) {
 		was, is := findNamespace(old, n.NSID), findNamespace(c.cfg.Namespaces, n.NSID)
-		if was == nil || is == nil || was.Info != is.Info || was.Of != is.Of || was.Protection != is.Protection {
+		if was == nil || is == nil || was.Info != is.Info || was.Of != is.Of || was.Protection != is.Protection || was.Formats != is.Formats {
 			changed = append(changed, n.NSID)
 		}
 	}

@@ -160,6 +160,9 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
 	c.identifyIO(id)
+	if c.canFormat() {
+		id.OACS |= nvme.OACSFormat
+	}
 	if c.manages() {
 		id.OACS |= nvme.OACSNamespaces
 		total, left := c.cfg.Self.Subsystem().Capacity()
@@ -192,6 +195,7 @@ func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NVMCAP: nvme.Uint128{Lo: info.Size()},
 	}
 	setFormats(id, info.LBAShift)
+	id.FPI = n.progress()
 	c.identifyNamespaceIO(id, info)
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT |= nvme.NSFEATOptPerf
@@ -203,6 +207,17 @@ func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		id.NOWS = id.NPWG
 	}
 	return id
+}
+
+// progress is FPI: what percentage of a format is left to do. Nothing says how far the host's file system is, so it is all until it is nothing.
+func (n *Namespace) progress() uint8 {
+	switch {
+	case n.Of == nil:
+		return 0
+	case n.Of.Formatting():
+		return nvme.FPISupported | 100
+	}
+	return nvme.FPISupported
 }
 
 // blockSizes are the LBA formats that every namespace can be formatted with, as powers of two.
@@ -234,6 +249,7 @@ func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT = nvme.NSFEATOptPerf
 	}
+	id.FPI = n.progress()
 	return id
 }
 

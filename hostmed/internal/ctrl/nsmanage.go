@@ -1,7 +1,6 @@
 package ctrl
 
 import (
-	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -105,13 +104,7 @@ func (c *Controller) identifyAllocated(cmd *nvme.Command, data func(*Namespace) 
 	if n == nil {
 		return c.toHost(cmd, make([]byte, nvme.IdentifySize))
 	}
-	return c.toHost(cmd, data(viewOf(n))[:])
-}
-
-// viewOf is n as a controller that it is attached to has it.
-func viewOf(n *subsys.Namespace) *Namespace {
-	m := n.Medium()
-	return &Namespace{NSID: n.NSID, Backend: m.Backend, Info: m.Info, Of: n}
+	return c.toHost(cmd, data(View(n))[:])
 }
 
 // identifyAllocatedList answers CNS 10h and 1Ah.

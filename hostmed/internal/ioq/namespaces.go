@@ -82,6 +82,10 @@ func (c *Controller) SetNamespaces(list []ctrl.Namespace) error {
 		})
 	}
 	c.ns.Store(&t)
+	// When this returns nobody begins a command with the old table any more: its caller may open a gate next.
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {})
+	}
 	return errors.Join(errs...)
 }
 

@@ -6,7 +6,6 @@ import (
 	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
-	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // Medium is what a namespace shows at a time. It does not change: a format or a resize makes another.
@@ -15,13 +14,18 @@ type Medium struct {
 	Info    backend.Info
 }
 
+// Formats returns how often n was formatted.
+func (n *Namespace) Formats() uint64 { return n.formats.Load() }
+
 // Namespace is one namespace of a subsystem, attached to any number of its controllers.
 type Namespace struct {
 	NSID   uint32
 	Shared bool // NMIC: may be attached to more than one controller
 
-	sub    *Subsystem // nil: it stands alone
-	uuid   [16]byte   // in place of the backend's; zeroes: that one
+	sub    *Subsystem   // nil: it stands alone
+	uuid   [16]byte     // in place of the backend's; zeroes: that one
+	spec   backend.Spec // what the operator said of it
+	pool   *Pool        // that it was created in; nil: the operator has made it
 	medium atomic.Pointer[Medium]
 	gate   atomic.Pointer[Gate]
 
@@ -29,6 +33,9 @@ type Namespace struct {
 	alone sync.Mutex
 	// use is held for reading by whoever uses the backend past the workers, and for writing while the backend changes.
 	use sync.RWMutex
+
+	formatting atomic.Bool
+	formats    atomic.Uint64 // how often it was formatted
 
 	mu    sync.Mutex // guards the rest
 	parts Gate       // what gate is made of
@@ -127,16 +134,6 @@ func (n *Namespace) BeginExclusive(begin func(done func())) {
 			<-over
 		})
 	})
-}
-
-// failing is Exclusive for what takes long: commands that come meanwhile fail with st instead of waiting.
-func (n *Namespace) failing(st nvme.Status, f func()) {
-	n.alone.Lock()
-	defer n.alone.Unlock()
-	n.EditGate(func(g *Gate) { g.Fail = st })
-	defer n.EditGate(func(g *Gate) { g.Fail = nvme.StatusSuccess })
-	n.drain()
-	f()
 }
 
 func (n *Namespace) hold(by int) {

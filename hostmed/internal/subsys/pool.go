@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/state"
@@ -21,7 +22,7 @@ type Pool struct {
 	capacity uint64
 	store    state.Store
 
-	// Guarded by Subsystem.manage.
+	mu   sync.Mutex // guards the rest; nothing is locked under it
 	made []made
 }
 
@@ -53,25 +54,64 @@ func (p *Pool) path(m *made) string { return filepath.Join(p.dir, "ns-"+m.UUID+"
 
 func (p *Pool) unallocated() uint64 {
 	left := p.capacity
-	for _, m := range p.made {
+	for _, m := range p.list() {
 		left -= min(left, m.Bytes)
 	}
 	return left
 }
 
-func (p *Pool) find(nsid uint32) *made {
-	if p == nil {
-		return nil
-	}
-	for i := range p.made {
-		if p.made[i].NSID == nsid {
-			return &p.made[i]
-		}
-	}
-	return nil
+func (p *Pool) list() []made {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.made)
 }
 
-func (p *Pool) save() error { return p.store.Save(poolKey, p.made) }
+// find returns what nsid is; p may be nil.
+func (p *Pool) find(nsid uint32) (m made, ok bool) {
+	if p == nil {
+		return m, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := p.index(nsid)
+	if i < 0 {
+		return m, false
+	}
+	return p.made[i], true
+}
+
+func (p *Pool) index(nsid uint32) int {
+	return slices.IndexFunc(p.made, func(m made) bool { return m.NSID == nsid })
+}
+
+// add, edit and drop change what there is, and save it. After an error of add nothing has changed.
+func (p *Pool) add(m made) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.made = append(p.made, m)
+	err := p.store.Save(poolKey, p.made)
+	if err != nil {
+	}
+	return err
+}
+
+func (p *Pool) edit(nsid uint32, f func(*made)) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := p.index(nsid)
+	if i < 0 {
+		return nil
+	}
+	f(&p.made[i])
+	return p.store.Save(poolKey, p.made)
+}
+
+func (p *Pool) drop(nsid uint32) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.made = slices.DeleteFunc(p.made, func(m made) bool { return m.NSID == nsid })
+	return p.store.Save(poolKey, p.made)
+}
 
 // open opens the medium of m, size 0: as it is.
 func (p *Pool) open(m *made, size uint64) (backend.Backend, error) {
@@ -92,8 +132,7 @@ func (s *Subsystem) UsePool(p *Pool) error {
 	}
 	s.pool = p
 	s.count()
-	for i := range p.made {
-		m := &p.made[i]
+	for _, m := range p.list() {
 		if s.Namespace(m.NSID) != nil {
 			return fmt.Errorf("pool %s: namespace %d was created by a guest, and the configuration has another one of that id: choose another nsid there", p.dir, m.NSID)
 		}
@@ -101,12 +140,12 @@ func (s *Subsystem) UsePool(p *Pool) error {
 		if !ok || m.NSID == 0 || m.NSID > MaxNSID {
 			return fmt.Errorf("pool %s: %s.json names no namespace (nsid %d, uuid %q): correct it, or move it away", p.dir, poolKey, m.NSID, m.UUID)
 		}
-		b, err := p.open(m, 0)
+		b, err := p.open(&m, 0)
 		if err != nil {
 			s.cfg.Logger.Error("a namespace that a guest has created cannot be opened", "nsid", m.NSID, "error", err)
 			continue
 		}
-		s.AddNamespace(NamespaceConfig{NSID: m.NSID, Backend: b, Shared: m.Shared, Controllers: s.existing(m.Attached), UUID: uuid})
+		s.AddNamespace(NamespaceConfig{NSID: m.NSID, Backend: b, Shared: m.Shared, Controllers: s.existing(m.Attached), UUID: uuid, pool: p})
 	}
 	return nil
 }
@@ -135,7 +174,11 @@ func (s *Subsystem) Create(blocks uint64, lba uint32, shared bool) (nsid uint32,
 	if p == nil || blocks > p.unallocated()/uint64(lba) {
 		return 0, nvme.StatusNamespaceInsufficientCapacity
 	}
-	for nsid = 1; s.Namespace(nsid) != nil || p.find(nsid) != nil; nsid++ {
+	taken := func(nsid uint32) bool {
+		_, made := p.find(nsid)
+		return made || s.Namespace(nsid) != nil
+	}
+	for nsid = 1; taken(nsid); nsid++ {
 		if nsid == MaxCreated {
 			return 0, nvme.StatusNamespaceIDUnavailable
 		}
@@ -144,14 +187,12 @@ func (s *Subsystem) Create(blocks uint64, lba uint32, shared bool) (nsid uint32,
 	m := made{NSID: nsid, UUID: nvme.FormatUUID(uuid), Bytes: blocks * uint64(lba), LBA: lba, Shared: shared}
 	b, err := p.open(&m, m.Bytes)
 	if err == nil {
-		p.made = append(p.made, m)
-		if err = p.save(); err == nil {
+		if err = p.add(m); err == nil {
 			s.count()
-			s.AddNamespace(NamespaceConfig{NSID: nsid, Backend: b, Shared: shared, UUID: uuid})
+			s.AddNamespace(NamespaceConfig{NSID: nsid, Backend: b, Shared: shared, UUID: uuid, pool: p})
 			s.cfg.Logger.Info("namespace created", "nqn", s.cfg.NQN, "nsid", nsid, "size", backend.FormatSize(m.Bytes), "file", p.path(&m))
 			return nsid, nvme.StatusSuccess
 		}
-		p.made = p.made[:len(p.made)-1]
 		err = errors.Join(err, b.Close(), os.Remove(p.path(&m)))
 	}
 	s.cfg.Logger.Error("a namespace cannot be created", "nqn", s.cfg.NQN, "error", err)
@@ -173,14 +214,14 @@ func (s *Subsystem) Delete(nsid uint32) nvme.Status {
 		if s.pool == nil {
 			return nvme.StatusSuccess
 		}
-		for _, m := range slices.Clone(s.pool.made) {
+		for _, m := range s.pool.list() {
 			if st := s.delete(m.NSID); st != nvme.StatusSuccess {
 				return st
 			}
 		}
 		return nvme.StatusSuccess
 	}
-	if s.pool.find(nsid) == nil {
+	if _, made := s.pool.find(nsid); !made {
 		if s.Namespace(nsid) != nil {
 			return nvme.StatusOperationDenied // the operator's
 		}
@@ -191,20 +232,20 @@ func (s *Subsystem) Delete(nsid uint32) nvme.Status {
 
 func (s *Subsystem) delete(nsid uint32) nvme.Status {
 	p := s.pool
-	m := *p.find(nsid)
+	m, _ := p.find(nsid)
 	if n := s.Namespace(nsid); n != nil {
 		s.RemoveNamespace(n)
 		if err := n.Medium().Backend.Close(); err != nil {
 			s.cfg.Logger.Error("closing a namespace that is deleted", "nsid", nsid, "error", err)
 		}
 	}
-	p.made = slices.DeleteFunc(p.made, func(x made) bool { return x.NSID == nsid })
+	dropped := p.drop(nsid)
 	s.count()
 	err := os.Remove(p.path(&m))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
-	if err = errors.Join(err, p.save()); err != nil {
+	if err = errors.Join(err, dropped); err != nil {
 		s.cfg.Logger.Error("deleting a namespace", "nqn", s.cfg.NQN, "nsid", nsid, "error", err)
 		return nvme.StatusInternalError
 	}
@@ -239,9 +280,8 @@ func (s *Subsystem) Attach(nsid uint32, ids []uint16, attach bool) nvme.Status {
 		now = slices.DeleteFunc(now, func(id uint16) bool { return slices.Contains(ids, id) })
 	}
 	s.SetAttached(n, now)
-	if m := s.pool.find(nsid); m != nil {
-		m.Attached = now
-		if err := s.pool.save(); err != nil {
+	if s.pool != nil {
+		if err := s.pool.edit(nsid, func(m *made) { m.Attached = now }); err != nil {
 			s.cfg.Logger.Error("an attachment is not kept over the next restart", "nqn", s.cfg.NQN, "nsid", nsid, "error", err)
 		}
 	}

@@ -57,6 +57,7 @@ type Config struct {
 	NQN, Serial, Model string
 	Workers            Workers
 	Store              state.Store // what has to outlive hostmed; nil: nothing does
+	Forgets            bool        // Store ends with hostmed
 	Logger             hclog.Logger
 }
 
@@ -65,7 +66,7 @@ type Subsystem struct {
 	cfg  Config
 	jobs sync.WaitGroup
 
-	saving sync.Mutex // held while protections are saved; above mu
+	saving sync.Mutex // held while protections, formats and reservations are saved; above mu
 	manage sync.Mutex // held while namespaces are created, deleted and attached one after the other
 	pool   *Pool      // nil: none are created; guarded by manage
 
@@ -74,6 +75,7 @@ type Subsystem struct {
 
 	mu          sync.Mutex // guards the rest, and Namespace.attached
 	protected   protections
+	formats     formats
 	namespaces  map[uint32]*Namespace
 	controllers map[uint16]*Controller
 }
@@ -85,6 +87,7 @@ func New(c Config) *Subsystem {
 	}
 	s := &Subsystem{cfg: c, namespaces: map[uint32]*Namespace{}, controllers: map[uint16]*Controller{}}
 	s.loadProtections()
+	s.loadFormats()
 	return s
 }
 
@@ -247,13 +250,16 @@ type NamespaceConfig struct {
 	NSID        uint32 // 1 to MaxNSID, free
 	Backend     backend.Backend
 	Shared      bool
-	Controllers []uint16 // ids of those that it is attached to
-	UUID        [16]byte // in place of the backend's; zeroes: that one
+	Controllers []uint16     // ids of those that it is attached to
+	UUID        [16]byte     // in place of the backend's; zeroes: that one
+	Spec        backend.Spec // what the operator said that Backend is, for what is saved about it
+
+	pool *Pool
 }
 
 // AddNamespace makes a namespace. It does not tell anybody: see Announce.
 func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
-	n := &Namespace{NSID: c.NSID, Shared: c.Shared, sub: s, uuid: c.UUID, attached: map[uint16]bool{}}
+	n := &Namespace{NSID: c.NSID, Shared: c.Shared, sub: s, uuid: c.UUID, spec: c.Spec, pool: c.pool, attached: map[uint16]bool{}}
 	n.show(c.Backend)
 	n.restoreProtection()
 	for _, id := range c.Controllers {
@@ -337,7 +343,15 @@ func (s *Subsystem) Alter(n *Namespace, f func(backend.Backend) error) (err erro
 
 // alter is the core of Alter; the caller has the namespace for itself.
 func (s *Subsystem) alter(n *Namespace, f func(backend.Backend) error) error {
+	err := s.change(n, f)
+	s.Announce(n)
+	return err
+}
+
+// change gives f the backend of n with no queue of it open, and makes the medium what it is afterwards.
+func (s *Subsystem) change(n *Namespace, f func(backend.Backend) error) error {
 	n.use.Lock()
+	defer n.use.Unlock()
 	b := n.Medium().Backend
 	s.cfg.Workers.Suspend(b)
 	err := f(b)
@@ -345,7 +359,5 @@ func (s *Subsystem) alter(n *Namespace, f func(backend.Backend) error) error {
 	if e := s.cfg.Workers.Resume(b); err == nil {
 		err = e
 	}
-	n.use.Unlock()
-	s.Announce(n)
 	return err
 }
