@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -36,6 +37,10 @@ func (b *build) lists() error {
 		if err := os.MkdirAll(filepath.Join(b.dir, "apt", d), 0o755); err != nil {
 			return err
 		}
+	}
+	// No package is installed yet. apt locks files beside this one, too.
+	if err := os.WriteFile(b.apt("state/status"), nil, 0o644); err != nil {
+		return err
 	}
 	if err := os.WriteFile(b.apt("apt.conf"), []byte(b.aptConfig()), 0o644); err != nil {
 		return err
@@ -87,38 +92,52 @@ APT::Get::Assume-Yes "true";
 Acquire::Languages "none";
 Acquire::Retries "3";
 Dir::State %[1]q;
-Dir::State::status "/dev/null";
+Dir::State::status %[5]q;
 Dir::Cache %[2]q;
 Dir::Etc::SourceList "/dev/null";
 Dir::Etc::SourceParts %[3]q;
 Dir::Etc::Preferences "/dev/null";
 Dir::Etc::PreferencesParts %[4]q;
-`, b.apt("state"), b.apt("cache"), b.apt("sources"), b.apt("preferences"))
+`, b.apt("state"), b.apt("cache"), b.apt("sources"), b.apt("preferences"), b.apt("state/status"))
 }
 
-// mirrors returns where packages may come from: what the machine's apt uses, without archives of security updates.
+// mirrors returns where packages may come from: what the machine's apt would fetch its lists from, Debian's first.
 func (b *build) mirrors() ([]string, error) {
 	if m := os.Getenv(envMirror); m != "" {
 		return []string{m}, nil
 	}
-	out, err := command(b.ctx, exec.Command("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"))
+	// It needs neither lists, which images of containers come without, nor root.
+	out, err := command(b.ctx, exec.Command("apt-get", "update", "--print-uris"))
 	if err != nil {
 		return nil, err
 	}
-	var mirrors []string
-	seen := map[string]bool{}
-	for line := range strings.Lines(out) {
-		uri, release, _ := strings.Cut(strings.TrimSpace(line), " ")
-		if uri == "" || seen[uri] || strings.Contains(release, "security") {
-			continue
-		}
-		seen[uri] = true
-		mirrors = append(mirrors, uri)
-	}
+	mirrors := mirrorsOf(out)
 	if len(mirrors) == 0 {
 		return nil, fmt.Errorf("apt is configured for no repository: add one to /etc/apt/sources.list.d, or name one with %s=URL", envMirror)
 	}
 	return mirrors, nil
+}
+
+// mirrorsOf finds the repositories in what apt-get update --print-uris prints: 'URI' file size.
+func mirrorsOf(out string) []string {
+	var mirrors []string
+	for line := range strings.Lines(out) {
+		uri, _, _ := strings.Cut(strings.TrimPrefix(line, "'"), "'")
+		repository, release, ok := strings.Cut(uri, "/dists/")
+		if ok && !strings.Contains(release, "-security/") && !slices.Contains(mirrors, repository) {
+			mirrors = append(mirrors, repository)
+		}
+	}
+	slices.SortStableFunc(mirrors, func(a, b string) int {
+		debian := func(m string) int {
+			if strings.HasSuffix(m, "/debian") {
+				return 0
+			}
+			return 1
+		}
+		return debian(a) - debian(b)
+	})
+	return mirrors
 }
 
 // download fetches the packages, what they depend on, and the kernel, which would drag in an initramfs maker.

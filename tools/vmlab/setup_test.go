@@ -77,6 +77,18 @@ func TestClean(t *testing.T) {
 	}
 }
 
+func TestMirrorsOf(t *testing.T) {
+	const out = `'http://tools.example/apt/dists/nodistro/InRelease' tools_InRelease 0
+'http://mirror.example/debian/dists/bookworm/InRelease' mirror_InRelease 0
+'http://mirror.example/debian/dists/bookworm-updates/main/binary-amd64/Packages.xz' mirror_Packages 0
+'http://mirror.example/debian-security/dists/bookworm-security/InRelease' security_InRelease 0
+Some other line
+`
+	if got, want := mirrorsOf(out), []string{"http://mirror.example/debian", "http://tools.example/apt"}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 func TestModuleClosure(t *testing.T) {
 	const dep = "kernel/a/one-x.ko.xz: kernel/b/two.ko.xz kernel/b/three.ko.xz\nkernel/b/two.ko.xz: kernel/b/three.ko.xz\nkernel/b/three.ko.xz:\nkernel/c/four.ko.xz:\n"
 	got, err := moduleClosure(dep, []string{"one_x", "two"})
