@@ -107,3 +107,12 @@ func (q *SQConsumer) Fetch(cmd *nvme.Command) {
 		q.head = 0
 	}
 }
+
+// Waiting returns the identifier of the n-th entry from the head on and its place in the ring, without fetching it: what Fetch copies later
+// may be another. The caller has seen Pending > n.
+func (q *SQConsumer) Waiting(n uint32) (cid uint16, index uint32) {
+	if index = q.head + n; index >= q.size {
+		index -= q.size
+	}
+	return q.entries[index].CID, index
+}

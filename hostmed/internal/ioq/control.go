@@ -414,9 +414,6 @@ func (c *Controller) ZeroAdminDoorbells() {
 	c.cfg.Home.Call(zero)
 }
 
-// Abort cannot take back what a backend has begun, and everything that was fetched has begun.
-func (c *Controller) Abort(sqid, cid uint16) bool { return false }
-
 // Stats returns what the controller has done so far.
 func (c *Controller) Stats() Stats {
 	s := c.past

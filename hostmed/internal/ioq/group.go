@@ -77,9 +77,10 @@ type sq struct {
 	tail     *dbbuf.Poller
 	state    State // Polling, Draining, Parked or Failed; whether it is armed is the group's
 	inflight uint32
-	pageSize uint32   // CC.MPS in bytes
-	maxPages int      // of a command's data
-	first    *request // of a fused pair, held back until the second comes
+	pageSize uint32    // CC.MPS in bytes
+	maxPages int       // of a command's data
+	first    *request  // of a fused pair, held back until the second comes
+	aborts   []toAbort // of commands that are not fetched yet
 }
 
 // poll fetches and starts what is in the group's SQs and returns how many commands.
@@ -154,8 +155,8 @@ func (w *Worker) fetch(s *sq, n uint32) {
 		r := w.take(s)
 		w.pending = r
 		s.cons.Fetch(&r.cmd)
-		if s.first != nil {
-			w.second(r)
+		if s.first != nil || len(s.aborts) > 0 {
+			w.startOdd(r)
 		} else {
 			w.start(r)
 		}

@@ -199,10 +199,21 @@ func (r *rig) alloc(n uint64) (off uint64, driver, device *shm.Region) {
 // pair makes a queue pair of size entries whose SQ feeds the CQ of the same id.
 func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
 	r.t.Helper()
+	return r.makePair(qid, size, size, ien)
+}
+
+// pairOf makes a queue pair of different sizes.
+func (r *rig) pairOf(qid uint16, sqSize, cqSize uint32) *pair {
+	r.t.Helper()
+	return r.makePair(qid, sqSize, cqSize, false)
+}
+
+func (r *rig) makePair(qid uint16, sqSize, cqSize uint32, ien bool) *pair {
+	r.t.Helper()
 	p := &pair{r: r, qid: qid, irq: -1}
 	var cqMem, sqMem, cqDev, sqDev *shm.Region
-	p.cqOff, cqMem, cqDev = r.alloc(uint64(size) * 16)
-	p.sqOff, sqMem, sqDev = r.alloc(uint64(size) * 64)
+	p.cqOff, cqMem, cqDev = r.alloc(uint64(cqSize) * 16)
+	p.sqOff, sqMem, sqDev = r.alloc(uint64(sqSize) * 64)
 	var err error
 	if ien {
 		if p.irq, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
@@ -212,16 +223,16 @@ func (r *rig) pair(qid uint16, size uint32, ien bool) *pair {
 		fd, _ := unix.Dup(p.irq)
 		r.ctl.SetVectors(int(qid), []int{fd}, 1)
 	}
-	if err := r.ctl.CreateCQ(ctrl.CQParams{QID: qid, Size: size, IOVA: base + p.cqOff, Mem: cqDev, Vector: qid, IEN: ien}); err != nil {
+	if err := r.ctl.CreateCQ(ctrl.CQParams{QID: qid, Size: cqSize, IOVA: base + p.cqOff, Mem: cqDev, Vector: qid, IEN: ien}); err != nil {
 		r.t.Fatal(err)
 	}
-	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: qid, Size: size, IOVA: base + p.sqOff, Mem: sqDev}); err != nil {
+	if err := r.ctl.CreateSQ(ctrl.SQParams{QID: qid, CQID: qid, Size: sqSize, IOVA: base + p.sqOff, Mem: sqDev}); err != nil {
 		r.t.Fatal(err)
 	}
-	if p.sq, err = ring.NewSQProducer(sqMem, size); err != nil {
+	if p.sq, err = ring.NewSQProducer(sqMem, sqSize); err != nil {
 		r.t.Fatal(err)
 	}
-	if p.cq, err = ring.NewCQConsumer(cqMem, size); err != nil {
+	if p.cq, err = ring.NewCQConsumer(cqMem, cqSize); err != nil {
 		r.t.Fatal(err)
 	}
 	p.tail, p.head = r.publisher(qid, false, &p.rings), r.publisher(qid, true, &p.rings)
