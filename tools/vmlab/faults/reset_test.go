@@ -1,0 +1,97 @@
+package faults
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+	"github.com/shadowbell/shadowbell/tools/vmlab/journal"
+)
+
+// resets are ways to reset a controller, as a shell command with the controller's name and its PCI address.
+var resets = []struct{ name, command string }{
+	{"nvme reset", "nvme reset /dev/%[1]s"},
+	{"FLR", "echo 1 >/sys/bus/pci/devices/%[2]s/reset"},
+	// Linux sees a subsystem reset only when it looks the next time.
+	{"subsystem reset", "nvme subsystem-reset /dev/%[1]s && nvme reset /dev/%[1]s"},
+	{"rescan", "nvme ns-rescan /dev/%[1]s && echo 1 >/sys/class/nvme/%[1]s/rescan_controller && echo 1 >/sys/bus/pci/rescan"},
+}
+
+// underFIO repeats a command for as long as fio writes and verifies. It says how often; fio must end well.
+const underFIO = `fio --name=v --filename=%s --rw=randwrite --bs=4k --size=3M --iodepth=32 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1 >/tmp/fio 2>&1 & pid=$!
+n=0
+while kill -0 $pid 2>/dev/null; do
+	%s || exit 9
+	n=$((n+1)); sleep 0.2
+done
+wait $pid || { cat /tmp/fio; exit 8; }
+echo $n`
+
+// resetLines are what Linux says of a reset that went well.
+var resetLines = []string{
+	`resetting controller`,
+	`Shutdown timeout set to`,
+}
+
+// TestResetsUnderLoad resets the controllers of one guest while fio writes and verifies: in each doorbell mode, in each way. Then the driver is taken
+// from the disk, and the disk from the bus, while the journal's writers work.
+func TestResetsUnderLoad(t *testing.T) {
+	lab := vmlab.Open(t)
+	var c vmlab.Config
+	var files []string
+	for i, mode := range modes {
+		files = append(files, filepath.Join(t.TempDir(), fmt.Sprint(i)))
+		c.Devices = append(c.Devices, vmlab.Controller(t, mode, "file:"+files[i]+",size=64MiB"))
+	}
+	acks := withAcks(t, &c)
+	vm := lab.Boot(t, c)
+	for i, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			disk := vm.Disk(t, i)
+			for _, r := range resets {
+				t.Run(r.name, func(t *testing.T) {
+					begin := time.Now()
+					n := vm.Run(t, fmt.Sprintf(underFIO, disk.Namespace(1), fmt.Sprintf(r.command, disk.Name, disk.PCI)))
+					t.Logf("%s times in %.1f s", n, time.Since(begin).Seconds())
+					if times, err := strconv.Atoi(n); err != nil || times < 2 {
+						t.Errorf("%q times, twice is the least", n)
+					}
+					vm.CheckDmesg(t, resetLines...)
+				})
+			}
+			for name, command := range map[string]string{
+				"unbind": "echo %[1]s >/sys/bus/pci/drivers/nvme/unbind && echo %[1]s >/sys/bus/pci/drivers/nvme/bind",
+				"remove": "echo 1 >/sys/bus/pci/devices/%[1]s/remove && echo 1 >/sys/bus/pci/rescan",
+			} {
+				t.Run(name, func(t *testing.T) {
+					if err := os.Truncate(string(acks), 0); err != nil {
+						t.Fatal(err)
+					}
+					l := startWriter(t, vm, vm.Disk(t, i).Namespace(1), loadBelow)
+					acks.more(t, 20)
+					vm.Run(t, fmt.Sprintf(command, disk.PCI)+"; while pidof "+writer+" >/dev/null; do sleep 0.05; done")
+					f, err := os.Open(files[i])
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer f.Close()
+					r, err := journal.Check(f, l, acks.read(t))
+					if err != nil {
+						t.Fatal(err)
+					}
+					found(t, r, 10)
+					vm.Run(t, fmt.Sprintf("fio --name=v --filename=%s --rw=randwrite --bs=4k --size=1M --iodepth=8 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1", vm.Disk(t, i).Namespace(1)))
+				})
+			}
+		})
+	}
+	// Of a disk that goes away under a writer the block layer may say that it has an end now.
+	vm.CheckDmesg(t, append(resetLines, `attempt to access beyond end of device`)...)
+	if err := vm.Poweroff(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
