@@ -211,9 +211,12 @@ func (c *Controller) run(cmd *nvme.Command) {
 		c.log.warn("an admin command of zeroes: is the client's memory shared? QEMU's needs share=on: -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem")
 	}
 	c.admin.begun = true
-	if r := c.dispatch(cmd); !r.later {
-		c.finish(cmd, r)
+	r := c.dispatch(cmd)
+	if r.later {
+		c.logBegun(cmd)
+		return
 	}
+	c.finish(cmd, r)
 }
 
 // finish completes a command that was run.

@@ -64,6 +64,7 @@ func (c *Controller) background(cmd *nvme.Command, work func() error, finish fun
 		err := work()
 		c.Post(func() {
 			r := finish(err)
+			c.logEnded(&saved, &r)
 			if epoch != c.async.epoch {
 				return
 			}

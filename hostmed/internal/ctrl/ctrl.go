@@ -207,6 +207,7 @@ type Controller struct {
 
 	keepAlive keepAlive
 	telemetry string // host-initiated, as last taken
+	reporting []byte // the persistent events as the host is reading them; nil: it does not
 
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher

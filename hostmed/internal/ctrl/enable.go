@@ -106,7 +106,11 @@ func (c *Controller) mapAdminQueues() error {
 
 // disable is a controller reset: everything but the admin queue registers goes back.
 func (c *Controller) disable() {
+	if c.regs.csts.RDY() || c.regs.csts.CFS() {
+		c.logReset()
+	}
 	c.ready = false
+	c.reporting = nil
 	c.dp.Stop()
 	c.pages.release()
 	c.pages = doorbellPages{}
@@ -149,7 +153,7 @@ func (c *Controller) SubsystemReset() {
 // shutdown begins to make the data durable; status says when that is done. NVMe Base 2.0c 3.6.1.
 func (c *Controller) shutdown() {
 	c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTOccurs)
-	c.sample()
+	c.logSMART()
 	c.stopKeepAlive()
 	c.log.debug("controller shuts down", "shn", c.regs.cc.SHN())
 	c.shutdownDone = make(chan error, 1)

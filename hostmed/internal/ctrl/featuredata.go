@@ -10,7 +10,8 @@ import (
 
 // featureData is what was set since the last reset.
 type featureData struct {
-	timestamp       uint64 // milliseconds, when it was set
+	since           time.Time // the reset
+	timestamp       uint64    // milliseconds, when it was set
 	timestampSet    time.Time
 	timestampOrigin uint8
 	behavior        nvme.HostBehavior
@@ -18,7 +19,12 @@ type featureData struct {
 }
 
 func (c *Controller) newFeatureData() featureData {
-	return featureData{timestampSet: c.now()}
+	return featureData{since: c.now(), timestampSet: c.now()}
+}
+
+func (c *Controller) timestamp(f *featureData) nvme.Timestamp {
+	now := f.timestamp + uint64(c.now().Sub(f.timestampSet).Milliseconds())
+	return nvme.MakeTimestamp(now, f.timestampOrigin<<nvme.TimestampOriginShift)
 }
 
 func (c *Controller) getFeatureData(cmd *nvme.Command) result {
@@ -28,8 +34,7 @@ func (c *Controller) getFeatureData(cmd *nvme.Command) result {
 	}
 	switch cmd.FID() {
 	case nvme.FeatureTimestamp:
-		now := f.timestamp + uint64(c.now().Sub(f.timestampSet).Milliseconds())
-		t := nvme.MakeTimestamp(now, f.timestampOrigin<<nvme.TimestampOriginShift)
+		t := c.timestamp(&f)
 		return c.toHost(cmd, t[:])
 	case nvme.FeatureHostBehavior:
 		return c.toHost(cmd, f.behavior.Bytes()[:])
@@ -47,6 +52,7 @@ func (c *Controller) setFeatureData(cmd *nvme.Command) result {
 		if r := c.fromHost(cmd, t[:]); !r.status.OK() {
 			return r
 		}
+		c.logTimestamp(c.timestamp(f), c.now().Sub(f.since))
 		f.timestamp, f.timestampSet, f.timestampOrigin = t.Milliseconds(), c.now(), nvme.TimestampOriginHost
 		return result{}
 	case nvme.FeatureHostBehavior:

@@ -133,12 +133,13 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		ACL:       abortLimit - 1,
 		AERL:      aerLimit - 1,
 		FRMW:      nvme.FRMWSlot1ReadOnly | 1<<nvme.FRMWSlotsShift,
-		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPATelemetry | nvme.LPASupportedPages,
+		LPA:       nvme.LPACommandEffects | nvme.LPAExtended | nvme.LPATelemetry | nvme.LPAPersistentEvent | nvme.LPASupportedPages,
 		ELPE:      errorLogSize - 1,
 		AVSCC:     1, // C0h has the usual format
 		NPSS:      nvme.ZeroBased8(len(powerStates) - 1),
 		APSTA:     1,
 		KAS:       keepAliveUnit,
+		PELS:      1, // 64 KiB
 		WCTEMP:    warningTemperature,
 		CCTEMP:    criticalTemperature,
 		SQES:      0x66,

@@ -25,6 +25,13 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 	}
 	c.takeIOErrors()
 	page := c.logPage(cmd)
+	if cmd.LID() == nvme.LogPersistentEvent {
+		var r result
+		var done bool
+		if page, r, done = c.persistentEvents(cmd); done {
+			return r
+		}
+	}
 	if off > uint64(len(page)) {
 		return fail(nvme.StatusInvalidField, dword(12, 0), "offset is behind the log page")
 	}
@@ -43,7 +50,7 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 // logPages are those that hasLog knows; LogSupported says so.
 var logPages = [...]nvme.LogPage{
 	nvme.LogSupported, nvme.LogError, nvme.LogSMART, nvme.LogFirmwareSlot, nvme.LogChangedNamespaces, nvme.LogCommandEffects,
-	nvme.LogTelemetryHost, nvme.LogTelemetryCtrl, nvme.LogFeatureEffects, nvme.LogMIEffects,
+	nvme.LogTelemetryHost, nvme.LogTelemetryCtrl, nvme.LogPersistentEvent, nvme.LogFeatureEffects, nvme.LogMIEffects,
 }
 
 func (c *Controller) hasLog(lid nvme.LogPage) bool {

@@ -123,7 +123,11 @@ func TestOtherLogs(t *testing.T) {
 	pages := h.log(nvme.LogSupported, 1024, false)
 	for lid := range 256 {
 		says := binary.LittleEndian.Uint32(pages[lid*4:]) == nvme.LogSupports
-		st := h.do(logCmd(nvme.LogPage(lid), 0, 64, true)).Status()
+		cmd := logCmd(nvme.LogPage(lid), 0, 64, true)
+		if nvme.LogPage(lid) == nvme.LogPersistentEvent {
+			cmd.CDW10 |= nvme.PersistentEstablish << 8
+		}
+		st := h.do(cmd).Status()
 		if says != st.OK() || (!says && st.Code() != nvme.StatusInvalidLogPage) {
 			t.Errorf("log %02xh: supported %v, reading it %v", lid, says, st)
 		}

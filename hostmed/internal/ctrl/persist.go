@@ -60,6 +60,9 @@ type persisted struct {
 	TelemetryReason     string `json:"telemetryReason,omitempty"`
 	TelemetryGeneration uint8  `json:"telemetryGeneration"`
 	HostGeneration      uint8  `json:"telemetryHostGeneration"`
+
+	Events          []loggedEvent `json:"events,omitempty"` // oldest first
+	EventGeneration uint16        `json:"eventGeneration"`
 }
 
 // OpenPersistent returns what was saved under key, or what a new controller has. What cannot be read is logged, with the
@@ -191,16 +194,18 @@ func (p *Persistent) saveFeatures(values map[featureKey]uint32) {
 
 // power is the account of one client: what was counted before it came.
 type power struct {
-	base  IOStats
-	since time.Time // up to when the time is counted
+	base     IOStats
+	since    time.Time // up to when the time is counted
+	snapshot time.Time // when the SMART log was last kept as an event
 }
 
 func (c *Controller) powerOn() {
 	p := c.cfg.Persistent
 	p.update(func(v *persisted) {
 		v.PowerCycles++
-		c.power = power{base: v.IO, since: c.now()}
+		c.power = power{base: v.IO, since: c.now(), snapshot: c.now()}
 	})
+	c.logReset()
 	if p.store != nil {
 		c.sampleLater()
 	}
@@ -209,6 +214,9 @@ func (c *Controller) powerOn() {
 func (c *Controller) sampleLater() {
 	c.after(samplePeriod, func() {
 		c.sample()
+		if c.now().Sub(c.power.snapshot) >= snapshotPeriod {
+			c.logSMART()
+		}
 		c.sampleLater()
 	})
 }
