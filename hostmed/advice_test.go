@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
@@ -129,6 +131,33 @@ func TestAdviceForAClientThatSpeaksSomethingElse(t *testing.T) {
 			}
 			eventually(t, "a warning that names QEMU 10.1", func() bool { return count("QEMU 10.1") == 1 })
 		})
+	}
+}
+
+// QEMU aborts when the connection ends before it has taken the answer: a client that is refused is left to go by itself.
+func TestRefusedClientGoesByItself(t *testing.T) {
+	socket, _ := told(t)
+	open(t, socket, guestdrv.Options{})
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	h := vfiouser.Header{ID: 7, Cmd: vfiouser.CmdVersion, Size: vfiouser.HeaderSize + 200}
+	if _, err := conn.Write(append(h.Append(nil), make([]byte, 200)...)); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(patience))
+	var answer [vfiouser.HeaderSize]byte
+	if _, err := io.ReadFull(conn, answer[:]); err != nil {
+		t.Fatal(err)
+	}
+	if h, _ = vfiouser.ParseHeader(answer[:]); h.ID != 7 || h.Errno != uint32(unix.EBUSY) {
+		t.Errorf("answer %v", h)
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err := conn.Read(make([]byte, 1)); !os.IsTimeout(err) {
+		t.Errorf("the connection ended: %v", err)
 	}
 }
 

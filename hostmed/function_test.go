@@ -202,6 +202,18 @@ func TestINTx(t *testing.T) {
 	}
 }
 
+// QEMU wants an interrupt for errors, and warns at each start of a device that has none.
+func TestErrorInterruptIsTaken(t *testing.T) {
+	_, evil := witness(t)
+	r := attach(t, evil)
+	if i, err := r.c.IRQInfo(context.Background(), vfiouser.IRQErr); err != nil || i.Count != 1 {
+		t.Errorf("%+v, %v", i, err)
+	}
+	e := newEventFD(t)
+	r.irqs(vfiouser.IRQErr, setEventFD, 0, 1, e.fd)
+	r.irqs(vfiouser.IRQErr, setNone|vfiouser.IRQSetTrigger, 0, 0)
+}
+
 // MSI-X as QEMU does it, by eventfds alone, and as a client does that lets us keep the table.
 func TestMSIXMasks(t *testing.T) {
 	_, evil := witness(t)

@@ -19,6 +19,9 @@ func (d *device) IRQInfo(i uint32) (vfiouser.IRQInfo, bool) {
 		return vfiouser.IRQInfo{Index: i, Flags: vfiouser.IRQEventFD | vfiouser.IRQMaskable | vfiouser.IRQAutomasked, Count: 1}, true
 	case vfiouser.IRQMSIX:
 		return vfiouser.IRQInfo{Index: i, Flags: vfiouser.IRQEventFD, Count: uint32(d.cfg.Vectors())}, true
+	case vfiouser.IRQErr:
+		// It stops the whole machine, so it is never signalled; but QEMU complains at each start of a device without it.
+		return vfiouser.IRQInfo{Index: i, Flags: vfiouser.IRQEventFD, Count: 1}, true
 	}
 	return vfiouser.IRQInfo{}, false
 }
@@ -28,6 +31,11 @@ func (d *device) SetIRQs(r vfiouser.SetIRQs, fds []int) (err error) {
 	eventfd := r.Flags&vfiouser.IRQSetDataEventFD != 0
 	action := r.Flags &^ (vfiouser.IRQSetDataNone | vfiouser.IRQSetDataBool | vfiouser.IRQSetDataEventFD)
 	switch {
+	case r.Index == vfiouser.IRQErr && action == vfiouser.IRQSetTrigger:
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil
 	case r.Index == vfiouser.IRQINTx && !(action == vfiouser.IRQSetMask && eventfd):
 		d.setPin(r, action, fds)
 	case r.Index == vfiouser.IRQMSIX && !(action != vfiouser.IRQSetTrigger && eventfd):

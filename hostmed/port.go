@@ -168,10 +168,13 @@ func takeFD(conn *net.UnixConn) (fd int, err error) {
 	return fd, errors.Join(cerr, err)
 }
 
+// refuseWithin is how long a client that is refused may take to go.
+const refuseWithin = 5 * time.Second
+
 // refuse answers a second client's VERSION with EBUSY, so that it can say why.
 func refuse(conn *net.UnixConn) {
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(time.Second))
+	_ = conn.SetDeadline(time.Now().Add(refuseWithin))
 	var h [vfiouser.HeaderSize]byte
 	if _, err := io.ReadFull(conn, h[:]); err != nil {
 		return
@@ -179,7 +182,10 @@ func refuse(conn *net.UnixConn) {
 	binary.LittleEndian.PutUint32(h[4:], vfiouser.HeaderSize)
 	binary.LittleEndian.PutUint32(h[8:], vfiouser.FlagReply|vfiouser.FlagError)
 	binary.LittleEndian.PutUint32(h[12:], uint32(unix.EBUSY))
-	_, _ = conn.Write(h[:])
+	if _, err := conn.Write(h[:]); err == nil {
+		// A connection that ends before QEMU has taken the answer makes it abort, and to close one with something unread is a reset.
+		_, _ = io.Copy(io.Discard, io.LimitReader(conn, vfiouser.MaxMsg))
+	}
 }
 
 // close ends the session, if there is one, and removes the socket.

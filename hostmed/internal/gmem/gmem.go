@@ -41,7 +41,7 @@ var (
 	ErrTooMuch = fmt.Errorf("more than %d TiB of files mapped: %w", MaxMapped>>40, unix.ENOMEM)
 	// ErrNotMemory is a DMA_MAP of a file that is not memory: a page fault on a network's or a user's file system may
 	// last for ever, and with it a worker.
-	ErrNotMemory = fmt.Errorf("guest memory must be a memfd or a file on tmpfs or hugetlbfs: %w", unix.EINVAL)
+	ErrNotMemory = fmt.Errorf("guest memory must be a memfd or a file on tmpfs or hugetlbfs; give QEMU -object memory-backend-memfd, or a mem-path below /dev/shm or /dev/hugepages: %w", unix.EINVAL)
 	// ErrTooMany is a DMA_MAP beyond MaxMaps.
 	ErrTooMany = fmt.Errorf("more than %d ranges mapped: %w", MaxMaps, unix.ENOSPC)
 )
