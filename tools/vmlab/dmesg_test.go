@@ -7,7 +7,7 @@ import (
 )
 
 // quiet is what a 6.12 kernel says of disks and machines that have nothing wrong with them.
-const quiet = `<6>[    1.123456] Kernel command line: console=ttyS0 quiet panic=-1 nvme_core.default_ps_max_latency_us=0
+const quiet = `<6>[    1.123456] Kernel command line: rcupdate.rcu_cpu_stall_timeout=300 console=ttyS0 quiet panic=-1 nvme_core.default_ps_max_latency_us=0
 <6>[    8.061520] nvme nvme0: pci function 0000:00:02.0
 <6>[    8.167812] nvme nvme0: D3 entry latency set to 30 seconds
 <6>[    8.246403] nvme nvme0: 2/0/0 default/read/poll queues

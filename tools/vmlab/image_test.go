@@ -3,6 +3,7 @@ package vmlab
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/shadowbell/shadowbell/hostmed"
 )
@@ -16,7 +17,7 @@ func TestRootOnNVMe(t *testing.T) {
 		t.Fatal(err)
 	}
 	device := Controller(t, hostmed.Shadow, "file:"+image)
-	config := Config{Boot: RootDisk, Append: "root=/dev/nvme0n1 rw rootwait", Devices: []Device{device}}
+	config := Config{Boot: RootDisk, Append: "root=/dev/nvme0n1 rw rootwait", Devices: []Device{device}, Within: 5 * time.Minute}
 	vm := lab.Boot(t, config)
 	t.Logf("systemd: up after %.1f s", vm.BootTime().Seconds())
 	vm.Run(t, "grep -q ' / ext4' /proc/mounts && systemctl is-active local-fs.target")

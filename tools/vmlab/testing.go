@@ -127,6 +127,9 @@ func complaints(log string, allowed []string) []string {
 			n, _ := strconv.Atoi(m[1])
 			level, text = n&7, m[2]
 		}
+		if strings.Contains(text, "ommand line: ") {
+			continue // it has the names of parameters
+		}
 		if ofDrive := drive.MatchString(text); broken.MatchString(text) || ofDrive && (level <= levelWarning || unhappy.MatchString(text)) {
 			if !matchesAny(text, allowed) {
 				bad = append(bad, text)
