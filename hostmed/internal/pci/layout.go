@@ -51,8 +51,10 @@ func (c *ConfigSpace) layPCIe() {
 		devCtlMask = 0x7fff &^ (1<<9 | 1<<10)
 		// Relaxed ordering and no snoop on, 512 byte read requests: the values after reset.
 		devCtlReset    = 0x2810
-		lnkCtlMask     = 0x00cb // ASPM, RCB, common clock, extended synch
-		devCap2Timeout = 1 << 4 // completion timeout can be disabled
+		lnkCapASPMOpt  = 1 << 22 // ASPM optionality is complied with
+		lnkStaClock    = 1 << 12 // the slot's reference clock is used
+		lnkCtlMask     = 0x00cb  // ASPM, RCB, common clock, extended synch
+		devCap2Timeout = 1 << 4  // completion timeout can be disabled
 		devCtl2Mask    = 0x001f
 		lnkCtl2Mask    = 0x000f
 	)
@@ -61,9 +63,9 @@ func (c *ConfigSpace) layPCIe() {
 	c.put16(CapPCIe+0x02, version2Endpoint, 0)
 	c.put32(CapPCIe+0x04, devCapRoleError|devCapFLR, 0)
 	c.put16(regDevCtl, devCtlReset, devCtlMask|devCtlFLR)
-	c.put32(CapPCIe+0x0c, uint32(link), 0)
+	c.put32(CapPCIe+0x0c, uint32(link)|lnkCapASPMOpt, 0)
 	c.put16(CapPCIe+0x10, 0, lnkCtlMask)
-	c.put16(CapPCIe+0x12, link, 0)
+	c.put16(CapPCIe+0x12, link|lnkStaClock, 0)
 	c.put32(CapPCIe+0x24, devCap2Timeout, 0)
 	c.put16(CapPCIe+0x28, 0, devCtl2Mask)
 	c.put32(CapPCIe+0x2c, (1<<(c.params.LinkSpeed+1))-2, 0) // the speeds up to this one

@@ -53,10 +53,35 @@ func TestVIOMMU(t *testing.T) {
 		}
 	}
 	verify(t, vm, "2M")
+	function(t, vm)
+	verify(t, vm, "512k")
 	vm.CheckDmesg(t)
 	if err := vm.Poweroff(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// function resets a PCI function, takes bus mastering and power from it, and gives it back to the driver.
+func function(t *testing.T, vm *vmlab.VM) {
+	t.Helper()
+	vm.Run(t, "modprobe vfio-pci")
+	d := vm.Disk(t, 0)
+	at := "/sys/bus/pci/devices/" + d.PCI
+	if got := vm.Run(t, "cat "+at+"/reset_method"); !strings.HasPrefix(got, "flr") {
+		t.Errorf("reset method %q", got)
+	}
+	// An FLR under I/O: the driver quiesces, and goes on.
+	vm.Run(t, "fio --name=r --filename="+d.Namespace(1)+" --ioengine=libaio --direct=1 --rw=randread --bs=4k --iodepth=8 --time_based --runtime=1 & sleep 0.3; echo 1 > "+at+"/reset; wait $!")
+	// No driver: no bus mastering. vfio-pci lets a function that nobody uses sleep.
+	vm.Run(t, "echo "+d.PCI+" > /sys/bus/pci/drivers/nvme/unbind")
+	if got := vm.Run(t, "cat "+at+"/config | od -An -tx1 -j4 -N1"); strings.TrimSpace(got) != "02" {
+		t.Errorf("command register %s without a driver", got)
+	}
+	vm.Run(t, "echo vfio-pci > "+at+"/driver_override; echo "+d.PCI+" > /sys/bus/pci/drivers_probe")
+	if got := vm.Run(t, "for i in $(seq 100); do [ $(cat "+at+"/power_state) != D3hot ] || break; sleep 0.05; done; cat "+at+"/power_state"); got != "D3hot" {
+		t.Errorf("power state %s", got)
+	}
+	vm.Run(t, "echo "+d.PCI+" > /sys/bus/pci/drivers/vfio-pci/unbind; echo > "+at+"/driver_override; echo "+d.PCI+" > /sys/bus/pci/drivers_probe")
 }
 
 // TestINTx: a guest without MSI-X, several queues of several controllers on a line each.
