@@ -111,7 +111,8 @@ func features(t *testing.T, b *bench) {
 	b.fails(t, nvme.StatusFeatureNotSaveable, "nvme set-feature "+ctrl+" -f 0x19 -V 0 --save")
 	b.fails(t, nvme.StatusInvalidField, "nvme set-feature "+ctrl+" -f 2 -V 3")
 	b.fails(t, nvme.StatusInvalidField, "nvme set-feature "+ctrl+" -f 0x7f -V 0")
-	b.fails(t, nvme.StatusInvalidNamespace, "nvme set-feature "+ctrl+" -f 5 -n 9 -V 0")
+	b.fails(t, nvme.StatusInvalidField, "nvme set-feature "+ctrl+" -f 5 -n 9 -V 0") // could be a namespace, and is none
+	b.fails(t, nvme.StatusInvalidNamespace, "nvme set-feature "+ctrl+" -f 5 -n 99 -V 0")
 	b.fails(t, nvme.StatusFeatureNotPerNamespace, "nvme set-feature "+ctrl+" -f 4 -n 1 -V 350")
 
 	thresholdsAndVectors(t, b)
