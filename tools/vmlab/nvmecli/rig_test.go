@@ -28,6 +28,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // rig is the guest, and the daemon that all themes are controllers of.
 type rig struct {
 	*vmlab.VM
+	lab    *vmlab.Lab
 	daemon *hostmed.Mediator
 	config hostmed.Config
 }
@@ -65,8 +66,7 @@ func namespace(spec string) hostmed.NamespaceConfig { return hostmed.NamespaceCo
 
 // runThemes boots one guest and runs the themes in it.
 func runThemes(t *testing.T, c vmlab.Config, themes ...theme) {
-	lab := vmlab.Open(t)
-	r := &rig{}
+	r := &rig{lab: vmlab.Open(t)}
 	for _, th := range themes {
 		r.config.Subsystems = append(r.config.Subsystems, th.sub)
 		c.Ports += len(th.sub.Controllers)
@@ -76,7 +76,7 @@ func runThemes(t *testing.T, c vmlab.Config, themes ...theme) {
 	for _, s := range r.config.Subsystems {
 		all = append(all, look(t, s))
 	}
-	r.VM = lab.Boot(t, c)
+	r.VM = r.lab.Boot(t, c)
 	for i, th := range themes {
 		t.Run(th.name, func(t *testing.T) {
 			begin := time.Now()
