@@ -1,8 +1,8 @@
 // Package vmlab boots real Linux guests under QEMU for tests and demonstrations: a stock Debian kernel, with fio, nvme-cli and mkfs at hand,
 // and any number of vfio-user disks in it.
 //
-// Setup makes everything that is needed from Debian packages, once per machine, into a cache directory (half a minute; nothing is installed,
-// no root is needed). Where a stock kernel boots under KVM it is used, elsewhere software emulation.
+// Setup makes everything that is needed from Debian packages, once per machine, into a cache directory (a minute or two; nothing is installed,
+// no root is needed). docs/vmlab.md says what. Where a stock kernel boots under KVM it is used, elsewhere software emulation.
 //
 // A test is
 //
@@ -14,7 +14,7 @@
 //		vm.CheckDmesg(t)
 //	}
 //
-// A boot takes about 4 s under emulation, so tests share one where they can. Subtests plug in a disk each:
+// A boot takes about 5 s under emulation, so tests share one where they can. Subtests plug in a disk each:
 //
 //	vm := lab.Boot(t, vmlab.Config{Ports: 8})
 //	for _, spec := range specs {

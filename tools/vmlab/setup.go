@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +54,7 @@ func Setup(ctx context.Context, log io.Writer) (*Lab, error) {
 		return nil, err
 	}
 	l := &Lab{dir: filepath.Join(cache, recipeKey()), log: log}
-	if _, err := os.Stat(l.dir); err == nil {
+	if now := time.Now(); os.Chtimes(l.dir, now, now) == nil { // it is there, and in use
 		return l, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupLimit)
@@ -69,7 +70,33 @@ func Setup(ctx context.Context, log io.Writer) (*Lab, error) {
 	if _, err := os.Stat(l.dir); err == nil {
 		return l, nil // another process made it meanwhile
 	}
+	if err := removeOld(cache); err != nil {
+		return nil, err
+	}
 	return l, l.make(ctx)
+}
+
+// unusedFor is after how long the cache of another recipe goes. Until then another checkout may want it.
+const unusedFor = 7 * 24 * time.Hour
+
+// removeOld removes what broken-off set-ups have left, and old caches. The lock is held.
+func removeOld(cache string) error {
+	entries, err := os.ReadDir(cache)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil || !e.IsDir() {
+			continue
+		}
+		if strings.HasSuffix(e.Name(), ".tmp") || time.Since(fi.ModTime()) > unusedFor {
+			if err := os.RemoveAll(filepath.Join(cache, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // make builds the cache beside its place and renames it: it is there as a whole or not at all. The lock is held.

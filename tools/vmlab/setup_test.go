@@ -60,6 +60,25 @@ func TestSetupWaits(t *testing.T) {
 	again()
 }
 
+func TestOldCachesGo(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"new", "old", "broken.tmp"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	then := time.Now().Add(-2 * unusedFor)
+	if err := os.Chtimes(filepath.Join(dir, "old"), then, then); err != nil {
+		t.Fatal(err)
+	}
+	if err := removeOld(dir); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(dir + "/*"); !slices.Equal(left, []string{dir + "/new"}) {
+		t.Errorf("left: %v", left)
+	}
+}
+
 func TestClean(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "cache")
 	t.Setenv(envDir, dir)

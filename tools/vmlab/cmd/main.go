@@ -19,7 +19,7 @@ const description = `vmlab boots a stock Linux guest under QEMU with hostmed's d
 It sets itself up from Debian packages in a cache directory; nothing is installed on the machine.`
 
 type grammar struct {
-	Setup setupCmd `cmd:"" help:"Make what is missing (half a minute the first time) and say what there is."`
+	Setup setupCmd `cmd:"" help:"Make what is missing (a minute or two the first time) and say what there is."`
 	Shell shellCmd `cmd:"" help:"A shell in a guest with a disk."`
 	Run   runCmd   `cmd:"" help:"Run one command in a guest with a disk, then power it off. Exits with 1 if the command fails."`
 	Env   envCmd   `cmd:"" help:"Print where everything is."`
