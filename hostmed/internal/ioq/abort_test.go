@@ -57,9 +57,12 @@ func TestAbortOfWhatIsNotFetched(t *testing.T) {
 					t.Errorf("round %d: command %d: %v, want %v", round, i, st, want)
 				}
 			}
-			if s := r.ctl.sqs[1].Load(); len(s.aborts) != 0 {
-				t.Errorf("%v is still to be aborted", s.aborts)
-			}
+			s := r.ctl.sqs[1].Load()
+			s.g.w.Call(func() {
+				if len(s.aborts) != 0 {
+					t.Errorf("%v is still to be aborted", s.aborts)
+				}
+			})
 		}
 		r.noError()
 	})
