@@ -60,6 +60,7 @@ func (b *mem) Format(lba uint32) error {
 		return err
 	}
 	zero(b.data)
+	b.written.clear(0, uint64(len(b.data)))
 	b.info.reshape(lba)
 	b.info.OptimalBlocks = max(1, uint32(shm.PageSize>>b.info.LBAShift))
 	return nil

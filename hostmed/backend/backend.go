@@ -44,6 +44,7 @@ type Request struct {
 	Op      Op
 	FUA     bool   // durable before it is done (write, write zeroes)
 	Dealloc bool   // write zeroes: may give the blocks back (DEAC)
+	Keep    bool   // write zeroes: the blocks are allocated afterwards, as Mapper sees it
 	Off     uint64 // byte offset, a multiple of the LBA size, already checked against the size
 	Len     uint64 // bytes, a multiple of the LBA size
 	Vec     []Seg  // guest memory, Len bytes in all (read, write); the slice must not be on a stack
@@ -63,6 +64,7 @@ type Info struct {
 	DiscardZeroes bool   // after OpDiscard the range reads as zeroes
 	WriteZeroes   bool   // OpWriteZeroes is better than writing zeroes
 	VolatileCache bool   // OpFlush and FUA mean something
+	Maps          bool   // the Backend is a Mapper
 	OptimalBlocks uint32 // LBAs that a discard should be a multiple of and aligned to; 0: not known
 	NGUID         [16]byte
 	UUID          [16]byte // both stable: derived from the spec, for a file from its path

@@ -29,6 +29,9 @@ func (b *file) probe(s Spec, size uint64, direct bool) {
 		b.info.DiscardZeroes = err == nil
 		b.info.WriteZeroes = true
 	}
+	// A file system that punches holes tells where they are.
+	_, err := unix.Seek(b.fd, 0, unix.SEEK_HOLE)
+	b.info.Maps = err == nil && (b.info.Discard || s.ReadOnly)
 }
 
 // probeDirect switches the descriptor to O_DIRECT if the file system takes it for single

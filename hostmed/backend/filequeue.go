@@ -200,6 +200,9 @@ func (q *fileQueue) begin(r *Request) {
 // zeroStage is the way to zero r that comes after the ones in tried (bits by stage), and that the
 // file system is not known to lack.
 func (b *file) zeroStage(r *Request, tried uint8) stage {
+	if r.Keep {
+		return stageZeroes // a zeroed range is one that was never written, to those who ask
+	}
 	order := [...]stage{stageZeroRange, stagePunch}
 	if r.Dealloc {
 		order = [...]stage{stagePunch, stageZeroRange}

@@ -23,6 +23,10 @@ type mem struct {
 	id   identity
 	raw  []byte // as mapped
 	data []byte // from the first huge page boundary on
+
+	// written says which pages have been written since they were made or deallocated. The kernel does not know: it has huge pages,
+	// and pages of zeroes for those who read.
+	written pageSet
 }
 
 func newMem(s Spec) (*mem, error) {
@@ -42,9 +46,9 @@ func newMem(s Spec) (*mem, error) {
 	_ = unix.Madvise(raw, unix.MADV_HUGEPAGE) // a kernel without huge pages refuses, and works
 	id := takeIdentity(s)
 	info := newInfo(s, s.Size, id)
-	info.Discard, info.DiscardZeroes, info.WriteZeroes = true, true, true
+	info.Discard, info.DiscardZeroes, info.WriteZeroes, info.Maps = true, true, true, true
 	info.OptimalBlocks = max(1, uint32(shm.PageSize>>info.LBAShift))
-	return &mem{info: info, id: id, raw: raw, data: data}, nil
+	return &mem{info: info, id: id, raw: raw, data: data, written: newPageSet(s.Size)}, nil
 }
 
 func (b *mem) Info() Info { return b.info }
@@ -90,8 +94,18 @@ func (b *mem) do(r *Request) {
 	case OpRead:
 		scatter(r.Vec, data)
 	case OpWrite:
+		if r.Len > 0 && !b.written.has(r.Off, r.Len) {
+			b.written.set(r.Off, r.Len)
+		}
 		gather(data, r.Vec)
 	case OpWriteZeroes, OpDiscard:
+		switch {
+		case r.Len == 0:
+		case r.Op == OpDiscard || r.Dealloc:
+			b.written.clearWhole(r.Off, r.Len)
+		default:
+			b.written.set(r.Off, r.Len)
+		}
 		zero(data)
 	}
 }

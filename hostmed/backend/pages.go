@@ -14,14 +14,19 @@ import (
 // read by system call, and one that was taken away behind our back is allocated again,
 // or faults, and the system call decides.
 type pageCache struct {
-	data  []byte          // nil: it could not be mapped
-	known []atomic.Uint64 // a bit per page
+	data  []byte // nil: it could not be mapped
+	known pageSet
 }
+
+// pageSet has a bit for each page of a medium.
+type pageSet []atomic.Uint64
 
 const pageShift = 12 // of shm.PageSize
 
+func newPageSet(size uint64) pageSet { return make(pageSet, (size>>pageShift)/64+1) }
+
 func openPages(fd int, size uint64, readOnly bool) *pageCache {
-	p := &pageCache{known: make([]atomic.Uint64, (size>>pageShift)/64+1)}
+	p := &pageCache{known: newPageSet(size)}
 	prot := unix.PROT_READ
 	if !readOnly {
 		prot |= unix.PROT_WRITE
@@ -57,12 +62,17 @@ func (p *pageCache) close() error {
 
 // has reports whether every page of the range is known to be there.
 func (p *pageCache) has(off, n uint64) bool {
-	if p.data == nil || n == 0 {
-		return false
-	}
+	return p.data != nil && n > 0 && p.known.has(off, n)
+}
+
+func (p *pageCache) set(off, n uint64)   { p.known.set(off, n) }
+func (p *pageCache) clear(off, n uint64) { p.known.clear(off, n) }
+
+// has reports whether every page of the range, which is not empty, is in the set.
+func (p pageSet) has(off, n uint64) bool {
 	for i, last := off>>pageShift, (off+n-1)>>pageShift; i <= last; {
 		mask, next := pageMask(i, last)
-		if p.known[i/64].Load()&mask != mask {
+		if p[i/64].Load()&mask != mask {
 			return false
 		}
 		i = next
@@ -70,20 +80,46 @@ func (p *pageCache) has(off, n uint64) bool {
 	return true
 }
 
-func (p *pageCache) set(off, n uint64) {
+func (p pageSet) set(off, n uint64) {
 	for i, last := off>>pageShift, (off+n-1)>>pageShift; i <= last; {
 		mask, next := pageMask(i, last)
-		p.known[i/64].Or(mask)
+		p[i/64].Or(mask)
 		i = next
 	}
 }
 
-func (p *pageCache) clear(off, n uint64) {
+func (p pageSet) clear(off, n uint64) {
 	for i, last := off>>pageShift, (off+n-1)>>pageShift; i <= last; {
 		mask, next := pageMask(i, last)
-		p.known[i/64].And(^mask)
+		p[i/64].And(^mask)
 		i = next
 	}
+}
+
+// clearWhole is clear for the pages that lie in the range as a whole.
+func (p pageSet) clearWhole(off, n uint64) {
+	first, end := (off+shm.PageSize-1)>>pageShift, (off+n)>>pageShift
+	if first < end {
+		p.clear(first<<pageShift, (end-first)<<pageShift)
+	}
+}
+
+// run returns whether the page of byte off is in the set, and for how many bytes from off on, at most n, that is so.
+func (p pageSet) run(off, n uint64) (in bool, run uint64) {
+	bit := func(i uint64) bool { return p[i/64].Load()>>(i%64)&1 != 0 }
+	i := off >> pageShift
+	in = bit(i)
+	for end := off + n; i<<pageShift < end; {
+		if w := p[i/64].Load(); i%64 == 0 && (w == 0 && !in || w == ^uint64(0) && in) {
+			i += 64
+			continue
+		}
+		if bit(i) != in {
+			return in, i<<pageShift - off
+		}
+		i++
+	}
+	return in, n
 }
 
 // pageMask returns the bits of pages i to last that lie in i's word, and the first page of the next.

@@ -8,6 +8,8 @@ var (
 	_ [CompletionSize]byte = [unsafe.Sizeof(Completion{})]byte{}
 	_ [DSMRangeSize]byte   = [unsafe.Sizeof(DSMRange{})]byte{}
 	_ [16]byte             = [unsafe.Sizeof(SGLDescriptor{})]byte{}
+	_ [8]byte              = [unsafe.Sizeof(LBAStatusHeader{})]byte{}
+	_ [LBAStatusSize]byte  = [unsafe.Sizeof(LBAStatus{})]byte{}
 	_ [CopyRangeSize]byte  = [unsafe.Sizeof(CopyRange{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyController{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(IdentifyControllerNVM{})]byte{}
@@ -93,3 +95,9 @@ func (v *ControllerList) Bytes() *[4096]byte { return (*[4096]byte)(unsafe.Point
 
 // Bytes returns v's own memory.
 func (v *NamespaceGranularity) Bytes() *[4096]byte { return (*[4096]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *LBAStatusHeader) Bytes() *[8]byte { return (*[8]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *LBAStatus) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)) }
