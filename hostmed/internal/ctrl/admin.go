@@ -258,6 +258,8 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 		return c.getFeatures(cmd)
 	case nvme.AdminAsyncEventRequest:
 		return c.asyncEventRequest(cmd)
+	case nvme.AdminGetLBAStatus:
+		return c.getLBAStatus(cmd)
 	case nvme.AdminKeepAlive:
 		c.startKeepAlive()
 		return result{}
@@ -285,7 +287,7 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 func (c *Controller) adminOpcodes() []uint8 {
 	ops := []uint8{
 		nvme.AdminDeleteSQ, nvme.AdminCreateSQ, nvme.AdminGetLogPage, nvme.AdminDeleteCQ, nvme.AdminCreateCQ, nvme.AdminIdentify,
-		nvme.AdminAbort, nvme.AdminSetFeatures, nvme.AdminGetFeatures, nvme.AdminAsyncEventRequest,
+		nvme.AdminAbort, nvme.AdminSetFeatures, nvme.AdminGetFeatures, nvme.AdminAsyncEventRequest, nvme.AdminGetLBAStatus,
 		nvme.AdminKeepAlive,
 	}
 	if c.cfg.Mode == Shadow {

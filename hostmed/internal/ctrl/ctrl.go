@@ -117,6 +117,8 @@ type DataPath interface {
 	// SetWriteCache turns the cache off, after which every write is durable before it completes, or, as it is at first and after
 	// Stop, on.
 	SetWriteCache(on bool)
+	// SetDULBE makes reads of blocks of nsid that are not allocated fail, if its medium can tell.
+	SetDULBE(nsid uint32, on bool)
 	// Stop drains and deletes every I/O queue and drops the doorbell pages. When it returns nothing touches guest
 	// memory for them any more (R21).
 	Stop()

@@ -76,6 +76,9 @@ func (c *Controller) UpdateNamespaces(namespaces []Namespace) {
 			changed = append(changed, n.NSID)
 		}
 	}
+	if c.ready {
+		c.applyDULBE()
+	}
 	slices.Sort(changed)
 	c.health.changed = slices.Compact(changed)
 	if len(c.health.changed) == 0 || c.eventConfig()&nvme.EventConfigNamespace == 0 {

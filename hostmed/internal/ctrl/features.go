@@ -105,6 +105,11 @@ func (c *Controller) resetFeatures() {
 			c.dp.SetVectorConfig(v, false)
 		}
 	}
+	for i := range c.cfg.Namespaces {
+		if n := &c.cfg.Namespaces[i]; c.dulbe(n) {
+			c.dp.SetDULBE(n.NSID, false)
+		}
+	}
 	c.feat = c.newFeatures()
 }
 
@@ -125,6 +130,19 @@ func (c *Controller) applyFeatures() {
 		if c.uncoalesced(v) {
 			c.dp.SetVectorConfig(v, true)
 		}
+	}
+	c.applyDULBE()
+}
+
+// dulbe says whether reads of what is not allocated in n fail.
+func (c *Controller) dulbe(n *Namespace) bool {
+	return n.Info.Maps && nvme.ErrorRecovery(c.featureOf(featureKey{nvme.FeatureErrorRecovery, n.NSID})).DULBE()
+}
+
+func (c *Controller) applyDULBE() {
+	for i := range c.cfg.Namespaces {
+		n := &c.cfg.Namespaces[i]
+		c.dp.SetDULBE(n.NSID, c.dulbe(n))
 	}
 }
 
@@ -290,13 +308,15 @@ func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint3
 		}
 		k.sub, v = uint32(t.Type()), uint32(t.Kelvin())
 	case nvme.FeatureErrorRecovery:
-		if nvme.ErrorRecovery(v).DULBE() {
-			return fail(nvme.StatusInvalidField, dword(11, 16), "no namespace has NSFEAT.DAE")
-		}
 		for i := range c.cfg.Namespaces {
-			if id := c.cfg.Namespaces[i].NSID; cmd.NSID == id || cmd.NSID == nvme.NSIDAll {
-				values[featureKey{k.fid, id}] = v & 0xffff
+			n := &c.cfg.Namespaces[i]
+			if cmd.NSID != n.NSID && cmd.NSID != nvme.NSIDAll {
+				continue
 			}
+			if nvme.ErrorRecovery(v).DULBE() && !n.Info.Maps {
+				return fail(nvme.StatusInvalidField, dword(11, 16), "the namespace has no NSFEAT.DAE")
+			}
+			values[featureKey{k.fid, n.NSID}] = v & (1<<17 - 1)
 		}
 		return result{}
 	case nvme.FeatureWriteCache:
@@ -358,6 +378,8 @@ func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 		c.dp.SetVectorConfig(x.Vector(), x.CoalescingDisabled())
 	case nvme.FeatureWriteCache:
 		c.dp.SetWriteCache(v&nvme.WriteCacheEnabled != 0)
+	case nvme.FeatureErrorRecovery:
+		c.applyDULBE()
 	case nvme.FeatureQuiet:
 		c.feat.quiet = v&nvme.FeatureQuietOn != 0
 		c.dp.SetQuiet(c.feat.quiet)

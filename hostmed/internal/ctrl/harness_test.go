@@ -125,6 +125,7 @@ func (f *fakePath) ResumeDoorbellPages(shadow, ei *shm.Region) error {
 func (f *fakePath) SetQuiet(on bool)                      { f.note("SetQuiet %v", on) }
 func (f *fakePath) SetCoalescing(thr, time uint8)         { f.note("SetCoalescing %d %d", thr, time) }
 func (f *fakePath) SetVectorConfig(v uint16, off bool)    { f.note("SetVectorConfig %d %v", v, off) }
+func (f *fakePath) SetDULBE(nsid uint32, on bool)         { f.note("SetDULBE %d %v", nsid, on) }
 func (f *fakePath) SetWriteCache(on bool)                 { f.note("SetWriteCache %v", on) }
 func (f *fakePath) Interrupt(uint16)                      { f.interrupts++ }
 func (f *fakePath) AdminDoorbells() (t, h *atomic.Uint32) { return &f.tail, &f.head }

@@ -21,7 +21,7 @@ func TestIdentifyController(t *testing.T) {
 	if id.MaxTransfer(0) != 1<<20 || id.SQES != 0x66 || id.CQES != 0x44 || id.NN != 3 || id.SGLS != 0x90001 {
 		t.Errorf("MDTS %d SQES %#x CQES %#x NN %d SGLS %#x", id.MDTS, id.SQES, id.CQES, id.NN, id.SGLS)
 	}
-	if id.OACS != nvme.OACSDoorbellBuf || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 || id.FUSES != 1 || id.ACWU.Count() != 16 || id.AWUN != 0 || id.AWUPF != 0 {
+	if id.OACS != nvme.OACSDoorbellBuf|nvme.OACSLBAStatus || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 || id.FUSES != 1 || id.ACWU.Count() != 16 || id.AWUN != 0 || id.AWUPF != 0 {
 		t.Errorf("OACS %#x ONCS %#x", id.OACS, id.ONCS)
 	}
 	if id.ACL.Count() != 4 || id.AERL.Count() != 4 || id.ELPE.Count() != 64 || id.FRMW != 3 || id.VWC&nvme.VWCPresent == 0 {

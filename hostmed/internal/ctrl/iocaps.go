@@ -31,6 +31,7 @@ const ioCommands = nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme
 // identifyIO adds to Identify Controller what is said of I/O commands.
 func (c *Controller) identifyIO(id *nvme.IdentifyController) {
 	id.ONCS |= ioCommands
+	id.OACS |= nvme.OACSLBAStatus
 	id.OCFS = nvme.OCFSFormat0
 	id.FUSES = nvme.FUSESCompareWrite
 	// A fused pair is atomic whatever its length: ACWU is MDTS in the largest blocks there can be, NACWU in those of the namespace. Other
@@ -42,6 +43,9 @@ func (c *Controller) identifyIO(id *nvme.IdentifyController) {
 // identifyNamespaceIO is identifyIO for Identify Namespace.
 func (c *Controller) identifyNamespaceIO(id *nvme.IdentifyNamespace, info *backend.Info) {
 	id.NSFEAT |= nvme.NSFEATAtomics
+	if info.Maps {
+		id.NSFEAT |= nvme.NSFEATDeallocError
+	}
 	id.NACWU = zeroBased(c.cfg.MDTSBytes >> info.LBAShift)
 	id.MSSRL, id.MCL = CopyLimits(info)
 	id.MSRC = MaxCopyRanges - 1

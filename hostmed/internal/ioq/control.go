@@ -47,6 +47,7 @@ type Controller struct {
 	mem    *gmem.Memory
 	mdts   uint64
 	ns     atomic.Pointer[[]*namespace] // by NSID - 1; nil: not attached
+	dulbe  map[uint32]bool              // by NSID; a namespace that comes later heeds it too
 	groups []*group
 	past   Stats // of groups that are gone
 
@@ -85,7 +86,7 @@ func NewController(c Config) (*Controller, error) {
 	c.MaxQueues = ctrl.LimitQueues(c.MaxQueues, c.Mode, c.DSTRD)
 	d := &Controller{
 		cfg: c, mode: c.Mode, mem: c.Memory, mdts: uint64(c.MDTSBytes),
-		sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
+		dulbe: map[uint32]bool{}, sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
 	}
 	d.ns.Store(d.table(c.Namespaces))
 	d.vectors = make([]Vector, c.Vectors)

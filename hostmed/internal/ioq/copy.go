@@ -72,6 +72,11 @@ func (r *request) nextSource() nvme.Status {
 	if gate := r.ns.of.Gate(); gate != nil && gate.Marked(x.SLBA, uint64(x.Length)) {
 		return nvme.StatusUnrecoveredRead
 	}
+	if r.ns.dulbe.Load() {
+		if st := r.ns.allocated(x.SLBA, uint64(x.Length)); st != nvme.StatusSuccess {
+			return st
+		}
+	}
 	shift := r.ns.info.LBAShift
 	r.from, r.pos, r.end = x.SLBA<<shift, 0, uint64(x.Length)<<shift
 	r.readPiece()

@@ -84,7 +84,7 @@ func (w *Worker) start(r *request) {
 	if gate != nil && !w.passes(r, gate) {
 		return
 	}
-	r.FUA, r.Dealloc, r.Vec = false, false, nil
+	r.FUA, r.Dealloc, r.Keep, r.Vec = false, false, false, nil
 	var st nvme.Status
 	switch c.Opcode {
 	case nvme.IORead:
@@ -110,6 +110,9 @@ func (w *Worker) start(r *request) {
 	}
 	if gate != nil && len(gate.Bad) > 0 && st == nvme.StatusSuccess {
 		st = r.meets(gate)
+	}
+	if r.ns.dulbe.Load() && st == nvme.StatusSuccess {
+		st = r.heedDULBE()
 	}
 	if st != nvme.StatusSuccess || r.step == noStep {
 		w.complete(r, st)

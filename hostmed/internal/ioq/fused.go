@@ -138,6 +138,9 @@ func (w *Worker) beginCompare(r *request, n *namespace) nvme.Status {
 	if gate := n.of.Gate(); gate != nil && st == nvme.StatusSuccess {
 		st = r.meets(gate)
 	}
+	if n.dulbe.Load() && st == nvme.StatusSuccess {
+		st = r.heedDULBE()
+	}
 	if st != nvme.StatusSuccess {
 		return st
 	}

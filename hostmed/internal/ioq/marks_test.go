@@ -134,3 +134,56 @@ func TestMarksModel(t *testing.T) {
 		}
 	})
 }
+
+// TestDULBE has reads of what is not allocated fail where the host asks for it, and for as long.
+func TestDULBE(t *testing.T) {
+	for name, spec := range map[string]string{"mem": "mem:size=16MiB", "file": "file:" + t.TempDir() + "/disk.img,size=16MiB"} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, rigConfig{shadow: true, backend: openBackend(t, spec)})
+			if !r.ctl.namespace(1).info.Maps {
+				t.Fatal("the medium does not tell what is allocated: run the tests on ext4, xfs, btrfs or overlayfs")
+			}
+			p := r.pair(1, 16, false)
+			page := func(op uint8, n uint64) nvme.Command { // of 4 KiB
+				return r.sgl(rw(op, n*8, 8, 0), prp.Extent{IOVA: base + dataOff, Len: 4096})
+			}
+			reads := func(n uint64, want nvme.Status) {
+				t.Helper()
+				for _, op := range []uint8{nvme.IORead, nvme.IOVerify, nvme.IOCompare} {
+					r.put(dataOff, make([]byte, 4096))
+					if st := p.do(page(op, n)); st.Code() != want {
+						t.Errorf("opcode %#x of page %d: %v, want %v", op, n, st, want)
+					}
+				}
+				if st := p.do(r.copyCmd(100*8, source(n*8, 8))); st.Code() != want {
+					t.Errorf("copy of page %d: %v, want %v", n, st, want)
+				}
+			}
+			reads(3, nvme.StatusSuccess)
+			r.ctl.SetDULBE(1, true)
+			reads(3, nvme.StatusDeallocated)
+			r.put(dataOff, make([]byte, 4096))
+			p.do(page(nvme.IOWrite, 3))
+			reads(3, nvme.StatusSuccess)
+			// One page of two.
+			if st := p.do(r.sgl(rw(nvme.IORead, 3*8, 16, 0), prp.Extent{IOVA: base + dataOff, Len: 8192})); st.Code() != nvme.StatusDeallocated {
+				t.Errorf("a read of which a half is not allocated: %v", st)
+			}
+			p.do(r.dsm(nvme.DSMRange{SLBA: 3 * 8, Length: 8}))
+			reads(3, nvme.StatusDeallocated)
+			p.do(page(nvme.IOWriteZeroes, 3))
+			reads(3, nvme.StatusSuccess)
+			z := page(nvme.IOWriteZeroes, 3)
+			z.CDW12 |= nvme.RWDeallocate
+			p.do(z)
+			reads(3, nvme.StatusDeallocated)
+			a, b := fused(3*8, 8, dataOff, dataOff)
+			if x, y := p.both(a, b); x.Code() != nvme.StatusDeallocated || y.Code() != nvme.StatusAbortFailedFused {
+				t.Errorf("a fused pair: %v, %v", x, y)
+			}
+			r.ctl.SetDULBE(1, false)
+			reads(3, nvme.StatusSuccess)
+			r.noError()
+		})
+	}
+}

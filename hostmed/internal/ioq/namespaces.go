@@ -3,6 +3,7 @@ package ioq
 import (
 	"errors"
 	"slices"
+	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
@@ -17,6 +18,8 @@ type namespace struct {
 	info    backend.Info
 	backend backend.Backend
 	media   []*media // by worker; the entry belongs to that worker
+	mapper  backend.Mapper
+	dulbe   atomic.Bool // reads of blocks that are not allocated fail, which mapper tells
 }
 
 // namespace returns what is attached as nsid, or nil.
@@ -26,6 +29,14 @@ func (c *Controller) namespace(nsid uint32) *namespace {
 		return t[i]
 	}
 	return nil
+}
+
+// SetDULBE is the bit of feature 05h: reads of blocks of nsid that are not allocated fail.
+func (c *Controller) SetDULBE(nsid uint32, on bool) {
+	c.dulbe[nsid] = on
+	if n := c.namespace(nsid); n != nil && n.mapper != nil {
+		n.dulbe.Store(on)
+	}
 }
 
 // notAttached is the status of a command for nsid, which is nothing: an id up to NN is valid, and merely inactive (NVMe Base 2.0c 3.2.1).
@@ -52,7 +63,12 @@ func (c *Controller) table(list []ctrl.Namespace) *[]*namespace {
 		if of == nil {
 			of = subsys.Alone(x.NSID, x.Backend, x.Info)
 		}
-		t[x.NSID-1] = &namespace{of: of, info: x.Info, backend: x.Backend, media: make([]*media, len(c.cfg.Workers))}
+		n := &namespace{of: of, info: x.Info, backend: x.Backend, media: make([]*media, len(c.cfg.Workers))}
+		if x.Info.Maps {
+			n.mapper, _ = x.Backend.(backend.Mapper)
+			n.dulbe.Store(n.mapper != nil && c.dulbe[x.NSID])
+		}
+		t[x.NSID-1] = n
 		if c.ns.Load() == nil {
 			continue
 		}
