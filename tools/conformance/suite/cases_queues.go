@@ -432,14 +432,13 @@ func (c *ctl) settled(s *sq) {
 // laps runs commands through queue pair 1 of the given sizes, as many at a time as the SQ holds.
 func (c *ctl) laps(sqSize, cqSize uint32, commands int) {
 	q := c.makeSQ(1, sqSize, c.makeCQ(1, cqSize))
-	for n := 0; n < commands; {
-		for q.prod.Free() > 0 && n < commands {
-			q.push(c.tick())
-			n++
+	for range commands {
+		q.push(c.tick()) // waits while the SQ is full
+		if q.prod.Free() == 0 {
+			q.ring()
 		}
-		q.ring()
-		q.cq.reap()
 	}
+	q.ring()
 	c.settled(q)
 	c.check(q.cq.got == commands, "%d completions of %d commands", q.cq.got, commands)
 	c.ok(c.deleteSQ(1))

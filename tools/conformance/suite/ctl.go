@@ -170,9 +170,14 @@ func (c *ctl) until(limit time.Duration, done func() bool) bool {
 // wait is until that must come.
 func (c *ctl) wait(limit time.Duration, what string, done func() bool) {
 	begin := time.Now()
-	if !c.until(limit, done) {
-		c.failf("waited %.1f s for %s: CSTS=%#x, CC=%#x", time.Since(begin).Seconds(), what, c.read32(nvme.RegCSTS), c.read32(nvme.RegCC))
+	if c.until(limit, done) {
+		return
 	}
+	over := ""
+	if time.Now().After(c.deadline) {
+		over = fmt.Sprintf(", until the case's %v were over,", c.cfg.Timeout)
+	}
+	c.failf("waited %.1f s%s for %s: CSTS=%#x, CC=%#x", time.Since(begin).Seconds(), over, what, c.read32(nvme.RegCSTS), c.read32(nvme.RegCC))
 }
 
 // whole is a limit that leaves it to the case's deadline.

@@ -67,8 +67,9 @@ func TestHostmed(t *testing.T) {
 			a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
 			serve(t, hostmed.Config{Subsystems: []hostmed.SubsystemConfig{{
 				Controllers: []hostmed.ControllerConfig{
-					{Socket: a, Doorbells: c.mode, DSTRD: c.dstrd}, {Socket: b, Doorbells: c.mode, DSTRD: c.dstrd},
+					{Socket: a, Doorbells: c.mode, DSTRD: c.dstrd, Management: true}, {Socket: b, Doorbells: c.mode, DSTRD: c.dstrd},
 				},
+				Pool: hostmed.PoolConfig{Dir: filepath.Join(dir, "pool"), Capacity: 64 << 20},
 				Namespaces: []hostmed.NamespaceConfig{
 					{Spec: strings.ReplaceAll(c.spec, "%s", dir), Shared: true}, {Spec: "mem:size=16MiB", Controllers: []uint16{2}}, {Spec: "mem:size=32MiB,lba=4096"},
 				},
