@@ -3,6 +3,7 @@ package hostmed
 import (
 	"context"
 	"encoding/binary"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -363,4 +364,86 @@ func TestPowerAndBusMaster(t *testing.T) {
 			r.wait(rawCQ, 0)
 		})
 	}
+}
+
+// Anything a client can do to the function, in any order, while commands are rung: nothing hangs or fails for good, no descriptor is left
+// behind, and after a reset the controller works.
+func TestWildFunction(t *testing.T) {
+	_, evil := witness(t)
+	r := attach(t, evil)
+	ctx := context.Background()
+	e := newEventFD(t)
+	before := fdCount(t)
+	rng := rand.New(rand.NewPCG(1, 2))
+	mapped := true
+	for round := range 30 {
+		for step := range 60 {
+			switch rng.IntN(12) {
+			case 0:
+				r.setConfig(pciCommand, uint16(rng.Uint32()))
+			case 1:
+				r.setConfig(pciPower, uint16(rng.IntN(4)))
+			case 2:
+				r.setConfig(pciMSIX, uint16(rng.Uint32()))
+			case 3:
+				r.config(uint64(rng.IntN(64))*4, 4)
+			case 4, 5:
+				s := vfiouser.SetIRQs{Index: uint32(rng.IntN(5)), Flags: 1<<rng.IntN(3) | 8<<rng.IntN(3), Start: uint32(rng.IntN(3)), Count: uint32(rng.IntN(3))}
+				var fds []int
+				if s.Flags&vfiouser.IRQSetDataEventFD != 0 && rng.IntN(3) > 0 {
+					for range s.Count {
+						fds = append(fds, e.fd)
+					}
+				}
+				s.Bools = make([]byte, s.Count)
+				_ = r.c.IRQAction(ctx, s, fds)
+			case 6:
+				if mapped {
+					if err := r.c.DMAUnmap(ctx, rawBase, rawSize); err != nil {
+						t.Fatal(err)
+					}
+				} else if err := r.c.DMAMap(ctx, rawBase, rawSize, 0, r.fd, vfiouser.DMARead|vfiouser.DMAWrite); err != nil {
+					t.Fatal(err)
+				}
+				mapped = !mapped
+			case 7:
+				e.write()
+			case 8:
+				_ = r.c.RegionWrite(ctx, vfiouser.RegionBAR0, uint64(nvme.RegINTMS+4*rng.IntN(2)), binary.LittleEndian.AppendUint32(nil, rng.Uint32()))
+			case 9:
+				var p [8]byte
+				_ = r.c.RegionRead(ctx, pci.BARPBA, 0, p[:])
+				_ = r.c.RegionWrite(ctx, pci.BARTable, uint64(rng.IntN(4)*16+12), []byte{byte(rng.IntN(2)), 0, 0, 0})
+			case 10:
+				r.put(rawASQ, step%16, nvme.Command{Opcode: nvme.AdminAsyncEventRequest})
+				r.put(rawSQ, step%16, read4K(rawBase+rawData))
+				r.reg32(0x1000+uint64(rng.IntN(4))*4, uint32(rng.IntN(16)))
+			case 11:
+				if rng.IntN(8) == 0 {
+					r.setConfig(pciDevCtl, 1<<15)
+				}
+			}
+		}
+		if !mapped {
+			if err := r.c.DMAMap(ctx, rawBase, rawSize, 0, r.fd, vfiouser.DMARead|vfiouser.DMAWrite); err != nil {
+				t.Fatal(err)
+			}
+			mapped = true
+		}
+		if err := r.c.Reset(ctx); err != nil {
+			t.Fatal(err)
+		}
+		r.setConfig(pciCommand, pciMaster)
+		for i := range uint32(5) {
+			_ = r.c.DisableIRQs(ctx, i)
+		}
+		r.enableAgain()
+		r.queues()
+		r.put(rawSQ, 0, read4K(rawBase+rawData))
+		r.reg32(0x1008, 1)
+		if st := r.wait(rawCQ, 0); st != nvme.StatusSuccess {
+			t.Fatalf("round %d: a read after a reset: %v", round, st)
+		}
+	}
+	eventually(t, "the eventfds to be closed", func() bool { return fdCount(t) <= before+1 })
 }
