@@ -1,12 +1,14 @@
 package subsys
 
 import (
+	"path/filepath"
 	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/state"
 )
 
 // TestBadModel marks and unmarks random ranges, in a namespace and block by block.
@@ -96,5 +98,62 @@ func TestBadLimits(t *testing.T) {
 	}
 	if !n.Mark(^uint64(0)-1, 1) || len(n.Gate().Bad) != 1 {
 		t.Error("its neighbour")
+	}
+}
+
+// TestBadIsKept has marks outlive their subsystem, where the content does, and nothing else does.
+func TestBadIsKept(t *testing.T) {
+	store := state.NewMemory()
+	file := func(lba string) (backend.Spec, backend.Backend) {
+		spec, err := backend.ParseSpec("file:" + filepath.Join(t.TempDir(), "disk.img") + ",size=1MiB" + lba)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := backend.OpenSpec(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.Close() })
+		spec.Path = "disk" // the same one each time, as far as the store is concerned
+		return spec, b
+	}
+	open := func(lba string) (*Subsystem, *Namespace) {
+		spec, b := file(lba)
+		s := New(Config{NQN: "nqn.test", Workers: &fakeWorkers{}, Store: store})
+		return s, s.AddNamespace(NamespaceConfig{NSID: 1, Backend: b, Spec: spec})
+	}
+	s, n := open("")
+	n.Mark(10, 5)
+	n.Mark(100, 1)
+	n.Unmark(12, 1)
+	s.Close() // waits until it is saved
+	want := []Range{{10, 11}, {13, 14}, {100, 100}}
+	s, n = open("")
+	if got := badOf(n); !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	// With other blocks they are no longer about this medium.
+	s2, other := open(",lba=4096")
+	if got := badOf(other); got != nil {
+		t.Errorf("%v of blocks of 4096", got)
+	}
+	s2.Close()
+	n.Unmark(0, 1000)
+	s.Close()
+	s, n = open("")
+	if n.Gate() != nil {
+		t.Errorf("%v after all were written", badOf(n))
+	}
+	s.Close()
+	// What is in memory ends with hostmed, and so do its marks.
+	for range 2 {
+		s := New(Config{NQN: "nqn.test", Workers: &fakeWorkers{}, Store: store})
+		b := openMem(t, "mem:size=1MiB")
+		n := s.AddNamespace(NamespaceConfig{NSID: 2, Backend: b, Spec: backend.Spec{Kind: backend.KindMem}})
+		if n.Gate() != nil {
+			t.Errorf("%v of memory", badOf(n))
+		}
+		n.Mark(1, 1)
+		s.Close()
 	}
 }

@@ -119,6 +119,7 @@ func (s *Subsystem) Format(n *Namespace, lba uint32) nvme.Status {
 	// From here on commands wait: they must not meet the old table of a controller.
 	n.hold(1)
 	n.EditGate(func(g *Gate) { g.Fail, g.Bad = nvme.StatusSuccess, nil })
+	n.saveBad()
 	n.formatting.Store(false)
 	s.Announce(n)
 	n.release()

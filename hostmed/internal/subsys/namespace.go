@@ -37,6 +37,8 @@ type Namespace struct {
 	formatting atomic.Bool
 	formats    atomic.Uint64 // how often it was formatted
 
+	badChanges atomic.Int64 // of marks that are not saved yet
+
 	mu    sync.Mutex // guards the rest
 	parts Gate       // what gate is made of
 	holds int
@@ -106,6 +108,7 @@ func (n *Namespace) publish() {
 // SetBad replaces the blocks that Write Uncorrectable has marked by what f makes of them.
 func (n *Namespace) SetBad(f func(old []Range) []Range) {
 	n.EditGate(func(g *Gate) { g.Bad = f(g.Bad) })
+	n.saveBad()
 }
 
 // Exclusive waits until no command of the namespace is in flight, on any worker, of any controller, and calls f; commands that

@@ -262,6 +262,7 @@ func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
 	n := &Namespace{NSID: c.NSID, Shared: c.Shared, sub: s, uuid: c.UUID, spec: c.Spec, pool: c.pool, attached: map[uint16]bool{}}
 	n.show(c.Backend)
 	n.restoreProtection()
+	n.restoreBad()
 	for _, id := range c.Controllers {
 		n.attached[id] = true
 	}
