@@ -18,13 +18,15 @@ type io struct {
 	spec   string // file: and its options; otherwise there is nothing to look at on the host
 }
 
-// commands: read, write, compare, flush, dsm, write-zeroes, and commands that no controller has.
+// commands: read, write, compare, flush, dsm, write-zeroes, copy, verify, write-uncor, and commands that no controller has.
 func commands(t *testing.T, b *bench) {
 	for nsid, id := range b.seen[0].ns {
 		size, _ := id.BlockSize()
 		x := io{bench: b, dev: b.block(nsid), nsid: nsid, block: int(size), blocks: int(id.NSZE), spec: b.sub.Namespaces[nsid-1].Spec}
 		x.transfers(t)
 		x.zeroes(t)
+		x.copies(t)
+		x.uncorrectable(t)
 		x.bounds(t)
 	}
 }
@@ -93,6 +95,40 @@ func (x *io) zeroes(t *testing.T) {
 	gap := make([]byte, page*x.block)
 	x.has(t, "dsm --ad", 320, bytes.Join([][]byte{gap, data[page*x.block : 2*page*x.block], gap, data[3*page*x.block:]}, nil))
 	x.says(t, fmt.Sprintf("nvme dsm %s --idw --idr --slbs=0 --blocks=%d", x.dev, x.blocks), "NVMe DSM: success")
+}
+
+// copies: Copy of two ranges, the later one first, and one whose source and target overlap.
+func (x *io) copies(t *testing.T) {
+	source := x.fill(t, 400, 32, "")
+	x.fill(t, 500, 32, "")
+	part := func(from, n int) []byte { return source[from*x.block : (from+n)*x.block] }
+	x.says(t, fmt.Sprintf("nvme copy %s --sdlba=500 --slbs=420,402 --blocks=9,4", x.dev), "NVMe Copy: success")
+	x.has(t, "copy", 500, append(bytes.Clone(part(20, 10)), part(2, 5)...))
+	x.fails(t, nvme.StatusInvalidField, fmt.Sprintf("nvme copy %s --sdlba=500 --slbs=420 --blocks=9 --format=1", x.dev))
+	x.fails(t, nvme.StatusLBAOutOfRange, fmt.Sprintf("nvme copy %s --sdlba=500 --slbs=%d --blocks=9", x.dev, x.blocks-9))
+	x.fails(t, nvme.StatusLBAOutOfRange, fmt.Sprintf("nvme copy %s --sdlba=%d --slbs=400 --blocks=9", x.dev, x.blocks-9))
+	x.has(t, "copies that failed", 500, append(bytes.Clone(part(20, 10)), part(2, 5)...))
+}
+
+// uncorrectable: marked blocks fail, in the error log and among the media errors, until they are written.
+func (x *io) uncorrectable(t *testing.T) {
+	data := x.fill(t, 600, 24, "")
+	x.says(t, fmt.Sprintf("nvme verify %s%s", x.dev, at(600, 24)), "NVME Verify Success")
+	before := x.smart(t)
+	x.says(t, fmt.Sprintf("nvme write-uncor %s%s", x.dev, at(608, 4)), "NVME Write Uncorrectable Success")
+	x.fails(t, nvme.StatusUnrecoveredRead, fmt.Sprintf("nvme read %s%s -z %d -d /tmp/got", x.dev, at(600, 24), 24*x.block))
+	x.fails(t, nvme.StatusUnrecoveredRead, fmt.Sprintf("nvme verify %s%s", x.dev, at(611, 1)))
+	if after := x.smart(t); after["media_errors"]-before["media_errors"] != 2 || after["num_err_log_entries"]-before["num_err_log_entries"] != 2 {
+		t.Errorf("2 failed reads are %d media errors and %d entries in the error log",
+			after["media_errors"]-before["media_errors"], after["num_err_log_entries"]-before["num_err_log_entries"])
+	}
+	x.has(t, "the blocks before those that are uncorrectable", 600, data[:8*x.block])
+	x.has(t, "the blocks behind those that are uncorrectable", 612, data[12*x.block:])
+	x.put(t, "/tmp/data", data[8*x.block:12*x.block])
+	x.Run(t, fmt.Sprintf("nvme write %s%s -z %d -d /tmp/data", x.dev, at(608, 4), 4*x.block))
+	x.has(t, "blocks that were uncorrectable and are written", 600, data)
+	x.fails(t, nvme.StatusLBAOutOfRange, fmt.Sprintf("nvme verify %s%s", x.dev, at(x.blocks-1, 2)))
+	x.fails(t, nvme.StatusLBAOutOfRange, fmt.Sprintf("nvme write-uncor %s%s", x.dev, at(x.blocks-1, 2)))
 }
 
 // bounds: what lies beyond the end, and what is no command at all, is refused with the right status and does nothing.
