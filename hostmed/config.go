@@ -8,12 +8,14 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/spin"
 )
 
 // Limits of each controller, which every Identify and CAP says too, and what a ControllerConfig's zeroes mean.
@@ -26,12 +28,27 @@ const (
 	maxCNTLID = 0xffef
 )
 
+// Limits of Config.Poll.
+const (
+	minPoll = spin.Min
+	maxPoll = 100 * time.Millisecond
+)
+
+// checkPoll says what is wrong with a poll limit.
+func checkPoll(d time.Duration) error {
+	if d != 0 && (d < minPoll || d > maxPoll) {
+		return fmt.Errorf("poll: %v is not from %v to %v: about twice what it takes to wake a sleeping worker is right", d, minPoll, maxPoll)
+	}
+	return nil
+}
+
 // Config is what a Mediator serves: Subsystems, or, for the simple case, Controllers that say their namespaces themselves.
 type Config struct {
 	Subsystems  []SubsystemConfig
 	Controllers []ControllerConfig // in subsystems of their own, see ControllerConfig.Namespaces
 	CPUs        []int              // one worker is pinned to each; empty: half of the cores' number of workers, not pinned
 	NoSpin      bool               // workers never poll an empty queue: for measurements
+	Poll        time.Duration      // how long a worker polls an empty queue at the most, 10 us to 100 ms; 0: 250 us
 	State       string             // directory of what has to outlive hostmed; empty: nothing does
 	LogLevel    string             // what Logger should say at least; empty: left alone
 	Logger      hclog.Logger
@@ -84,6 +101,9 @@ type NamespaceConfig struct {
 // subsystems puts c in order: every controller in its subsystem, zeroes replaced, everything checked that can be without opening
 // anything.
 func (c *Config) subsystems() ([]SubsystemConfig, error) {
+	if err := checkPoll(c.Poll); err != nil {
+		return nil, err
+	}
 	list, err := grouped(c.Controllers)
 	if err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"os"
 	"reflect"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/pelletier/go-toml/v2"
@@ -20,6 +21,7 @@ import (
 type configFile struct {
 	State     string            `toml:"state"`
 	CPUs      []int             `toml:"cpus"`
+	Poll      string            `toml:"poll"`
 	Log       string            `toml:"log"`
 	Subsystem []subsystemInFile `toml:"subsystem"`
 }
@@ -268,6 +270,16 @@ func (f *configFile) config() (Config, error) {
 				return c, wrongField("cpus", "cpus: %d is in it twice: one worker is pinned to each", cpu)
 			}
 		}
+	}
+	if f.Poll != "" {
+		d, err := time.ParseDuration(f.Poll)
+		if err != nil || d == 0 {
+			return c, wrongField("poll", "poll: %q is not a time: write it as 250us or 1ms", f.Poll)
+		}
+		if err := checkPoll(d); err != nil {
+			return c, wrongField("poll", "%w", err)
+		}
+		c.Poll = d
 	}
 	if f.Log != "" && hclog.LevelFromString(f.Log) == hclog.NoLevel {
 		return c, wrongField("log", "log: %q is not a level: use trace, debug, info, warn or error", f.Log)

@@ -75,6 +75,8 @@ spec = "mem:size=1MiB"
 		"wrong type":           {"cpus = \"2\"\n" + rest, []string{"f:1:8", "cpus"}},
 		"too large":            {strings.Replace(rest, "socket", "queues = 70000\nsocket", 1), []string{"f:4:10", "queues"}},
 		"cpu":                  {"cpus = [0, 4711]\n" + rest, []string{"f:1:1: cpus: 4711"}},
+		"poll":                 {"poll = \"1s\"\n" + rest, []string{"f:1:1: poll: 1s", "100ms"}},
+		"poll without unit":    {"poll = \"250\"\n" + rest, []string{"f:1:1: poll: ", "250us"}},
 		"cpu twice":            {"cpus = [1, 1]\n" + rest, []string{"f:1:1: cpus: 1 is in it twice"}},
 		"log":                  {"log = \"loud\"\n" + rest, []string{"f:1:1: log: \"loud\"", "warn"}},
 		"no controller":        {"[[subsystem]]\nserial = \"1\"\n", []string{"f:1:3: the subsystem has no controller"}},

@@ -127,7 +127,7 @@ func (m *Mediator) startWorkers(c Config) error {
 		runtime.GOMAXPROCS(need)
 	}
 	for i, cpu := range cpus {
-		w, err := ioq.StartWorker(ioq.WorkerConfig{ID: i, CPU: cpu, NoSpin: c.NoSpin, Logger: m.log.Named(fmt.Sprintf("worker-%d", i))})
+		w, err := ioq.StartWorker(ioq.WorkerConfig{ID: i, CPU: cpu, NoSpin: c.NoSpin, Poll: c.Poll, Logger: m.log.Named(fmt.Sprintf("worker-%d", i))})
 		if err != nil {
 			return err
 		}

@@ -118,6 +118,9 @@ func (m *Mediator) refuse(c Config, list []SubsystemConfig) error {
 	if !slices.Equal(c.CPUs, m.cfg.CPUs) {
 		no("cpus")
 	}
+	if c.Poll != m.cfg.Poll {
+		no("poll")
+	}
 	if c.State != m.cfg.State {
 		no("state")
 	}

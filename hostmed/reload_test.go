@@ -219,6 +219,7 @@ func TestReloadRefuses(t *testing.T) {
 		says   string
 	}{
 		"cpus":      {func(c *Config) { c.CPUs = []int{0} }, "cpus"},
+		"poll":      {func(c *Config) { c.Poll = time.Millisecond }, "poll"},
 		"state":     {func(c *Config) { c.State = dir }, "state"},
 		"serial":    {func(c *Config) { c.Subsystems[0].Serial = "other" }, "serial"},
 		"doorbells": {func(c *Config) { c.Subsystems[0].Controllers[0].Doorbells = Trap }, "doorbells"},

@@ -13,7 +13,7 @@ package spin
 import "time"
 
 const (
-	// Max is the longest poll: some more than what waking the other side takes in a virtual machine, so that a command
+	// Max is the longest poll, unless a Budget says otherwise: some more than what waking the other side takes in a virtual machine, so that a command
 	// which has to wake a sleeping device costs one wake-up and not two. Measured: 50 us for the wake-up alone, 140 for the command.
 	Max = 250 * time.Microsecond
 	// Min is the shortest poll worth trying.
@@ -24,6 +24,8 @@ const (
 
 // Budget is the state of one waiting side. The zero Budget is ready for use. It belongs to one goroutine.
 type Budget struct {
+	Most time.Duration // the longest poll; 0: Max. It is set before the first use
+
 	gap  time.Duration // moving average of the waits that polling ended
 	skip uint32        // waits to sleep through before the next try
 	back uint32        // what skip is set to at the next failure
@@ -35,7 +37,14 @@ func (b *Budget) Limit() time.Duration {
 		b.skip--
 		return 0
 	}
-	return min(max(8*b.gap, Min), Max)
+	return min(max(8*b.gap, Min), b.most())
+}
+
+func (b *Budget) most() time.Duration {
+	if b.Most == 0 {
+		return Max
+	}
+	return b.Most
 }
 
 // Earned records that polling ended a wait after d.
@@ -46,7 +55,7 @@ func (b *Budget) Earned(d time.Duration) {
 
 // Failed records that polling for the whole limit was in vain.
 func (b *Budget) Failed() {
-	b.gap = Max // a workload that changes its pace starts with the full budget
+	b.gap = b.most() // a workload that changes its pace starts with the full budget
 	b.skip = b.back
 	b.back = min(2*b.back+1, maxSkip)
 }

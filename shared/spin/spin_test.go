@@ -57,16 +57,26 @@ func TestPollingReturns(t *testing.T) {
 }
 
 func TestLimitBounds(t *testing.T) {
-	var b Budget
-	for i := range 10_000 {
-		l := b.Limit()
-		if l != 0 && (l < Min || l > Max) {
-			t.Fatalf("limit %v outside [%v, %v]", l, Min, Max)
+	for _, most := range []time.Duration{0, Min, time.Millisecond} {
+		b := Budget{Most: most}
+		bound, longest := most, time.Duration(0)
+		if most == 0 {
+			bound = Max
 		}
-		if i%3 == 0 {
-			b.Earned(time.Duration(i) * time.Nanosecond)
-		} else if l != 0 {
-			b.Failed()
+		for i := range 10_000 {
+			l := b.Limit()
+			if l != 0 && (l < Min || l > bound) {
+				t.Fatalf("limit %v outside [%v, %v]", l, Min, bound)
+			}
+			longest = max(longest, l)
+			if i%3 == 0 {
+				b.Earned(time.Duration(i) * time.Nanosecond)
+			} else if l != 0 {
+				b.Failed()
+			}
+		}
+		if longest != bound {
+			t.Errorf("longest poll %v, want %v", longest, bound)
 		}
 	}
 }

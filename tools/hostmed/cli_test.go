@@ -78,6 +78,7 @@ func TestErrorsAreOneLine(t *testing.T) {
 		{[]string{"hop"}, []string{"hop"}},
 		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--doorbells", "bell"}, []string{"shadow", "trap", "mmap"}},
 		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--doorbell-stride", "12"}, []string{"doorbell-stride", "64"}},
+		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--poll", "2s"}, []string{"2s", "100ms"}},
 		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--cpus", "7000"}, []string{"7000", "may run on"}},
 		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--log-level", "loud"}, []string{"log-level"}},
 		{[]string{"serve", "--socket", dir + "/s", "--namespace", "disk"}, []string{"disk", "null:, mem: or file:"}},
@@ -162,7 +163,7 @@ func TestConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := "serve --socket /a,b --socket /c --namespace null:size=1GiB,lba=4096 --namespace file:/x,,y,readonly --doorbells mmap --doorbell-stride 64 --cpus 0 --spin off"
+	args := "serve --socket /a,b --socket /c --namespace null:size=1GiB,lba=4096 --namespace file:/x,,y,readonly --doorbells mmap --doorbell-stride 64 --cpus 0 --spin off --poll 1ms"
 	if _, err := k.Parse(strings.Fields(args)); err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +173,7 @@ func TestConfig(t *testing.T) {
 	}
 	got.Logger = nil
 	specs := []string{"null:size=1GiB,lba=4096", "file:/x,,y,readonly"}
-	want := hostmed.Config{CPUs: []int{0}, NoSpin: true, LogLevel: "info", Controllers: []hostmed.ControllerConfig{
+	want := hostmed.Config{CPUs: []int{0}, NoSpin: true, Poll: time.Millisecond, LogLevel: "info", Controllers: []hostmed.ControllerConfig{
 		{Socket: "/a,b", Namespaces: specs, Doorbells: hostmed.Mmap, DSTRD: 4}, {Socket: "/c", Namespaces: specs, Doorbells: hostmed.Mmap, DSTRD: 4},
 	}}
 	if !reflect.DeepEqual(got, want) {

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -31,16 +32,17 @@ type grammar struct {
 }
 
 type serveCmd struct {
-	Config    string    `placeholder:"FILE" help:"Configuration file, in place of --socket, --namespace and what is said of doorbells. SIGHUP reads it again. See above."`
-	Socket    []string  `sep:"none" placeholder:"PATH" help:"Unix socket to listen on. Give it several times for several controllers; each presents the same namespaces and takes one client at a time."`
-	Namespace []string  `sep:"none" placeholder:"SPEC" help:"A namespace to present; the first has NSID 1. Give it several times for several. See above."`
-	Doorbells string    `default:"shadow" enum:"shadow,trap,mmap" placeholder:"MODE" help:"How clients ring: ${enum} (${default}). See above."`
-	Stride    int       `name:"doorbell-stride" default:"4" enum:"4,8,16,32,64" placeholder:"BYTES" help:"Bytes from one doorbell to the next: ${enum} (${default}). With 64 no two share a cache line; shadow then has room for 31 I/O queues."`
-	State     string    `placeholder:"DIR" help:"Directory of what has to outlive hostmed: counters, saved features. Default: nothing does."`
-	CPUs      cpus.List `name:"cpus" placeholder:"LIST" help:"Cores to poll on, such as 1 or 2-3: one worker is pinned to each. Default: half as many workers as there are cores, not pinned."`
-	LogLevel  string    `default:"info" enum:"trace,debug,info,warn,error" placeholder:"LEVEL" help:"Least important message to log on stderr: ${enum} (${default})."`
-	LogJSON   bool      `name:"log-json" help:"Log one JSON object a line."`
-	Spin      string    `default:"on" enum:"on,off" hidden:"" help:"off: never poll, sleep at once; for measurements."`
+	Config    string        `placeholder:"FILE" help:"Configuration file, in place of --socket, --namespace and what is said of doorbells. SIGHUP reads it again. See above."`
+	Socket    []string      `sep:"none" placeholder:"PATH" help:"Unix socket to listen on. Give it several times for several controllers; each presents the same namespaces and takes one client at a time."`
+	Namespace []string      `sep:"none" placeholder:"SPEC" help:"A namespace to present; the first has NSID 1. Give it several times for several. See above."`
+	Doorbells string        `default:"shadow" enum:"shadow,trap,mmap" placeholder:"MODE" help:"How clients ring: ${enum} (${default}). See above."`
+	Stride    int           `name:"doorbell-stride" default:"4" enum:"4,8,16,32,64" placeholder:"BYTES" help:"Bytes from one doorbell to the next: ${enum} (${default}). With 64 no two share a cache line; shadow then has room for 31 I/O queues."`
+	State     string        `placeholder:"DIR" help:"Directory of what has to outlive hostmed: counters, saved features. Default: nothing does."`
+	CPUs      cpus.List     `name:"cpus" placeholder:"LIST" help:"Cores to poll on, such as 1 or 2-3: one worker is pinned to each. Default: half as many workers as there are cores, not pinned."`
+	Poll      time.Duration `placeholder:"TIME" help:"How long a worker polls an empty queue at the most before it sleeps, 10us to 100ms. Default: 250us."`
+	LogLevel  string        `default:"info" enum:"trace,debug,info,warn,error" placeholder:"LEVEL" help:"Least important message to log on stderr: ${enum} (${default})."`
+	LogJSON   bool          `name:"log-json" help:"Log one JSON object a line."`
+	Spin      string        `default:"on" enum:"on,off" hidden:"" help:"off: never poll, sleep at once; for measurements."`
 }
 
 // Validate is called by kong when the flags are parsed.
@@ -107,6 +109,9 @@ func (s *serveCmd) config(stderr io.Writer) (c hostmed.Config, err error) {
 	}
 	if s.State != "" {
 		c.State = s.State
+	}
+	if s.Poll != 0 {
+		c.Poll = s.Poll
 	}
 	c.NoSpin = s.Spin == "off"
 	c.LogLevel = level

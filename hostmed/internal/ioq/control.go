@@ -167,6 +167,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 	}
 	w := c.cfg.Workers[int(p.QID-1)%len(c.cfg.Workers)]
 	g := &group{ctl: c, w: w, qid: p.QID, prod: prod, iova: p.IOVA, mem: p.Mem, fresh: c.away, ien: p.IEN, index: p.Vector, vector: &c.vectors[p.Vector], state: Armed}
+	g.budget.Most = w.budget.Most
 	g.onKick = func() {
 		g.kicked.Store(false)
 		w.wake(g)

@@ -129,8 +129,9 @@ func nanotime() int64 { return int64(time.Since(epoch)) }
 // WorkerConfig says how a worker runs.
 type WorkerConfig struct {
 	ID     int
-	CPU    int  // core to be pinned to; -1: none
-	NoSpin bool // never poll for longer than there is work: for measurements
+	CPU    int           // core to be pinned to; -1: none
+	NoSpin bool          // never poll for longer than there is work: for measurements
+	Poll   time.Duration // longest poll of an empty queue; 0: spin.Max
 	Logger hclog.Logger
 }
 
@@ -146,7 +147,7 @@ func StartWorker(c WorkerConfig) (*Worker, error) {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	w := &Worker{
-		id: c.ID, log: c.Logger, wakeFD: wake, ep: ep, noSpin: c.NoSpin,
+		id: c.ID, log: c.Logger, wakeFD: wake, ep: ep, noSpin: c.NoSpin, budget: spin.Budget{Most: c.Poll},
 		sources: map[int32]Source{}, done: make(chan struct{}),
 		batch: make([]*backend.Request, 0, batchMax), extents: make([]prp.Extent, 0, 16),
 	}

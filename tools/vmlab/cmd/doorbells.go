@@ -33,7 +33,7 @@ func (d *doorbellsCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(out.Stdout, "  4 KiB random reads, fio libaio, one job, a guest with one CPU under %s; each disk a file in memory:\n\n%s", accel, doorbells.Table(rows))
+	fmt.Fprintf(out.Stdout, "  4 KiB random reads, fio libaio, one job, a guest with one CPU under %s, hostmed polling for up to %v; each disk a file in memory:\n\n%s", accel, doorbells.Poll(accel), doorbells.Table(rows))
 	if d.Plot == "" {
 		return nil
 	}

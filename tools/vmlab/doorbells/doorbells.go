@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/shared/spin"
 	"github.com/shadowbell/shadowbell/tools/vmlab"
 )
 
@@ -61,7 +62,11 @@ func Measure(ctx context.Context, lab *vmlab.Lab, runtime time.Duration, say fun
 	spec := func(name string) []string {
 		return []string{fmt.Sprintf("file:%s.img,size=%d", filepath.Join(dir, name), diskBytes)}
 	}
-	if r.m, err = hostmed.New(hostmed.Config{Controllers: []hostmed.ControllerConfig{
+	accel, _, err := lab.Accel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if r.m, err = hostmed.New(hostmed.Config{Poll: Poll(accel), Controllers: []hostmed.ControllerConfig{
 		{Socket: r.trap, Namespaces: spec("trap"), Doorbells: hostmed.Trap},
 		{Socket: r.shadow, Namespaces: spec("shadow"), Doorbells: hostmed.Shadow},
 	}}); err != nil {
@@ -83,6 +88,15 @@ func Measure(ctx context.Context, lab *vmlab.Lab, runtime time.Duration, say fun
 	}
 	defer func() { err = errors.Join(err, r.vm.Close()) }()
 	return r.measure(ctx, say)
+}
+
+// Poll is how long hostmed polls an empty queue. An emulated CPU takes ten times as long from one command to the next, and so is given ten times as
+// long, or what is measured would be the emulation.
+func Poll(accel string) time.Duration {
+	if accel == "tcg" {
+		return 10 * spin.Max
+	}
+	return spin.Max
 }
 
 // tmpfs is where memory is, so that no disk of the host is measured; "" is the usual place.
