@@ -69,19 +69,19 @@ func (l *Lab) probe(ctx context.Context) (why string) {
 	if err := unix.Access("/dev/kvm", unix.R_OK|unix.W_OK); err != nil {
 		return fmt.Sprintf("/dev/kvm: %v", err)
 	}
-	dir, err := os.MkdirTemp("", "vmlab-")
+	tmp, err := newScratch()
 	if err != nil {
 		return err.Error()
 	}
-	defer os.RemoveAll(dir)
-	if err := os.Symlink(filepath.Join(l.dir, "initramfs"), filepath.Join(dir, initrdFile)); err != nil {
+	defer tmp.remove()
+	if err := os.Symlink(filepath.Join(l.dir, "initramfs"), tmp.file(initrdFile)); err != nil {
 		return err.Error()
 	}
 	c := Config{CPUs: 1, MemoryMiB: 256, Append: "vmlab=probe"}
 	if err := c.check(); err != nil {
 		return err.Error()
 	}
-	args, err := c.arguments(l, kvm, dir)
+	args, err := c.arguments(l, kvm, tmp.path)
 	if err != nil {
 		return err.Error()
 	}

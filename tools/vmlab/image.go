@@ -33,12 +33,12 @@ func (l *Lab) RootImage(ctx context.Context, path string) error {
 
 // BootImage makes a disk image at path that SeaBIOS and UEFI can start: a GPT with GRUB for both, and the system of RootImage with its kernel.
 func (l *Lab) BootImage(ctx context.Context, path string) error {
-	tmp, err := os.MkdirTemp("", "vmlab-")
+	s, err := newScratch()
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
-	root := filepath.Join(tmp, "root")
+	defer s.remove()
+	tmp, root := s.path, s.file("root")
 	if err := l.RootImage(ctx, root); err != nil {
 		return err
 	}

@@ -60,6 +60,30 @@ func TestSetupWaits(t *testing.T) {
 	again()
 }
 
+// TestSweep: what a killed process has left goes, what is in use stays.
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("TMPDIR", dir)
+	used, err := newScratch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used.remove()
+	for _, name := range []string{scratchPrefix + "left", "other"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sweep(dir, time.Hour)
+	if left, _ := filepath.Glob(dir + "/*"); len(left) != 3 {
+		t.Errorf("young ones are gone: %v", left)
+	}
+	sweep(dir, 0)
+	if left, _ := filepath.Glob(dir + "/*"); !slices.Equal(left, []string{dir + "/other", used.path}) {
+		t.Errorf("left: %v", left)
+	}
+}
+
 func TestOldCachesGo(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"new", "old", "broken.tmp"} {

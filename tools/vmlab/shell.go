@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"syscall"
 
 	"golang.org/x/term"
@@ -38,12 +37,12 @@ func (l *Lab) Shell(ctx context.Context, c Config, stdout, stderr *os.File) erro
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "vmlab-")
+	s, err := newScratch()
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	text := filepath.Join(dir, "motd")
+	defer s.remove()
+	dir, text := s.path, s.file("motd")
 	if err := os.WriteFile(text, []byte(motd), 0o644); err != nil {
 		return err
 	}

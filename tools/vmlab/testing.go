@@ -271,16 +271,16 @@ func HostmedProcess(t testing.TB, args ...string) *process.Daemon {
 // shortDir is a directory whose sockets have names that are short enough, which those in t.TempDir need not have.
 func shortDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "vmlab-")
+	s, err := newScratch()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
+		if err := s.remove(); err != nil {
 			t.Error(err)
 		}
 	})
-	return dir
+	return s.path
 }
 
 // lockedBuffer is written by one goroutine and read by another.

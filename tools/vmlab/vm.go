@@ -26,7 +26,7 @@ type VM struct {
 	lab     *Lab
 	config  Config
 	accel   string
-	dir     string
+	scratch *scratch
 	proc    *child
 	console *console
 	qmp     *qmp
@@ -71,7 +71,7 @@ func (l *Lab) start(ctx context.Context, c Config) (_ *VM, err error) {
 		return nil, err
 	}
 	vm := &VM{lab: l, config: c, accel: accel, console: &console{}}
-	if vm.dir, err = os.MkdirTemp("", "vmlab-"); err != nil {
+	if vm.scratch, err = newScratch(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -79,7 +79,7 @@ func (l *Lab) start(ctx context.Context, c Config) (_ *VM, err error) {
 			vm.Close()
 		}
 	}()
-	if err := l.prepare(ctx, &c, vm.dir); err != nil {
+	if err := l.prepare(ctx, &c, vm.scratch.path); err != nil {
 		return nil, err
 	}
 	begin := time.Now()
@@ -90,6 +90,10 @@ func (l *Lab) start(ctx context.Context, c Config) (_ *VM, err error) {
 	defer cancel()
 	if _, err := vm.qmp.do(ctx, "qmp_capabilities", nil); err != nil {
 		return nil, vm.explain(err)
+	}
+	// QEMU has it in memory by now, and it is large should nobody be left to remove it.
+	if err := os.Remove(vm.scratch.file(initrdFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
 	}
 	if !c.NoAgent {
 		if err := vm.agent.started(ctx, 1); err != nil {
@@ -102,7 +106,7 @@ func (l *Lab) start(ctx context.Context, c Config) (_ *VM, err error) {
 
 // launch starts QEMU with two socket pairs, for QMP and for the agent: nothing is left in the file system.
 func (vm *VM) launch() error {
-	args, err := vm.config.arguments(vm.lab, vm.accel, vm.dir)
+	args, err := vm.config.arguments(vm.lab, vm.accel, vm.scratch.path)
 	if err != nil {
 		return err
 	}
@@ -123,7 +127,7 @@ func (vm *VM) launch() error {
 		"-chardev", "socket,id=qmp,fd=3", "-object", "monitor-qmp,id=monitor,chardev=qmp",
 		"-device", fmt.Sprintf("virtio-serial-pci,addr=%#x", agentSlot), "-chardev", "socket,id=agent,fd=4", "-device", "virtserialport,chardev=agent,name="+wire.Port)
 	cmd := program(vm.lab.root(), "qemu-system-x86_64", args...)
-	cmd.Dir = vm.dir
+	cmd.Dir = vm.scratch.path
 	cmd.Stdout, cmd.Stderr = vm.console, vm.console
 	cmd.ExtraFiles = []*os.File{qmpFile, agentFile}
 	vm.proc, err = start(cmd)
@@ -295,7 +299,7 @@ func (vm *VM) Close() error {
 		vm.qmp.conn.Close()
 		vm.agent.conn.Close()
 	}
-	return os.RemoveAll(vm.dir)
+	return vm.scratch.remove()
 }
 
 const tailLines = 60
@@ -403,12 +407,12 @@ func buildProgram(ctx context.Context, name string) ([]byte, error) {
 	if b := built.programs[name]; b != nil {
 		return b, nil
 	}
-	dir, err := os.MkdirTemp("", "vmlab-")
+	tmp, err := newScratch()
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
-	out := filepath.Join(dir, "program")
+	defer tmp.remove()
+	out := tmp.file("program")
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out, "github.com/shadowbell/shadowbell/tools/"+name)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if _, err := command(ctx, cmd); err != nil {

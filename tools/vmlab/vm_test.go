@@ -86,7 +86,7 @@ func TestAgent(t *testing.T) {
 	if want := (Result{Stderr: "to stderr\n", Exit: 3}); r != want {
 		t.Errorf("%+v, want %+v", r, want)
 	}
-	big := bytes.Repeat([]byte("0123456789abcdef"), 128<<10)
+	big := bytes.Repeat([]byte("0123456789abcdef"), 32<<10)
 	if err := vm.WriteFile(ctx, "/tmp/deep/down", big, 0o600); err != nil {
 		t.Fatal(err)
 	}
