@@ -3,7 +3,6 @@ package faults
 import (
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -67,16 +66,7 @@ func TestKilledHostmedLosesNothing(t *testing.T) {
 			if err := h.Stop(); err == nil {
 				t.Error("hostmed was killed and ended well")
 			}
-			f, err := os.Open(disk)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			r, err := journal.Check(f, l, acks.read(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			found(t, r, 50)
+			checkFile(t, disk, l, acks.read(t), 50)
 		})
 	}
 }

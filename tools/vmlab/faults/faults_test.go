@@ -83,6 +83,23 @@ func eventually(t *testing.T, what string, done func() (bool, string)) {
 	}
 }
 
+// verified is fio that writes and verifies a little, on a device.
+const verified = "fio --name=v --filename=%s --rw=randwrite --bs=4k --size=1M --iodepth=16 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1"
+
+func checkFile(t *testing.T, path string, l journal.Layout, acks journal.Acks, least int) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := journal.Check(f, l, acks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found(t, r, least)
+}
+
 // found fails the test for everything that a check has found lost, or if it has not looked at enough to say anything.
 func found(t *testing.T, r journal.Report, least int) {
 	t.Helper()

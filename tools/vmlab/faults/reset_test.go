@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/tools/vmlab"
-	"github.com/shadowbell/shadowbell/tools/vmlab/journal"
 )
 
 // resets are ways to reset a controller, as a shell command with the controller's name and its PCI address.
@@ -74,17 +73,8 @@ func TestResetsUnderLoad(t *testing.T) {
 					l := startWriter(t, vm, vm.Disk(t, i).Namespace(1), loadBelow)
 					acks.more(t, 20)
 					vm.Run(t, fmt.Sprintf(command, disk.PCI)+"; while pidof "+writer+" >/dev/null; do sleep 0.05; done")
-					f, err := os.Open(files[i])
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer f.Close()
-					r, err := journal.Check(f, l, acks.read(t))
-					if err != nil {
-						t.Fatal(err)
-					}
-					found(t, r, 10)
-					vm.Run(t, fmt.Sprintf("fio --name=v --filename=%s --rw=randwrite --bs=4k --size=1M --iodepth=8 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1", vm.Disk(t, i).Namespace(1)))
+					checkFile(t, files[i], l, acks.read(t), 10)
+					vm.Run(t, fmt.Sprintf(verified, vm.Disk(t, i).Namespace(1)))
 				})
 			}
 		})
