@@ -23,7 +23,7 @@ var featureCases = []Case{
 		},
 	},
 	{
-		ID: "feature.mandatory", Ref: "NVMe Base 2.0c 3.1.2.1.3, figure 28",
+		ID: "feature.mandatory", Ref: "NVMe Base 2.0c 3.1.2.1.3",
 		Text: "the features that every I/O controller has can be read",
 		run: func(c *ctl) {
 			for _, fid := range mandatoryFeatures {
@@ -270,6 +270,21 @@ var featureCases = []Case{
 		},
 	},
 	{
+		ID: "feature.apst", Ref: "NVMe Base 2.0c 5.27.1.10", needs: bitNeed("APSTA is 0", func(f *facts) bool { return f.id.APSTA&1 != 0 }),
+		Text: "Autonomous Power State Transition keeps APSTE",
+		run: func(c *ctl) {
+			table := make([]byte, 256)
+			d := c.data(256).set(table)
+			before := c.ok(d.on(getFeatureCmd(nvme.FeatureAPST, 0, nvme.FeatureCurrent, 0))).Result
+			was := d.get()
+			d.set(table)
+			c.ok(d.on(setFeatureCmd(nvme.FeatureAPST, 0, 0)))
+			got := c.ok(d.on(getFeatureCmd(nvme.FeatureAPST, 0, nvme.FeatureCurrent, 0))).Result
+			c.check(got&1 == 0, "APSTE=%d after 0 was set", got&1)
+			c.ok(d.set(was).on(setFeatureCmd(nvme.FeatureAPST, 0, before)))
+		},
+	},
+	{
 		ID: "feature.host-id", Ref: "NVMe Base 2.0c 5.27.1.25", needs: join(oncs(nvme.ONCSReservations, "Reservations"), bitNeed("CTRATT.HostID128 is 0", func(f *facts) bool { return f.id.CTRATT&nvme.CTRATTHostID128 != 0 })),
 		Text: "Host Identifier keeps its 128 bits",
 		run: func(c *ctl) {
@@ -298,7 +313,7 @@ var featureCases = []Case{
 	},
 }
 
-// mandatoryFeatures are those of every I/O controller. NVMe Base 2.0c figure 28.
+// mandatoryFeatures are those of every I/O controller. NVMe Base 2.0c 3.1.2.1.3.
 var mandatoryFeatures = []nvme.FeatureID{
 	nvme.FeatureArbitration, nvme.FeaturePowerManagement, nvme.FeatureTemperature, nvme.FeatureErrorRecovery, nvme.FeatureQueues,
 	nvme.FeatureCoalescing, nvme.FeatureVectorConfig, nvme.FeatureWriteAtomicity, nvme.FeatureAsyncEvents,

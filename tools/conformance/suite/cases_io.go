@@ -42,7 +42,7 @@ var ioCases = []Case{
 		run:  func(c *ctl) { c.ioNSID(c.facts.inactive(), nvme.StatusInvalidField) },
 	},
 	{
-		ID: "io.opcode.reserved", Ref: "NVMe Base 2.0c 7, figure 390", needs: needNS,
+		ID: "io.opcode.reserved", Ref: "NVMe Base 2.0c 7", needs: needNS,
 		Text: "a reserved I/O opcode is Invalid Command Opcode",
 		run: func(c *ctl) {
 			for _, op := range []uint8{0x03, 0x07, 0x13, 0x7B} {
@@ -287,7 +287,6 @@ var ioCases = []Case{
 		ID: "io.prp.unmapped", Ref: "NVMe Base 2.0c 4.1.1, figure 101", needs: join(needNS, needIOVA),
 		Text: "memory that the controller cannot reach is Data Transfer Error, in the data and in the list",
 		run: func(c *ctl) {
-			nowhere := uint64(1) << 50
 			d := c.data(4 * pageSize)
 			data, list := c.read(0, 1, d), c.read(0, 4*pageSize/c.facts.lba, d)
 			data.PRP1, list.PRP2 = nowhere, nowhere
@@ -304,6 +303,9 @@ var needRoom = bitNeed("MDTS is beyond what the suite transfers", func(f *facts)
 
 // needIOVA is for addresses of no memory: a device behind no IOMMU would go to the machine's bus with them.
 var needIOVA = bitNeed("addresses are the machine's own: one of no memory is not safe to use", func(f *facts) bool { return f.iova })
+
+// nowhere is an address of no memory.
+const nowhere = 1 << 50
 
 func (c *ctl) mayWrite() bool { return c.cfg.Destructive || c.cfg.NSID != 0 }
 

@@ -10,7 +10,7 @@ import (
 
 var logCases = []Case{
 	{
-		ID: "log.mandatory", Ref: "NVMe Base 2.0c 3.1.2.1.2, figure 27",
+		ID: "log.mandatory", Ref: "NVMe Base 2.0c 3.1.2.1.2",
 		Text: "the Error Information, SMART and Firmware Slot logs can be read",
 		run: func(c *ctl) {
 			c.log(nvme.LogError, 0, 64)
@@ -56,6 +56,22 @@ var logCases = []Case{
 		run: func(c *ctl) {
 			for _, off := range []uint64{516, 1 << 20, 1<<40 + 512, ^uint64(3)} {
 				cmd, _ := c.logCmd(nvme.LogFirmwareSlot, 0, off, 4, true)
+				c.refused(cmd, nvme.StatusInvalidField)
+			}
+		},
+	},
+	{
+		ID: "log.offset.index", Ref: "NVMe Base 2.0c 5.16", needs: join(lpa(nvme.LPAExtended, "Extended Data"), lpa(nvme.LPASupportedPages, "Supported Log Pages")),
+		Text: "an index as the offset (OT=1) of a log page that has none (IOS=0) is Invalid Field in Command",
+		run: func(c *ctl) {
+			l := new(nvme.SupportedLogPages)
+			copy(l.Bytes()[:], c.log(nvme.LogSupported, 0, 1024))
+			for _, lid := range []nvme.LogPage{nvme.LogError, nvme.LogSMART, nvme.LogFirmwareSlot} {
+				if l.Page[lid]&nvme.LogSupportsOffset != 0 {
+					continue
+				}
+				cmd, _ := c.logCmd(lid, nvme.NSIDAll, 0, 64, true)
+				cmd.CDW14 |= 1 << 23
 				c.refused(cmd, nvme.StatusInvalidField)
 			}
 		},

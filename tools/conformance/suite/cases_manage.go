@@ -108,6 +108,32 @@ var manageCases = []Case{
 		},
 	},
 	{
+		ID: "namespace.event", Ref: "NVMe Base 2.0c 5.2.1, 5.16.1.5", needs: needCapacity, does: formats, peer: true,
+		Text: "a namespace that is attached to a controller is an event there, and in its Changed Namespace List until that is read",
+		run: func(c *ctl) {
+			o := c.second()
+			if nvme.EventConfig(o.facts.id.OAES)&nvme.EventConfigNamespace == 0 {
+				c.skipf("OAES.Namespace Attribute Notices is 0")
+			}
+			o.clearLog(nvme.LogChangedNamespaces)
+			o.setFeature(nvme.FeatureAsyncEvents, 0, uint32(nvme.EventConfigNamespace))
+			o.aer()
+			nsid := c.createNamespace()
+			c.ok(c.attachCmd(nsid, 0, o.facts.id.CNTLID))
+			o.wantEvent(nvme.EventNotice, nvme.EventNoticeNamespace, nvme.LogChangedNamespaces)
+			first := le.Uint32(o.log(nvme.LogChangedNamespaces, 0, pageSize))
+			active := slices.Contains(o.activeAfter(0), nsid)
+			o.clearLog(nvme.LogChangedNamespaces)
+			rest := le.Uint32(o.log(nvme.LogChangedNamespaces, 0, pageSize))
+			o.aer()
+			c.ok(nvme.Command{Opcode: nvme.AdminNamespaceManagement, NSID: nsid, CDW10: 1})
+			o.wantEvent(nvme.EventNotice, nvme.EventNoticeNamespace, nvme.LogChangedNamespaces)
+			c.check(first == nsid, "the list begins with %d, namespace %d was attached", first, nsid)
+			c.check(active, "namespace %d is not active there", nsid)
+			c.check(rest == 0, "the list begins with %d after it was read", rest)
+		},
+	},
+	{
 		ID: "namespace.reserved-select", Ref: "NVMe Base 2.0c 5.22, 5.23, 1.4", needs: needManage, does: formats,
 		Text: "reserved values of SEL are Invalid Field in Command",
 		run: func(c *ctl) {

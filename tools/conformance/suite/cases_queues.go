@@ -117,6 +117,28 @@ var queueCases = []Case{
 		},
 	},
 	{
+		ID: "queue.unmapped", Ref: "NVMe Base 2.0c 5.4.1, 5.5.1", needs: join(needIOVA, needNS),
+		Text: "queues in memory that the controller cannot reach are refused, or fail alone",
+		run: func(c *ctl) {
+			c.granted()
+			cmd := c.newCQ(1, 8).createCQ(0, false)
+			cmd.PRP1 = nowhere
+			if cpl := c.adm.exec(cmd); cpl.Status().OK() {
+				c.ok(c.deleteCQ(1))
+			}
+			s := c.newSQ(1, 8, c.makeCQ(1, 8))
+			cmd = s.createSQ()
+			cmd.PRP1 = nowhere
+			if cpl := c.adm.exec(cmd); cpl.Status().OK() {
+				c.ringSQ(1, 1)
+				c.ok(c.deleteSQ(1))
+			}
+			c.alive()
+			c.ok(c.deleteCQ(1))
+			c.makePair(1, 8).ok(c.tick())
+		},
+	},
+	{
 		ID: "queue.delete.absent", Ref: "NVMe Base 2.0c 5.6, 5.7",
 		Text: "to delete a queue that is not there, or queue 0, is Invalid Queue Identifier",
 		run: func(c *ctl) {

@@ -142,13 +142,13 @@ var registerCases = []Case{
 		},
 	},
 	{
-		ID: "reg.pmr.absent", Ref: "NVMe Base 2.0c 3.1.3.21",
+		ID: "reg.pmr.absent", Ref: "NVMe Base 2.0c 3.1.3.22",
 		Text:  "without a persistent memory region, PMRCAP is 0",
 		needs: bitNeed("CAP.PMRS is 1", func(f *facts) bool { return !f.cap.PMRS() }),
 		run:   func(c *ctl) { c.check(c.read32(nvme.RegPMRCAP) == 0, "PMRCAP=%#x", c.read32(nvme.RegPMRCAP)) },
 	},
 	{
-		ID: "reg.crto", Ref: "NVMe Base 2.0c 3.1.3.20",
+		ID: "reg.crto", Ref: "NVMe Base 2.0c 3.1.3.21",
 		Text:  "with ready modes in CAP.CRMS, CRTO says a timeout that is not below CAP.TO's",
 		needs: bitNeed("CAP.CRMS is 0", func(f *facts) bool { return f.cap.CRMS() != 0 }),
 		run: func(c *ctl) {
@@ -244,7 +244,7 @@ var stateCases = []Case{
 		},
 	},
 	{
-		ID: "state.function-reset", Ref: "NVMe Base 2.0c 3.7.2, PCIe Transport 1.0c 3.2",
+		ID: "state.function-reset", Ref: "NVMe Base 2.0c 3.7.2",
 		Text: "a function level reset disables the controller and puts its registers back",
 		run: func(c *ctl) {
 			err := c.dev.Reset()
@@ -351,6 +351,63 @@ var stateCases = []Case{
 		run:  func(c *ctl) { c.badCC(c.ccFor(setup{}).WithAMS(5)) },
 	},
 	{
+		ID: "state.bad-asq", Ref: "NVMe Base 2.0c 3.1.3.9, 3.5.1", setup: setup{disabled: true}, needs: needIOVA,
+		Text: "an admin SQ in memory that the controller cannot reach does no lasting harm: a reset mends it",
+		run: func(c *ctl) {
+			c.adminQueues(setup{})
+			c.write64(nvme.RegASQ, nowhere)
+			c.write32(nvme.RegCC, uint32(c.ccFor(setup{})))
+			if c.until(50*time.Millisecond, func() bool { return c.csts().RDY() }) {
+				c.ringSQ(0, 1)
+				c.until(quietFor, func() bool { return c.csts().CFS() })
+			}
+			c.mends()
+		},
+	},
+	{
+		ID: "state.disable-at-once", Ref: "NVMe Base 2.0c 3.5.1, 3.1.3.5", setup: setup{disabled: true},
+		Text: "a controller that is disabled before it said that it is ready ends with CSTS.RDY=0, and can be enabled",
+		run: func(c *ctl) {
+			for range 5 {
+				c.adminQueues(setup{})
+				c.write32(nvme.RegCC, uint32(c.ccFor(setup{})))
+				c.disable()
+			}
+			c.enable(setup{})
+			c.alive()
+		},
+	},
+	{
+		ID: "state.shutdown.disabled", Ref: "NVMe Base 2.0c 3.6.1",
+		Text: "a controller that is disabled while it shuts down can be enabled, and its shutdown is forgotten",
+		run: func(c *ctl) {
+			c.q()
+			c.write32(nvme.RegCC, uint32(c.cc().WithSHN(nvme.SHNAbrupt)))
+			c.disable()
+			c.enable(setup{})
+			c.check(c.csts().SHST() == nvme.SHSTNormal, "%v after the enable", c.csts())
+			c.alive()
+		},
+	},
+	{
+		ID: "state.nssr.under-load", Ref: "NVMe Base 2.0c 3.7.1, 3.7.2", needs: join(needNSSR, needNS),
+		Text: "after a subsystem reset with I/O outstanding the controller writes to host memory no more",
+		run: func(c *ctl) {
+			q := c.q()
+			for range 60 {
+				q.push(c.tick())
+			}
+			q.ring()
+			c.write32(nvme.RegNSSR, nvme.NSSRReset)
+			c.wait(c.readyTime(), "CSTS.RDY=0 after NSSR", func() bool { return !c.csts().RDY() })
+			mem := q.cq.mem
+			mem.fill(guardByte)
+			c.never("a completion was written after the reset", func() bool { return !mem.is(0, mem.n, guardByte) })
+			c.write32(nvme.RegCSTS, 1<<4)
+			c.mends()
+		},
+	},
+	{
 		ID: "state.mps.larger", Ref: "NVMe Base 2.0c 3.1.3.5, 4.1.1",
 		Text:  "with CC.MPS=1 memory pages are 8 KiB",
 		needs: join(needNS, bitNeed("CAP.MPSMAX is 0", func(f *facts) bool { return f.cap.MPSMAX() >= 1 })),
@@ -392,6 +449,11 @@ func (c *ctl) badCC(cc nvme.CC) {
 	c.adminQueues(setup{})
 	c.write32(nvme.RegCC, uint32(cc))
 	c.until(50*time.Millisecond, func() bool { return c.csts().RDY() || c.csts().CFS() })
+	c.mends()
+}
+
+// mends checks that a reset leads back to a working controller.
+func (c *ctl) mends() {
 	c.disable()
 	c.check(!c.csts().CFS(), "%v after a reset", c.csts())
 	c.mem.reset()

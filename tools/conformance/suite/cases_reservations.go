@@ -185,7 +185,7 @@ var reservationCases = []Case{
 		},
 	},
 	{
-		ID: "reservation.two.write-exclusive", Ref: "NVMe Base 2.0c 8.19, figure 621", needs: needReservations, does: writes, peer: true,
+		ID: "reservation.two.write-exclusive", Ref: "NVMe Base 2.0c 8.19", needs: needReservations, does: writes, peer: true,
 		Text: "under Write Exclusive others may read, and get Reservation Conflict when they write",
 		run: func(c *ctl) {
 			o := c.held(nvme.WriteExclusive)
@@ -196,7 +196,7 @@ var reservationCases = []Case{
 		},
 	},
 	{
-		ID: "reservation.two.exclusive-access", Ref: "NVMe Base 2.0c 8.19, figure 621", needs: needReservations, does: writes, peer: true,
+		ID: "reservation.two.exclusive-access", Ref: "NVMe Base 2.0c 8.19", needs: needReservations, does: writes, peer: true,
 		Text: "under Exclusive Access others get Reservation Conflict when they read or write",
 		run: func(c *ctl) {
 			o := c.held(nvme.ExclusiveAccess)
@@ -208,7 +208,7 @@ var reservationCases = []Case{
 		},
 	},
 	{
-		ID: "reservation.two.registrants", Ref: "NVMe Base 2.0c 8.19, figure 621", needs: needReservations, does: writes, peer: true,
+		ID: "reservation.two.registrants", Ref: "NVMe Base 2.0c 8.19", needs: needReservations, does: writes, peer: true,
 		Text: "under Write Exclusive - Registrants Only, who has registered may write",
 		run: func(c *ctl) {
 			o := c.held(nvme.WriteExclusiveRegistrants)

@@ -294,6 +294,24 @@ var writeCases = []Case{
 		run:  func(c *ctl) { c.beyond(nvme.IOWriteUncorrectable) },
 	},
 	{
+		ID: "io.write-protect", Ref: "NVMe Base 2.0c 8.12, 5.27.1.29", does: writes,
+		needs: join(needNS, bitNeed("NWPC is 0", func(f *facts) bool { return f.id.NWPC&1 != 0 })),
+		Text:  "a write protected namespace refuses what would change it, is read as before, and can be written again after",
+		run: func(c *ctl) {
+			p := pattern(16, c.facts.lba)
+			c.store(testLBA, p)
+			c.setFeature(nvme.FeatureWriteProtect, c.facts.nsid, 1)
+			w := c.q().exec(c.write(testLBA, 1, c.data(c.facts.lba)))
+			attributes := c.identifyNamespace(c.facts.nsid).NSATTR
+			got := c.load(testLBA, 1)
+			c.setFeature(nvme.FeatureWriteProtect, c.facts.nsid, 0)
+			c.check(w.Status().Code() == nvme.StatusNamespaceWriteProtected, "Write: %s", status(w.Status().Code()))
+			c.check(attributes&nvme.NSATTRWriteProtected != 0, "NSATTR=%#x while protected", attributes)
+			c.check(bytes.Equal(got, p), "the block was written")
+			c.store(testLBA, p)
+		},
+	},
+	{
 		ID: "io.fused.same", Ref: "NVM Command Set 1.0c 2.1.4.3, NVMe Base 2.0c 3.4.2", needs: needAtoms, does: writes,
 		Text: "fused Compare and Write writes when the Compare finds what it should",
 		run: func(c *ctl) {
