@@ -37,7 +37,7 @@ type runCmd struct {
 	JSON        bool          `name:"json" xor:"format" help:"Print one JSON object."`
 	NSID        uint32        `name:"nsid" placeholder:"N" help:"The namespace to test with. Its data will be overwritten."`
 	Destructive bool          `help:"Also run cases that overwrite, format, create or delete namespaces. Without it, and without --nsid, nothing is written."`
-	Timeout     time.Duration `default:"10s" placeholder:"TIME" help:"Longest time that one case may take (${default})."`
+	Timeout     time.Duration `default:"10s" placeholder:"TIME" help:"Longest wait for one answer of the controller (${default}). A case may take ten times as long."`
 	Verbose     bool          `short:"v" help:"Show the cases that passed or were skipped, too."`
 }
 

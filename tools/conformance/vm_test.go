@@ -67,9 +67,9 @@ func TestInAGuest(t *testing.T) {
 // failures runs all cases against a PCI function of the guest and returns what was seen of those that failed.
 func failures(t *testing.T, vm *vmlab.VM, pci string) map[string]string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	r, err := vm.Exec(ctx, fmt.Sprintf("conformance run sysfs:%s --destructive --json --timeout 4s", pci))
+	r, err := vm.Exec(ctx, fmt.Sprintf("conformance run sysfs:%s --destructive --json --timeout 10s", pci))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -165,8 +165,13 @@ var eventCases = []Case{
 // needTold is for doorbells whose writes a controller sees even if they concern no queue.
 var needTold = bitNeed("doorbells are mapped and polled: the controller sees those of its queues only", func(f *facts) bool { return !f.mapped })
 
-// aer submits an Asynchronous Event Request.
-func (c *ctl) aer() uint16 { return c.adm.submit(nvme.Command{Opcode: nvme.AdminAsyncEventRequest}) }
+// aer submits an Asynchronous Event Request, and returns when the controller has it: what is submitted after it has completed.
+func (c *ctl) aer() uint16 {
+	cid := c.adm.submit(nvme.Command{Opcode: nvme.AdminAsyncEventRequest})
+	cmd, _ := c.identifyCmd(nvme.CNSController, 0)
+	c.adm.wait(c.adm.submit(cmd))
+	return cid
+}
 
 // wantEvent waits for an event by any of the requests and checks it.
 func (c *ctl) wantEvent(typ nvme.EventType, info uint8, log nvme.LogPage) nvme.AsyncEvent {

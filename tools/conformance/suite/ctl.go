@@ -138,9 +138,9 @@ func (c *ctl) write64(off uint32, v uint64) { c.must(c.dev.Write64(off, v)) }
 func (c *ctl) csts() nvme.CSTS { return nvme.CSTS(c.read32(nvme.RegCSTS)) }
 func (c *ctl) cc() nvme.CC     { return nvme.CC(c.read32(nvme.RegCC)) }
 
-// until waits for done, at most for limit and never beyond the case's deadline, and says whether it came.
+// until waits for done, at most for limit or Config.Timeout and never beyond the case's deadline, and says whether it came.
 func (c *ctl) until(limit time.Duration, done func() bool) bool {
-	end := time.Now().Add(limit)
+	end := time.Now().Add(min(limit, c.cfg.Timeout))
 	if end.After(c.deadline) {
 		end = c.deadline
 	}
@@ -175,12 +175,12 @@ func (c *ctl) wait(limit time.Duration, what string, done func() bool) {
 	}
 	over := ""
 	if time.Now().After(c.deadline) {
-		over = fmt.Sprintf(", until the case's %v were over,", c.cfg.Timeout)
+		over = fmt.Sprintf(", until the case's %v were over,", waitsPerCase*c.cfg.Timeout)
 	}
 	c.failf("waited %.1f s%s for %s: CSTS=%#x, CC=%#x", time.Since(begin).Seconds(), over, what, c.read32(nvme.RegCSTS), c.read32(nvme.RegCC))
 }
 
-// whole is a limit that leaves it to the case's deadline.
+// whole is a limit that leaves it to Config.Timeout.
 const whole = time.Hour
 
 // quietFor is how long something that must not happen is waited for.

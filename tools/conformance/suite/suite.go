@@ -75,13 +75,16 @@ type Config struct {
 	NSID uint32
 	// Destructive allows cases that write user data, format and manage namespaces.
 	Destructive bool
-	// Timeout bounds each case [10 s].
+	// Timeout bounds each wait for the controller [10 s]; a case may take ten times as long.
 	Timeout time.Duration
 	// Progress is called after each case; nil: not.
 	Progress func(Result)
 }
 
-const defaultTimeout = 10 * time.Second
+const (
+	defaultTimeout = 10 * time.Second
+	waitsPerCase   = 10
+)
 
 // Cases returns the cases whose id matches glob, all if it is empty, in the order of a run.
 func Cases(glob string) ([]*Case, error) {
@@ -200,7 +203,7 @@ func (r *rig) runCase(ctx context.Context, cs *Case) (res Result) {
 
 // guard runs f on a controller that has just been reset, and enabled as setup says.
 func (r *rig) guard(ctx context.Context, s setup, f func(c *ctl)) (outcome Outcome, seen string) {
-	c := &ctl{rig: r, ctx: ctx, deadline: time.Now().Add(r.cfg.Timeout)}
+	c := &ctl{rig: r, ctx: ctx, deadline: time.Now().Add(waitsPerCase * r.cfg.Timeout)}
 	defer func() {
 		switch v := recover().(type) {
 		case nil:
