@@ -16,6 +16,7 @@ type request struct {
 	ns   *namespace
 	vec  []backend.Seg // backing array of Vec, kept
 	step step          // what is to be done when the backend has done with it
+	then step          // and when it has flushed
 	held bool          // waits: for the namespace's gate, for scratch memory, for its other half
 	pair *pairOf       // nil: it is no half of anything
 
@@ -117,6 +118,9 @@ func (w *Worker) start(r *request) {
 	if st != nvme.StatusSuccess || r.step == noStep {
 		w.complete(r, st)
 		return
+	}
+	if c.FUA() && r.Op == backend.OpRead {
+		r.fromMedia()
 	}
 	w.enqueue(r)
 }

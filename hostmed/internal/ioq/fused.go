@@ -144,6 +144,9 @@ func (w *Worker) beginCompare(r *request, n *namespace) nvme.Status {
 	if st != nvme.StatusSuccess {
 		return st
 	}
+	if r.cmd.FUA() {
+		r.fromMedia()
+	}
 	w.again = append(w.again, r)
 	return waits
 }

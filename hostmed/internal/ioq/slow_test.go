@@ -54,6 +54,20 @@ func (s *slow) finish(n int) int {
 	return done
 }
 
+// ops returns what is held.
+func (s *slow) ops() (ops []backend.Op) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, q := range s.queues {
+		q.mu.Lock()
+		for _, r := range q.held {
+			ops = append(ops, r.Op)
+		}
+		q.mu.Unlock()
+	}
+	return ops
+}
+
 func (s *slow) held() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -27,7 +27,8 @@ const (
 	verifying
 	deallocating
 	copying
-	marked // blocks that are written are not marked any more
+	marked   // blocks that are written are not marked any more
+	flushing // before a read
 )
 
 // waits, in place of a status, says that the request is not to be completed yet. No status has this value.
@@ -74,10 +75,21 @@ func (w *Worker) next(r *request) nvme.Status {
 		}
 	case marked:
 		r.unmark()
+	case flushing:
+		r.Op, r.step = backend.OpRead, r.then
+		return waits
 	case copying:
 		return r.copied()
 	}
 	return nvme.StatusSuccess
+}
+
+// fromMedia makes a read begin with a flush: with FUA it is of what is on the medium, where what is in a cache has to be before. NVM
+// Command Set 1.0c 3.2.4.
+func (r *request) fromMedia() {
+	if r.ns.info.VolatileCache && r.cmd.Opcode != nvme.IOCopy { // whose FUA is about what it writes
+		r.Op, r.step, r.then = backend.OpFlush, flushing, r.step
+	}
 }
 
 // piece goes on after n bytes to the next piece that fits into the scratch memory.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -344,4 +345,46 @@ func TestCompareMemoryGone(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestForcedReads flushes before it reads from a medium with a cache, and only then.
+func TestForcedReads(t *testing.T) {
+	for _, cache := range []bool{false, true} {
+		b := &slow{info: backend.Info{Blocks: 1 << 20, LBAShift: 9, VolatileCache: cache}}
+		r := newRig(t, rigConfig{shadow: true, backend: b})
+		p := r.pair(1, 16, false)
+		ops := func(c nvme.Command) (ops []backend.Op) {
+			p.push(c)
+			p.publish()
+			for !p.cq.Ready() {
+				if held := b.ops(); len(held) > 0 {
+					ops = append(ops, held...)
+					b.finish(len(held))
+				}
+			}
+			if st := p.reap(1)[0].Status(); st != nvme.StatusSuccess {
+				t.Errorf("%s: %v", c.Describe(false), st)
+			}
+			return ops
+		}
+		for _, op := range []uint8{nvme.IORead, nvme.IOCompare, nvme.IOVerify} {
+			c := rw(op, 0, 8, base+dataOff)
+			if got := ops(c); !slices.Equal(got, []backend.Op{backend.OpRead}) {
+				t.Errorf("%s: %v", c.Describe(false), got)
+			}
+			c.CDW12 |= nvme.RWForceUnit
+			want := []backend.Op{backend.OpRead}
+			if cache {
+				want = []backend.Op{backend.OpFlush, backend.OpRead}
+			}
+			if got := ops(c); !slices.Equal(got, want) {
+				t.Errorf("%s, cache %v: %v", c.Describe(false), cache, got)
+			}
+		}
+		c := r.copyCmd(100, source(0, 1))
+		c.CDW12 |= nvme.RWForceUnit
+		if got := ops(c); !slices.Equal(got, []backend.Op{backend.OpRead, backend.OpWrite}) {
+			t.Errorf("copy: %v", got)
+		}
+	}
 }
