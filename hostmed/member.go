@@ -11,6 +11,11 @@ func (m member) Changed(done func()) {
 // Reset is an NVM subsystem reset.
 func (m member) Reset() { m.do(call{run: m.ctl.SubsystemReset}) }
 
+// Notice is what has become of the host's reservation.
+func (m member) Notice(nsid uint32, kind uint8) {
+	m.do(call{run: func() { m.ctl.ReservationNotice(nsid, kind) }})
+}
+
 // call is something that another goroutine wants done on the session's.
 type call struct {
 	run  func()

@@ -26,6 +26,8 @@ var (
 	_ [4096]byte           = [unsafe.Sizeof(CommandEffects{})]byte{}
 	_ [512]byte            = [unsafe.Sizeof(HostBehavior{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(ControllerList{})]byte{}
+	_ [64]byte             = [unsafe.Sizeof(ReservationNotice{})]byte{}
+	_ [16]byte             = [unsafe.Sizeof(ReservationKeys{})]byte{}
 	_ [4096]byte           = [unsafe.Sizeof(NamespaceGranularity{})]byte{}
 	_ [512]byte            = [unsafe.Sizeof(TelemetryHeader{})]byte{}
 )
@@ -101,3 +103,9 @@ func (v *LBAStatusHeader) Bytes() *[8]byte { return (*[8]byte)(unsafe.Pointer(v)
 
 // Bytes returns v's own memory.
 func (v *LBAStatus) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *ReservationNotice) Bytes() *[64]byte { return (*[64]byte)(unsafe.Pointer(v)) }
+
+// Bytes returns v's own memory.
+func (v *ReservationKeys) Bytes() *[16]byte { return (*[16]byte)(unsafe.Pointer(v)) }

@@ -199,13 +199,14 @@ type Controller struct {
 	pageSize uint32
 	held     bool // not bus master, or not in D0
 
-	admin  adminQueue
-	pages  doorbellPages
-	queues queueTable
-	feat   features
-	events events
-	health health
-	power  power
+	admin   adminQueue
+	pages   doorbellPages
+	queues  queueTable
+	feat    features
+	events  events
+	notices notices
+	health  health
+	power   power
 
 	keepAlive keepAlive
 	telemetry string // host-initiated, as last taken

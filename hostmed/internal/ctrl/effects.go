@@ -57,10 +57,14 @@ var ioEffects = map[uint8]uint32{
 
 // ioOpcodes are those that the data path knows.
 func (c *Controller) ioOpcodes() []uint8 {
-	return []uint8{
+	ops := []uint8{
 		nvme.IOFlush, nvme.IORead, nvme.IOCompare, nvme.IOVerify, nvme.IOWrite, nvme.IOWriteUncorrectable,
 		nvme.IOWriteZeroes, nvme.IODSM, nvme.IOCopy,
 	}
+	if c.reserves() {
+		ops = append(ops, nvme.IOReservationRegister, nvme.IOReservationReport, nvme.IOReservationAcquire, nvme.IOReservationRelease)
+	}
+	return ops
 }
 
 // commandEffects is log 05h of one command set. nvme-cli asks for the zoned one too, whatever Identify says of it, and shows nothing at

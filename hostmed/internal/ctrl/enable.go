@@ -121,6 +121,10 @@ func (c *Controller) disable() {
 	c.stopKeepAlive()
 	c.queues = newQueueTable(c.cfg.MaxIOQueues)
 	c.events = events{}
+	c.notices = notices{}
+	if c.cfg.Self != nil {
+		c.cfg.Self.ResetHost()
+	}
 	c.health.reported, c.health.changed = 0, nil
 	c.resetFeatures()
 	c.intMask.Store(0)

@@ -149,12 +149,18 @@ func (c *Controller) clearEvents(log nvme.LogPage) {
 		c.health.changed = nil
 	case nvme.LogTelemetryCtrl:
 		c.telemetryRead()
+	case nvme.LogReservation:
+		c.reservationRead()
 	}
 	e.waiting = slices.DeleteFunc(e.waiting, func(ev nvme.AsyncEvent) bool { return ev.Log() == log })
 	for t := range e.masked {
 		if e.masked[t] && e.by[t] == log {
 			e.masked[t] = false
 		}
+	}
+	if log == nvme.LogReservation && len(c.notices.list) > 0 {
+		c.raiseReservation()
+		return
 	}
 	c.reportEvents()
 }

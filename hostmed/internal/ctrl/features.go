@@ -176,6 +176,10 @@ func (c *Controller) featureCaps(fid nvme.FeatureID) (caps uint32, ok bool) {
 		return nvme.FeatureCapChangeable | nvme.FeatureCapSaveable, c.writeCache()
 	case nvme.FeatureWriteProtect:
 		return nvme.FeatureCapChangeable | nvme.FeatureCapNamespace, c.cfg.Self != nil
+	case nvme.FeatureHostID:
+		return nvme.FeatureCapChangeable, c.cfg.Self != nil
+	case nvme.FeatureReservationNotice, nvme.FeatureReservationPersist:
+		return nvme.FeatureCapChangeable | nvme.FeatureCapNamespace, c.reserves()
 	case nvme.FeatureQuiet:
 		return nvme.FeatureCapChangeable, c.quietSupported()
 	}
@@ -219,7 +223,11 @@ func (c *Controller) getFeatures(cmd *nvme.Command) result {
 		k.sub = uint32(t.Type())
 	case nvme.FeatureWriteProtect:
 		return c.getWriteProtect(cmd)
-	case nvme.FeatureErrorRecovery:
+	case nvme.FeatureHostID:
+		return c.getHostID(cmd)
+	case nvme.FeatureReservationPersist:
+		return c.getPersist(cmd)
+	case nvme.FeatureErrorRecovery, nvme.FeatureReservationNotice:
 		k.sub = cmd.NSID
 	case nvme.FeatureVectorConfig:
 		if k.sub = uint32(nvme.VectorConfig(cmd.CDW11).Vector()); k.sub >= uint32(c.cfg.Vectors) {
@@ -261,6 +269,10 @@ func (c *Controller) setFeatures(cmd *nvme.Command) result {
 		return c.setFeatureData(cmd)
 	case nvme.FeatureWriteProtect:
 		return c.setWriteProtect(cmd)
+	case nvme.FeatureHostID:
+		return c.setHostID(cmd)
+	case nvme.FeatureReservationPersist:
+		return c.setPersist(cmd)
 	}
 	values := map[featureKey]uint32{}
 	r := c.checkFeature(cmd, values)
@@ -317,6 +329,13 @@ func (c *Controller) checkFeature(cmd *nvme.Command, values map[featureKey]uint3
 				return fail(nvme.StatusInvalidField, dword(11, 16), "the namespace has no NSFEAT.DAE")
 			}
 			values[featureKey{k.fid, n.NSID}] = v & (1<<17 - 1)
+		}
+		return result{}
+	case nvme.FeatureReservationNotice:
+		for i := range c.cfg.Namespaces {
+			if n := &c.cfg.Namespaces[i]; n.reservable() && (cmd.NSID == n.NSID || cmd.NSID == nvme.NSIDAll) {
+				values[featureKey{k.fid, n.NSID}] = v & 0xe
+			}
 		}
 		return result{}
 	case nvme.FeatureWriteCache:

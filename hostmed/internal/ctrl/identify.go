@@ -161,6 +161,12 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		id.OACS = nvme.OACSDoorbellBuf
 	}
 	c.identifyIO(id)
+	if c.cfg.Self != nil {
+		id.CTRATT |= nvme.CTRATTHostID128
+	}
+	if c.reserves() {
+		id.ONCS |= nvme.ONCSReservations
+	}
 	if c.canFormat() {
 		id.OACS |= nvme.OACSFormat
 	}
@@ -191,6 +197,7 @@ func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NUSE:   info.Blocks,
 		DLFEAT: deallocateFeatures(info),
 		NMIC:   n.sharing(),
+		RESCAP: n.reservations(),
 		NSATTR: n.attributes(),
 		NGUID:  info.NGUID,
 		NVMCAP: nvme.Uint128{Lo: info.Size()},
@@ -246,7 +253,7 @@ func formats(shift uint8) []uint8 {
 
 func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {
 	info := &n.Info
-	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), NSATTR: n.attributes(), NSTAT: nvme.NSTATReady}
+	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), RESCAP: n.reservations(), NSATTR: n.attributes(), NSTAT: nvme.NSTATReady}
 	if info.OptimalBlocks > 0 {
 		id.NSFEAT = nvme.NSFEATOptPerf
 	}

@@ -50,13 +50,13 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 // logPages are those that hasLog knows; LogSupported says so.
 var logPages = [...]nvme.LogPage{
 	nvme.LogSupported, nvme.LogError, nvme.LogSMART, nvme.LogFirmwareSlot, nvme.LogChangedNamespaces, nvme.LogCommandEffects,
-	nvme.LogTelemetryHost, nvme.LogTelemetryCtrl, nvme.LogPersistentEvent, nvme.LogFeatureEffects, nvme.LogMIEffects,
+	nvme.LogTelemetryHost, nvme.LogTelemetryCtrl, nvme.LogPersistentEvent, nvme.LogFeatureEffects, nvme.LogMIEffects, nvme.LogReservation,
 }
 
 func (c *Controller) hasLog(lid nvme.LogPage) bool {
 	for _, l := range logPages {
 		if l == lid {
-			return true
+			return lid != nvme.LogReservation || c.reserves()
 		}
 	}
 	return false
@@ -67,7 +67,9 @@ func (c *Controller) logPage(cmd *nvme.Command) []byte {
 	case nvme.LogSupported:
 		var l nvme.SupportedLogPages
 		for _, id := range logPages {
-			l.Page[id] = nvme.LogSupports
+			if c.hasLog(id) {
+				l.Page[id] = nvme.LogSupports
+			}
 		}
 		return l.Bytes()[:]
 	case nvme.LogError:
@@ -86,6 +88,8 @@ func (c *Controller) logPage(cmd *nvme.Command) []byte {
 		return c.telemetryPage(cmd)
 	case nvme.LogFeatureEffects:
 		return c.featureEffects()
+	case nvme.LogReservation:
+		return c.reservationPage()
 	case nvme.LogMIEffects: // there are none
 		return make([]byte, 4096)
 	}

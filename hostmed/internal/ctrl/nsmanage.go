@@ -24,6 +24,9 @@ func (c *Controller) namespaceManagement(cmd *nvme.Command) result {
 		return c.createNamespace(cmd)
 	case nvme.NamespaceDelete:
 		nsid := cmd.NSID
+		if c.conflicts(nsid) {
+			return fail(nvme.StatusReservationConflict, inNSID, "another host has a reservation")
+		}
 		return c.inBackground(cmd, func() result {
 			if st := s.Delete(nsid); !st.OK() {
 				return fail(st, inNSID, "delete")
@@ -72,6 +75,9 @@ func (c *Controller) namespaceAttachment(cmd *nvme.Command) result {
 	s := c.cfg.Self.Subsystem()
 	if s.Namespace(cmd.NSID) == nil {
 		return fail(nvme.StatusInvalidNamespace, inNSID, "no such namespace is allocated")
+	}
+	if c.conflicts(cmd.NSID) {
+		return fail(nvme.StatusReservationConflict, inNSID, "another host has a reservation")
 	}
 	var list nvme.ControllerList
 	if r := c.fromHost(cmd, list.Bytes()[:]); !r.status.OK() {

@@ -42,6 +42,8 @@ func (m *showing) Changed(done func()) {
 
 func (m *showing) Reset() {}
 
+func (m *showing) Notice(uint32, uint8) {}
+
 func TestWriteProtect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sub := subsys.New(subsys.Config{NQN: "nqn.test", Workers: noWorkers{}})

@@ -20,6 +20,8 @@ type request struct {
 	held bool          // waits: for the namespace's gate, for scratch memory, for its other half
 	pair *pairOf       // nil: it is no half of anything
 
+	reserving *reserving // nil: it is no reservation command that waits
+
 	// Of commands of several steps, see steps.go.
 	buf   *shm.Region   // the medium's data
 	guest []backend.Seg // Compare: what it is compared with
@@ -60,7 +62,7 @@ func (w *Worker) give(r *request) {
 	if cap(r.vec) > keepVec {
 		r.vec = make([]backend.Seg, 0, 2) // of a long SGL
 	}
-	r.sq, r.ns = nil, nil
+	r.sq, r.ns, r.reserving = nil, nil, nil
 	w.free = append(w.free, r)
 }
 

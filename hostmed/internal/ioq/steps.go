@@ -54,6 +54,14 @@ func (w *Worker) startSteps(r *request) nvme.Status {
 		return w.copy(r)
 	case nvme.IOWriteUncorrectable:
 		return r.mark()
+	case nvme.IOReservationRegister, nvme.IOReservationAcquire, nvme.IOReservationRelease:
+		if st := w.reserve(r); st != waits {
+			w.complete(r, st)
+		}
+		return waits
+	case nvme.IOReservationReport:
+		w.complete(r, w.report(r))
+		return waits
 	}
 	return nvme.StatusInvalidOpcode.WithDNR()
 }
@@ -253,6 +261,10 @@ func (w *Worker) giveScratch(r *request) {
 func (w *Worker) begin(r *request) {
 	if r.sq.g.state == Failed {
 		w.give(r)
+		return
+	}
+	if r.reserving != nil {
+		w.goesOn(r)
 		return
 	}
 	w.current, w.pending = r.sq.g, r

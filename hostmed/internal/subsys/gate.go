@@ -37,8 +37,9 @@ func ClassOf(opcode uint8) Class { return classes[opcode] }
 // Host is who is behind a controller: its Host Identifier, or, while that is 0, nobody but this controller
 // since its last reset. NVMe Base 2.0c 5.27.1.25.
 type Host struct {
-	ID   [16]byte
-	Anon uint64 // not 0: ID is 0, and this number is given once
+	ID       [16]byte // of 64 bits: the first eight
+	Extended bool     // ID is of 128 bits
+	Anon     uint64   // not 0: ID is 0, and this number is given once
 }
 
 // Range is a range of logical blocks, both ends in it.

@@ -11,9 +11,9 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var (
-	holder     = Host{ID: [16]byte{1}}
-	registrant = Host{ID: [16]byte{2}}
-	stranger   = Host{ID: [16]byte{3}}
+	holder   = Host{ID: [16]byte{1}}
+	another  = Host{ID: [16]byte{2}}
+	stranger = Host{ID: [16]byte{3}}
 )
 
 // TestReservedAccess is the figure of command behaviour in the presence of a reservation, NVMe Base 2.0c 8.19.
@@ -34,12 +34,12 @@ func TestReservedAccess(t *testing.T) {
 		{nvme.WriteExclusiveAllRegistrants, rw, rw, r},
 		{nvme.ExclusiveAccessAllRegistrants, rw, rw, no},
 	} {
-		g := &Gate{Reserved: &Reservation{Type: c.typ, Holder: holder, Registrants: []Host{registrant, holder}}}
+		g := &Gate{Reserved: &Reservation{Type: c.typ, Holder: holder, Registrants: []Host{another, holder}}}
 		for _, h := range []struct {
 			name string
 			host Host
 			may  string
-		}{{"holder", holder, c.holder}, {"registrant", registrant, c.registrant}, {"stranger", stranger, c.stranger}} {
+		}{{"holder", holder, c.holder}, {"registrant", another, c.registrant}, {"stranger", stranger, c.stranger}} {
 			for class, ok := range map[Class]bool{Neutral: true, Reads: h.may != no, Writes: h.may == rw} {
 				v, st := g.Check(class, h.host)
 				if ok && (v != Pass || st != 0) || !ok && (v != Refuse || st.Code() != nvme.StatusReservationConflict) {

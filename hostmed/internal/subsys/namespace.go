@@ -37,7 +37,8 @@ type Namespace struct {
 	formatting atomic.Bool
 	formats    atomic.Uint64 // how often it was formatted
 
-	badChanges atomic.Int64 // of marks that are not saved yet
+	badChanges   atomic.Int64 // of marks that are not saved yet
+	reservations registry
 
 	mu    sync.Mutex // guards the rest
 	parts Gate       // what gate is made of

@@ -113,9 +113,10 @@ func (s *Subsystem) powered() bool {
 	return false
 }
 
-// powerOn ends what holds until a power cycle. It is called with mu held, when the first client comes.
+// powerOn ends what holds until a power cycle: protections, and reservations that do not persist. It is called with mu held, when the first client comes.
 func (s *Subsystem) powerOn() {
 	for _, n := range s.namespaces {
+		n.powerLoss()
 		if n.Protection() == ProtectedUntilPowerCycle {
 			n.protect(Unprotected)
 		}

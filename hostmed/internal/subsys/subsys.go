@@ -8,7 +8,8 @@
 // that sees the change, and waits until each has answered from its session's goroutine that its data path and its Identify show
 // it. So those methods wait, and are called on a goroutine of their own (Go), never a session's or a worker's.
 //
-// Order of locks: Subsystem.manage, Namespace.alone, Namespace.use, Subsystem.saving, Subsystem.mu, Namespace.mu.
+// Order of locks: Subsystem.manage, Namespace.alone, Namespace.use, Subsystem.saving, Subsystem.mu,
+// registry.mu, Namespace.mu.
 package subsys
 
 import (
@@ -50,6 +51,8 @@ type Member interface {
 	Changed(done func())
 	// Reset is an NVM subsystem reset that another controller was asked for.
 	Reset()
+	// Notice says what has become of the host's registration or reservation: nvme.NoticeReservationReleased and so on.
+	Notice(nsid uint32, kind uint8)
 }
 
 // Config is one subsystem.
@@ -154,7 +157,7 @@ func (c *Controller) Connect(m Member) {
 }
 
 func (c *Controller) Disconnect() {
-	c.host.Store(anonymous())
+	c.ResetHost()
 	c.sub.mu.Lock()
 	defer c.sub.mu.Unlock()
 	c.member = nil
@@ -263,6 +266,7 @@ func (s *Subsystem) AddNamespace(c NamespaceConfig) *Namespace {
 	n.show(c.Backend)
 	n.restoreProtection()
 	n.restoreBad()
+	n.restoreReservations()
 	for _, id := range c.Controllers {
 		n.attached[id] = true
 	}

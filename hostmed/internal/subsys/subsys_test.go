@@ -36,6 +36,7 @@ type fakeMember struct {
 	shown  []uint32 // what Identify shows
 	told   int
 	resets int
+	notes  []uint8 // notifications of reservations
 }
 
 func (m *fakeMember) Changed(done func()) {
@@ -51,7 +52,8 @@ func (m *fakeMember) Changed(done func()) {
 	}()
 }
 
-func (m *fakeMember) Reset() { m.resets++ }
+func (m *fakeMember) Reset()                      { m.resets++ }
+func (m *fakeMember) Notice(_ uint32, kind uint8) { m.notes = append(m.notes, kind) }
 
 func (m *fakeMember) shows(t *testing.T, want ...uint32) {
 	t.Helper()
