@@ -135,22 +135,17 @@ func (d *device) interruptsChanged() {
 }
 
 // checkPin looks at the pin's level, and raises it if it stands.
-func (d *device) checkPin(unmask bool) { d.data.CheckPin(d.ctl.AdminUnconsumed(), unmask, false) }
+func (d *device) checkPin(unmask bool) { d.data.CheckPin(d.ctl.AdminUnconsumed(), unmask) }
 
-// pinDelay is how long the pin waits for the driver to give completions back before it is raised for them once more: longer than an interrupt handler takes,
-// also under emulation. Only an interrupt that was lost waits for so long.
-const pinDelay = 5 * time.Millisecond
-
-// pinLater is called by any thread to have the pin raised for what is then still there.
-func (s *session) pinLater() {
-	if s.pinTimer.CompareAndSwap(false, true) {
-		time.AfterFunc(pinDelay, func() {
-			s.pinTimer.Store(false)
-			s.pin.Store(true)
-			s.wake()
-		})
-	}
+// pinLater is called by any thread to have the pin raised for what is still there after a while.
+func (s *session) pinLater(rung uint32, after time.Duration) {
+	time.AfterFunc(after, func() {
+		s.overdue.Store(overdueBit | uint64(rung))
+		s.wake()
+	})
 }
+
+const overdueBit = 1 << 32
 
 // interruptStatus is the level, which the PCI status register shows also when INTx is disabled.
 func (d *device) interruptStatus() bool {

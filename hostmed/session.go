@@ -60,20 +60,18 @@ type session struct {
 	buf  [vfiouser.RegionAccessSize]byte
 
 	// From workers to the goroutine:
-	signal chan struct{} // capacity 1
-	kicked atomic.Bool   // queue 0's doorbell has moved
-	unmask atomic.Bool   // the client has unmasked INTx by its eventfd
-	pin    atomic.Bool   // INTx is to be raised if its level stands
-
-	pinTimer atomic.Bool // pin is about to be set
-	asleep   atomic.Bool // in D3hot; the goroutine's, which the home worker reads
-	mu       sync.Mutex  // guards the rest; nothing is called with it held
-	msg      vfiouser.Message
-	have     bool
-	faults   []ioq.QueueError
-	calls    []call
-	closed   bool  // calls are not taken any more
-	over     error // why the session ends; nil: it does not
+	signal  chan struct{} // capacity 1
+	kicked  atomic.Bool   // queue 0's doorbell has moved
+	unmask  atomic.Bool   // the client has unmasked INTx by its eventfd
+	overdue atomic.Uint64 // overdueBit and what PinOverdue is to be called with; 0: it is not
+	asleep  atomic.Bool   // in D3hot; the goroutine's, which the home worker reads
+	mu      sync.Mutex    // guards the rest; nothing is called with it held
+	msg     vfiouser.Message
+	have    bool
+	faults  []ioq.QueueError
+	calls   []call
+	closed  bool  // calls are not taken any more
+	over    error // why the session ends; nil: it does not
 
 	done chan struct{}
 }
@@ -103,7 +101,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		OnAdmin:  s.kickAdmin,
 		OnError:  s.fault,
 
-		OnPin: func() { s.pin.Store(true); s.wake() },
+		OnPin: s.pinLater,
 
 		InterruptMask: func() uint32 { return s.ctl.InterruptMask() },
 	})
@@ -291,8 +289,8 @@ func (s *session) turn() {
 	if s.unmask.Swap(false) {
 		(&device{s}).checkPin(true)
 	}
-	if s.pin.Swap(false) {
-		s.data.CheckPin(s.ctl.AdminUnconsumed(), false, true)
+	if rung := s.overdue.Swap(0); rung != 0 {
+		s.data.PinOverdue(s.ctl.AdminUnconsumed(), uint32(rung))
 	}
 	if have {
 		s.handle(m)

@@ -88,7 +88,7 @@ func (w *Worker) fireDue() {
 				d.g.stats.Interrupts++
 			}
 			if c := d.g.ctl; !d.g.vector.fire() && c.pin.on.Load() && c.cfg.OnPin != nil {
-				c.cfg.OnPin() // the completions may be another worker's
+				c.cfg.OnPin(c.pin.rung.Load(), 0) // the completions may be another worker's
 			}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
@@ -31,10 +32,10 @@ type Config struct {
 	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
 
 	// OnAdmin, OnError and OnPin are called on a worker's thread and must not block: queue 0's doorbell
-	// has moved; a queue has failed; CheckPin is to be called with force, in some milliseconds. OnPin also on the session's.
+	// has moved; a queue has failed; PinOverdue(rung) is to be called after a while. OnPin also on the session's.
 	OnAdmin func()
 	OnError func(QueueError)
-	OnPin   func()
+	OnPin   func(rung uint32, after time.Duration)
 	// InterruptMask returns INTMS; any thread may call it. [Nothing is masked]
 	InterruptMask func() uint32
 }

@@ -2,6 +2,7 @@ package ioq
 
 import (
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -152,8 +153,14 @@ type pin struct {
 	raised atomic.Bool  // and no CQ head was rung since
 
 	rung  atomic.Uint32 // CQ heads
-	asked atomic.Uint32 // rung, when OnPin was called
+	asked atomic.Uint64 // rung, and bit 32, when OnPin was called; 0: it was not, or is over
 }
+
+const askedBit = 1 << 32
+
+// PinDelay is how long the pin waits for the driver to give completions back before it is raised for them once more: longer
+// than an interrupt handler takes, also under emulation. Only an interrupt that was lost waits for so long.
+const PinDelay = 20 * time.Millisecond
 
 // raise raises the pin; false: not now, see above.
 func (p *pin) raise(force bool) bool {
@@ -173,9 +180,12 @@ func (p *pin) raise(force bool) bool {
 
 // tryPin raises the pin now or later.
 func (c *Controller) tryPin() {
-	if !c.pin.raise(c.cfg.OnPin == nil) {
-		c.pin.asked.Store(c.pin.rung.Load())
-		c.cfg.OnPin()
+	if c.pin.raise(c.cfg.OnPin == nil) {
+		return
+	}
+	rung := c.pin.rung.Load()
+	if now := askedBit | uint64(rung); c.pin.asked.Swap(now) != now {
+		c.cfg.OnPin(rung, PinDelay)
 	}
 }
 
@@ -198,7 +208,7 @@ func (w *Worker) unconsumed(g *group) bool {
 		return false
 	}
 	w.current = g
-	for range 2 { // the head may move as it is armed; then all of it was taken, or the rest is as much as we know
+	for range armTries { // the head may move while it is armed
 		head := g.headDoorbell()
 		if head == g.prod.Tail() {
 			return false
@@ -209,6 +219,9 @@ func (w *Worker) unconsumed(g *group) bool {
 	}
 	return true
 }
+
+// armTries is far more than an honest driver moves its head while a store goes on.
+const armTries = 64
 
 // SetPin gives the pin its eventfd, -1 for none, and unmasks it. The controller owns the fd.
 func (c *Controller) SetPin(fd int) {
@@ -242,16 +255,24 @@ func (c *Controller) UsePin(on bool) {
 }
 
 // CheckPin raises the pin if its level stands; admin says whether queue 0 asserts it. It is called when anything
-// else than a completion may have let it rise, and, with force, a while after OnPin.
-func (c *Controller) CheckPin(admin, unmask, force bool) {
+// else than a completion may have let it rise.
+func (c *Controller) CheckPin(admin, unmask bool) {
 	if unmask {
 		// Before the queues are looked at: a completion that is posted after that finds it unmasked.
 		c.pin.masked.Swap(false)
 	}
+	if c.pin.on.Load() && c.PinLevel(admin) {
+		c.tryPin()
+	}
+}
+
+// PinOverdue is CheckPin as OnPin asked for it. Without a CQ head rung since, the pin is raised again.
+func (c *Controller) PinOverdue(admin bool, rung uint32) {
+	c.pin.asked.CompareAndSwap(askedBit|uint64(rung), 0)
 	if !c.pin.on.Load() || !c.PinLevel(admin) {
 		return
 	}
-	if force && c.pin.asked.Load() == c.pin.rung.Load() {
+	if c.pin.rung.Load() == rung {
 		c.pin.raise(true)
 	} else {
 		c.tryPin()

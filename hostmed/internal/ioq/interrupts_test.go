@@ -83,10 +83,10 @@ func pinRig(t *testing.T, c rigConfig) (r *rig, pin int, mask *atomic.Uint32) {
 	mask = new(atomic.Uint32)
 	r = newRig(t, c)
 	r.ctl.cfg.InterruptMask = mask.Load
-	r.later = make(chan struct{}, 1)
-	r.ctl.cfg.OnPin = func() {
+	r.later = make(chan uint32, 1)
+	r.ctl.cfg.OnPin = func(rung uint32, _ time.Duration) {
 		select {
-		case r.later <- struct{}{}:
+		case r.later <- rung:
 		default:
 		}
 	}
@@ -154,10 +154,9 @@ func TestPinIsALevel(t *testing.T) {
 			p.publish()
 			r.eventually("the second", func() bool { return r.posted(1) == (p.cq.Head()+2)%16 })
 			quiet("masked since it was raised")
-			r.ctl.CheckPin(false, true, false)
+			r.ctl.CheckPin(false, true)
 			quiet("unmasked before a CQ head was rung")
-			<-r.later
-			r.ctl.CheckPin(false, false, true)
+			r.ctl.PinOverdue(false, <-r.later)
 			raised("unmasked with completions there")
 			rung := p.rings.Load()
 			p.take(2)
@@ -168,7 +167,7 @@ func TestPinIsALevel(t *testing.T) {
 			if level() {
 				t.Fatal("the level is high with all completions given back")
 			}
-			r.ctl.CheckPin(false, true, false)
+			r.ctl.CheckPin(false, true)
 			quiet("unmasked with nothing there")
 
 			// INTMS keeps it down, and INTMC lets it rise.
@@ -178,11 +177,11 @@ func TestPinIsALevel(t *testing.T) {
 			r.eventually("the completion", func() bool { return r.posted(1) != p.cq.Head() })
 			quiet("INTMS")
 			mask.Store(0)
-			r.ctl.CheckPin(false, false, false)
+			r.ctl.CheckPin(false, false)
 			raised("INTMC")
 			p.take(1)
 			r.settle([]*pair{p})
-			r.ctl.CheckPin(false, true, false)
+			r.ctl.CheckPin(false, true)
 		}
 		// The client masks; another eventfd unmasks.
 		r.ctl.MaskPin()
@@ -192,26 +191,25 @@ func TestPinIsALevel(t *testing.T) {
 		quiet("masked by the client")
 		mine, theirs := eventfd(t)
 		r.ctl.SetPin(theirs)
-		r.ctl.CheckPin(false, false, false)
+		r.ctl.CheckPin(false, false)
 		if taken(mine) != 1 || taken(pin) != 0 {
 			t.Error("not raised by the new eventfd")
 		}
 		r.ctl.UsePin(false)
-		r.ctl.CheckPin(true, true, false)
+		r.ctl.CheckPin(true, true)
 		if taken(mine) != 0 {
 			t.Error("raised while the function does not use it")
 		}
 		r.ctl.UsePin(true)
-		r.ctl.CheckPin(true, false, false)
-		<-r.later
-		r.ctl.CheckPin(true, false, true)
+		r.ctl.CheckPin(true, false)
+		r.ctl.PinOverdue(true, <-r.later)
 		if taken(mine) != 1 {
 			t.Error("the admin queue does not raise it")
 		}
-		r.ctl.CheckPin(false, true, false)
+		r.ctl.CheckPin(false, true)
 		taken(mine)
 		p.take(1)
-		r.ctl.CheckPin(false, true, false)
+		r.ctl.CheckPin(false, true)
 		taken(mine)
 		r.ctl.Interrupt(0)
 		if taken(mine) != 1 {
@@ -241,8 +239,8 @@ func TestPinLosesNothing(t *testing.T) {
 					fds := []unix.PollFd{{Fd: int32(pin), Events: unix.POLLIN}}
 					_, _ = unix.Poll(fds, 1)
 					select {
-					case <-r.later:
-						r.ctl.CheckPin(false, false, true)
+					case rung := <-r.later:
+						r.ctl.PinOverdue(false, rung)
 					default:
 					}
 					if time.Now().After(end) {
@@ -265,7 +263,7 @@ func TestPinLosesNothing(t *testing.T) {
 				for _, w := range r.workers {
 					w.Call(func() {}) // the socket keeps the order
 				}
-				r.ctl.CheckPin(false, true, false)
+				r.ctl.CheckPin(false, true)
 			}
 		}
 		r.noError()
@@ -287,12 +285,11 @@ func TestPinIsCoalesced(t *testing.T) {
 		p.push(rw(nvme.IORead, 0, 8, base+dataOff))
 		p.publish()
 	}
-	r.ctl.CheckPin(false, true, false)
+	r.ctl.CheckPin(false, true)
 	if taken(pin) != 0 {
 		t.Error("raised before the interrupt is due")
 	}
-	<-r.later
-	r.ctl.CheckPin(false, false, true)
+	r.ctl.PinOverdue(false, <-r.later)
 	if taken(pin) != 1 {
 		t.Error("not raised when it is due")
 	}

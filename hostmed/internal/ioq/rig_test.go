@@ -38,7 +38,7 @@ type rig struct {
 	admin   atomic.Uint32
 	next    uint64 // free guest memory
 	scatter bool
-	later   chan struct{} // OnPin was called
+	later   chan uint32 // OnPin was called
 }
 
 type rigConfig struct {
