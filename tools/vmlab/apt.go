@@ -87,7 +87,9 @@ func (b *build) aptConfig() string {
 #clear APT::Architectures;
 APT::Architecture "amd64";
 APT::Sandbox::User "";
+APT::Default-Release "";
 APT::Install-Recommends "false";
+APT::Install-Suggests "false";
 APT::Get::Assume-Yes "true";
 Acquire::Languages "none";
 Acquire::Retries "3";
