@@ -105,14 +105,14 @@ var modes = []DoorbellMode{Shadow, Trap, Mmap}
 
 func TestEndToEnd(t *testing.T) {
 	for _, mode := range modes {
-		for _, kind := range []string{"mem", "file"} {
+		for _, kind := range []string{"mem", "file", "mem by SGLs", "file by SGLs"} {
 			t.Run(mode.String()+"/"+kind, func(t *testing.T) {
 				spec := "mem:size=64MiB"
-				if kind == "file" {
+				if strings.HasPrefix(kind, "file") {
 					spec = "file:" + filepath.Join(t.TempDir(), "disk") + ",size=64MiB"
 				}
 				socket, _ := one(t, mode, spec)
-				c := open(t, socket, guestdrv.Options{Timeout: patience / 4})
+				c := open(t, socket, guestdrv.Options{Timeout: patience / 4, SGL: strings.HasSuffix(kind, "SGLs")})
 				want := map[DoorbellMode]string{Shadow: "shadow", Trap: "mmio", Mmap: "mmap"}[mode]
 				if c.Doorbells() != want {
 					t.Errorf("doorbells %q, want %q", c.Doorbells(), want)

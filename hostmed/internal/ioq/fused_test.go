@@ -2,11 +2,16 @@ package ioq
 
 import (
 	"encoding/binary"
+	"errors"
+	"slices"
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
 )
@@ -293,4 +298,74 @@ func TestFusedOnTheSmallestQueue(t *testing.T) {
 		t.Error(e.Status())
 	}
 	r.noError()
+}
+
+// TestPairMemoryGone takes the memory of a pair away, before it begins and while it runs. Its controller fails; the namespace goes on.
+func TestPairMemoryGone(t *testing.T) {
+	for name, when := range map[string]int{"before the compare": 0, "before the comparison": 1, "in the middle of it": 2} {
+		t.Run(name, func(t *testing.T) {
+			dev := &slow{info: backend.Info{Blocks: 1000, LBAShift: 9}}
+			bad, good := newRig(t, rigConfig{backend: dev, shadow: true}), newRig(t, rigConfig{backend: dev, shadow: true})
+			sub := subsys.New(subsys.Config{Workers: Pool(append(slices.Clone(bad.workers), good.workers...))})
+			t.Cleanup(sub.Close)
+			n := sub.AddNamespace(subsys.NamespaceConfig{NSID: 1, Backend: dev, Shared: true})
+			bad.attach(n)
+			good.attach(n)
+			fd, err := unix.MemfdCreate("shrinks", unix.MFD_CLOEXEC)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dup, _ := unix.Dup(fd)
+			defer unix.Close(dup)
+			const at = 0x9_0000_0000
+			if err := errors.Join(unix.Ftruncate(fd, 1<<20), bad.mem.Map(at, 1<<20, 0, fd, true)); err != nil {
+				t.Fatal(err)
+			}
+			p, q := bad.pair(1, 16, false), good.pair(1, 16, false)
+			a, b := fused(8, 600, dataOff, other)
+			// Lists, which translation reads, and the data of the compare are in the memory that goes.
+			list := make([]byte, 8*80)
+			for i := range 80 {
+				binary.LittleEndian.PutUint64(list[i*8:], at+0x10000+uint64(i)<<12)
+			}
+			gone := bad.mem.Table()
+			if !gone.WriteIOVA(at, list) {
+				t.Fatal("lists")
+			}
+			a.PRP1, a.PRP2, b.PRP1, b.PRP2 = at+0x8000, at, at+0x9000, at
+			p.push(a)
+			p.push(b)
+			if when == 0 {
+				if err := unix.Ftruncate(dup, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p.publish()
+			if when == 1 {
+				bad.eventually("the compare", func() bool { return dev.held() == 1 })
+				if err := unix.Ftruncate(dup, 0); err != nil {
+					t.Fatal(err)
+				}
+				dev.finish(1)
+			}
+			if when == 2 {
+				bad.eventually("the compare", func() bool { return dev.held() == 1 })
+				dev.finish(1)
+				bad.eventually("its second piece", func() bool { return dev.held() == 1 })
+				if err := unix.Ftruncate(dup, 0); err != nil {
+					t.Fatal(err)
+				}
+				dev.finish(1)
+			}
+			if e := <-bad.errs; e.Kind != MemoryFault {
+				t.Errorf("%v: %v", e.Kind, e.Err)
+			}
+			q.push(rw(nvme.IOWrite, 8, 1, base+dataOff))
+			q.publish()
+			good.eventually("another controller's write", func() bool { return dev.held() == 1 })
+			dev.finish(1)
+			q.reap(1)
+			good.noError()
+		})
+	}
 }
