@@ -40,6 +40,9 @@ func formats(t *testing.T, b *bench) {
 		}
 		b.fio(t, strings.Replace(fmt.Sprintf(load, dev, "libaio"), "--size=2M", "--size=512k", 1), 256)
 	}
+	if e := b.events(t); len(e["Format NVM Start Event"]) != 4 || len(e["Format NVM Completion Event"]) != 4 {
+		t.Errorf("persistent-event-log after 4 formats: %v", e)
+	}
 	b.fails(t, nvme.StatusInvalidFormat, "nvme format "+dev+" --lbaf=5 --force")
 	b.fails(t, nvme.StatusInvalidField, "nvme format "+dev+" --lbaf=0 --ses=2 --force") // cryptographic erase
 	b.fails(t, nvme.StatusInvalidFormat, "nvme format "+dev+" --lbaf=0 --pi=1 --force")

@@ -142,7 +142,7 @@ func hotplug(t *testing.T, b *bench) {
 			t.Fatal(err)
 		}
 	}
-	b.RunWithin(t, 2*time.Minute, "touch /tmp/enough; until [ -e /tmp/over ]; do sleep 0.1; done; [ ! -e /tmp/failed ] || { cat /tmp/fio; exit 1; }")
+	b.RunWithin(t, 2*time.Minute, "touch /tmp/enough; until [ -e /tmp/over ]; do sleep 0.1; done; [ ! -e /tmp/failed ] || { cat /tmp/fio; exit 1; }; rm /tmp/enough /tmp/over")
 
 	// The kernel reads the log when it hears of a change. Whoever does not want to hear finds it there.
 	b.Run(t, "nvme set-feature "+b.ctrl()+" -f 0xb -V 0")
