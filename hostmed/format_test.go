@@ -206,3 +206,28 @@ func TestFormatUnderLoad(t *testing.T) {
 		t.Errorf("something is left after the last format, %v", err)
 	}
 }
+
+// A namespace that a guest has created keeps the block size that a guest has given it.
+func TestFormatOfCreatedNamespace(t *testing.T) {
+	dir := t.TempDir()
+	cfg := managed(dir)
+	cfg.Logger = testLog(t)
+	stop := start(t, cfg)
+	a := open(t, filepath.Join(dir, "a"), guestdrv.Options{})
+	nsid := create(t, a, nvme.IdentifyNamespace{NSZE: 1024, NCAP: 1024})
+	attachTo(t, a, nsid, 1)
+	admin(t, a, formatCmd(nsid, 1, nvme.EraseNone), nil)
+	if err := a.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Logger = testLog(t)
+	start(t, cfg)
+	a = open(t, filepath.Join(dir, "a"), guestdrv.Options{})
+	id := identifyNamespace(t, a, nsid)
+	if size, _ := id.BlockSize(); size != 4096 || id.NSZE != 128 {
+		t.Errorf("after the restart %d blocks of %d bytes", id.NSZE, size)
+	}
+}

@@ -330,3 +330,31 @@ func TestPoolThatCannotBeRead(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestReloadAndCreatedNamespaces: what a guest has made and attached stays, whatever a reload does; its ids are taken.
+func TestReloadAndCreatedNamespaces(t *testing.T) {
+	dir := t.TempDir()
+	m := serve(t, managed(dir))
+	a := open(t, filepath.Join(dir, "a"), guestdrv.Options{})
+	nsid := create(t, a, nvme.IdentifyNamespace{NSZE: 8, NCAP: 8})
+	attachTo(t, a, nsid, 1)
+	cmd, data := attachCmd(2, nvme.NamespaceDetach, 1)
+	admin(t, a, cmd, data)
+	cfg := managed(dir)
+	cfg.Subsystems[0].Namespaces = cfg.Subsystems[0].Namespaces[1:] // namespace 1 goes
+	if err := m.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if got := nsids(t, a, nvme.CNSActiveNamespaces); !slices.Equal(got, []uint32{nsid}) {
+		t.Errorf("active %v, want what the guest has made and left attached, %d", got, nsid)
+	}
+	cfg.Subsystems[0].Namespaces = append(cfg.Subsystems[0].Namespaces, NamespaceConfig{NSID: nsid, Spec: "mem:size=1MiB", Controllers: []uint16{1}})
+	if err := m.Reload(cfg); err == nil || !strings.Contains(err.Error(), "a guest has created") {
+		t.Errorf("a namespace under the id of one that a guest has created: %v", err)
+	}
+	cfg = managed(dir)
+	cfg.Subsystems[0].Pool.Capacity *= 2
+	if err := m.Reload(cfg); err == nil || !strings.Contains(err.Error(), "pool") {
+		t.Errorf("another capacity: %v", err)
+	}
+}
