@@ -320,8 +320,14 @@ func (d *Device) Interrupts(n int) ([]int, error) {
 	return fds, nil
 }
 
-// Reset asks the server for a function reset.
-func (d *Device) Reset() error { return wrap(d.client.Reset(context.Background())) }
+// Reset asks the server for a function reset, and then lets the function reach memory again: the configuration space was reset too.
+func (d *Device) Reset() error {
+	err := d.client.Reset(context.Background())
+	if err == nil {
+		err = d.configSpace(context.Background())
+	}
+	return wrap(err)
+}
 
 // Done is closed when the connection has ended.
 func (d *Device) Done() <-chan struct{} { return d.client.Done() }

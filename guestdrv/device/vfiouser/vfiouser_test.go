@@ -102,7 +102,12 @@ func (f *function) RegionWrite(i uint32, off uint64, p []byte) error {
 	return nil
 }
 
-func (f *function) Reset() error { f.resets++; return nil }
+// Reset is one of the configuration space too: what the client has to set again is checked at the end.
+func (f *function) Reset() error {
+	f.resets++
+	clear(f.config[:])
+	return nil
+}
 
 func (f *function) close() {
 	for _, fd := range f.irqs {
