@@ -285,7 +285,7 @@ var featureCases = []Case{
 		},
 	},
 	{
-		ID: "feature.host-id", Ref: "NVMe Base 2.0c 5.27.1.25", needs: join(oncs(nvme.ONCSReservations, "Reservations"), bitNeed("CTRATT.HostID128 is 0", func(f *facts) bool { return f.id.CTRATT&nvme.CTRATTHostID128 != 0 })),
+		ID: "feature.host-id", Ref: "NVMe Base 2.0c 5.27.1.25", needs: join(oncs(nvme.ONCSReservations, "Reservations"), needHostID),
 		Text: "Host Identifier keeps its 128 bits",
 		run: func(c *ctl) {
 			id := pattern(7, 16)

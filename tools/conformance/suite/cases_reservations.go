@@ -8,7 +8,11 @@ import (
 
 // Reservations, by one host and between two. NVMe Base 2.0c 7.2 to 7.5, 8.19.
 
-var needReservations = join(needNS, oncs(nvme.ONCSReservations, "Reservations"), bitNeed("RESCAP is 0: the namespace has no reservations", func(f *facts) bool { return f.ns.RESCAP != 0 }))
+var (
+	needReservations = join(needNS, oncs(nvme.ONCSReservations, "Reservations"), needHostID,
+		bitNeed("RESCAP is 0: the namespace has no reservations", func(f *facts) bool { return f.ns.RESCAP != 0 }))
+	needHostID = bitNeed("CTRATT.HostID128 is 0", func(f *facts) bool { return f.id.CTRATT&nvme.CTRATTHostID128 != 0 })
+)
 
 const (
 	keyA = 0xA1A2A3A4A5A6A7A8
