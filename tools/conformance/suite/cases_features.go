@@ -330,7 +330,7 @@ var roundTrips = []roundTrip{
 	{nvme.FeatureTemperature, uint32(nvme.MakeTemperatureThreshold(400, 0, nvme.TempOver)), 0xFFFF},
 	{nvme.FeatureErrorRecovery, 5, 0xFFFF},
 	{nvme.FeatureCoalescing, 0x0203, 0xFFFF},
-	{nvme.FeatureVectorConfig, 1<<16 | 0, 0x1FFFF},
+	{nvme.FeatureVectorConfig, 1 << 16, 0x1FFFF},
 	{nvme.FeatureWriteAtomicity, 1, 1},
 	{nvme.FeatureAsyncEvents, nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability, 0xFF},
 }

@@ -302,7 +302,7 @@ var ioCases = []Case{
 var needRoom = bitNeed("MDTS is beyond what the suite transfers", func(f *facts) bool { return f.id.MaxTransfer(0) <= leastSize/2 })
 
 // needIOVA is for addresses of no memory: a device behind no IOMMU would go to the machine's bus with them.
-var needIOVA = bitNeed("addresses are the machine's own: one of no memory is not safe to use", func(f *facts) bool { return f.iova })
+var needIOVA = bitNeed("addresses are the machine's own: one of no memory is not safe to use", func(f *facts) bool { return f.isolated })
 
 // nowhere is an address of no memory.
 const nowhere = 1 << 50

@@ -94,12 +94,6 @@ func (b buf) put64(off, v uint64) {
 	b.write(off, p[:])
 }
 
-func (b buf) put32(off uint64, v uint32) {
-	var p [4]byte
-	binary.LittleEndian.PutUint32(p[:], v)
-	b.write(off, p[:])
-}
-
 // set copies p into the buffer.
 func (d *data) set(p []byte) *data {
 	for _, b := range d.pieces {

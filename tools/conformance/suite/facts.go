@@ -9,14 +9,14 @@ import (
 
 // facts are what a controller says of itself, read once before the cases.
 type facts struct {
-	cap     nvme.CAP
-	vs      nvme.Version
-	id      nvme.IdentifyController
-	active  []uint32
-	queues  granted
-	vectors int
-	mapped  bool // doorbells are memory that the controller polls
-	iova    bool // addresses are those of an I/O address space, not of the machine
+	cap      nvme.CAP
+	vs       nvme.Version
+	id       nvme.IdentifyController
+	active   []uint32
+	queues   granted
+	vectors  int
+	mapped   bool // doorbells are memory that the controller polls
+	isolated bool // addresses are those of an I/O address space, not of the machine
 
 	nsid   uint32 // under test; 0: there is none
 	ns     nvme.IdentifyNamespace
@@ -36,7 +36,7 @@ func (r *rig) probe(ctx context.Context) error {
 		f.active = c.activeAfter(0)
 		f.queues = c.granted()
 		if d, ok := r.dev.(interface{ Isolated() bool }); ok {
-			f.iova = d.Isolated()
+			f.isolated = d.Isolated()
 		}
 		f.mapped = c.bell(nvme.SQTailDoorbell(1, f.cap.DSTRD())).Mapped != nil
 		r.choose(c)

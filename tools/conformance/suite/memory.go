@@ -107,11 +107,3 @@ func (b buf) all() []byte { return b.read(0, b.n) }
 func (b buf) is(off, n uint64, v byte) bool {
 	return bytes.Count(b.read(off, n), []byte{v}) == int(n)
 }
-
-func (b buf) region(n uint64) *shm.Region {
-	v, err := b.mem.View(0, n)
-	if err != nil {
-		panic(err)
-	}
-	return v
-}

@@ -75,9 +75,10 @@ func (c *ctl) publisher(qid uint16, completions bool) *dbbuf.Publisher {
 	return dbbuf.NewShadow(word, ei, ring)
 }
 
-// request asks for as many I/O queues as the suite ever uses, once.
+// wantQueues is how many I/O queue pairs are asked for: more are never used.
 const wantQueues = 16
 
+// granted asks for the queues, once after each enable, and returns what was given.
 func (c *ctl) granted() granted {
 	if c.grant.sqs == 0 {
 		var cmd nvme.Command
