@@ -181,6 +181,7 @@ func (w *Worker) flushBatch() {
 		w.again = w.again[:n]
 		if r.step == notBegun {
 			w.begin(r)
+			w.wakeStarved() // r may have failed before it took what it waited for
 		} else {
 			w.enqueue(r)
 		}

@@ -58,6 +58,7 @@ func (w *Worker) second(r *request) {
 		w.complete(r, nvme.StatusInvalidField.WithDNR())
 	default:
 		p := &pairOf{first: first, second: r}
+		r.step = oneStep // what it was of an earlier command would count
 		first.pair, r.pair = p, p
 		w.hold(first)
 		w.hold(r)

@@ -249,7 +249,12 @@ func (w *Worker) giveScratch(r *request) {
 	if cap(r.guest) > keepVec {
 		r.guest = nil
 	}
-	if len(w.held) == 0 {
+	w.wakeStarved()
+}
+
+// wakeStarved lets a request begin that waits for scratch memory, if there is some. It need not take it: see flushBatch.
+func (w *Worker) wakeStarved() {
+	if len(w.held) == 0 || len(w.scratch) == 0 {
 		return
 	}
 	if next := w.unhold(func(x *request) bool { return x.step == notBegun && x.sq.g.begins() }); next != nil {

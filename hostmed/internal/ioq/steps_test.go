@@ -388,3 +388,31 @@ func TestForcedReads(t *testing.T) {
 		}
 	}
 }
+
+// TestStarvedCommandsThatFail has commands wait for scratch memory that they do not need any more when their turn comes: their namespace is gone. All end.
+func TestStarvedCommandsThatFail(t *testing.T) {
+	b := &slow{info: backend.Info{Blocks: 1 << 20, LBAShift: 9}}
+	r := newRig(t, rigConfig{shadow: true, backend: b})
+	p := r.pair(1, 64, false)
+	for range scratchCount + 20 {
+		p.push(rw(nvme.IOVerify, 0, 1, 0))
+	}
+	p.publish()
+	r.eventually("twenty to wait", r.heldBack(20))
+	if err := r.ctl.SetNamespaces(nil); err != nil {
+		t.Fatal(err)
+	}
+	b.finish(1)
+	failed := 0
+	for _, e := range p.reap(21) {
+		if e.Status().Code() == nvme.StatusInvalidNamespace {
+			failed++
+		}
+	}
+	if failed != 20 {
+		t.Errorf("%d of 20 failed", failed)
+	}
+	b.finish(scratchCount)
+	p.reap(scratchCount - 1)
+	r.noError()
+}
