@@ -3,6 +3,7 @@ package gmem
 import (
 	"bufio"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -123,10 +124,11 @@ func (t *Table) all() (ranges []Range) {
 	return ranges
 }
 
+// tableOf returns a table of sorted ranges.
 func tableOf(ranges []Range) *Table {
-	t := &Table{}
-	for _, r := range ranges {
-		t = t.with(r)
+	t := &Table{n: len(ranges)}
+	for c := range slices.Chunk(ranges, maxChunk) {
+		t.chunks = append(t.chunks, newChunk(c))
 	}
 	return t
 }

@@ -254,6 +254,28 @@ func TestRule35_UnmapWaitsForItsOwnCommandsOnly(t *testing.T) {
 	}
 }
 
+// An unmap of many ranges is not compared with each command: it waits for all that are in flight.
+func TestRule35_UnmapOfManyRangesWaitsForAll(t *testing.T) {
+	b := &slow{info: backend.Info{Blocks: 1024, LBAShift: 9}}
+	r := newRig(t, rigConfig{shadow: true, backend: b, scatter: true})
+	p := r.pair(1, 16, false)
+	p.push(rw(nvme.IORead, 0, 1, base+dataOff))
+	p.publish()
+	r.eventually("a command in flight", func() bool { return b.held() == 1 })
+	r.unmap(dataOff+0x10000, fewRanges*4096)
+	done := make(chan struct{})
+	go func() { r.unmap(dataOff+0x40000, (fewRanges+1)*4096); close(done) }()
+	select {
+	case <-done:
+		t.Fatal("it did not wait")
+	case <-time.After(20 * time.Millisecond):
+	}
+	b.finish(1)
+	<-done
+	p.reap(1)
+	r.noError()
+}
+
 // One SQ of a CQ is parked; the other works.
 func TestOneSQOfTwoParked(t *testing.T) {
 	r := newRig(t, rigConfig{shadow: true, scatter: true})
