@@ -24,6 +24,7 @@ func TestNVMeCLI(t *testing.T) {
 		theme{name: "namespaces", run: namespaces, sub: managed},
 		theme{name: "hotplug", run: hotplug, sub: named("hotplug", 1, namespace("mem:size=16MiB"))},
 		theme{name: "multipath", run: multipath, sub: named("multipath", 2, hostmed.NamespaceConfig{Spec: "mem:size=16MiB", Shared: true}), allowed: []string{resetting}},
+		theme{name: "reservations", run: reservations, sub: named("reservations", 2, hostmed.NamespaceConfig{Spec: "mem:size=16MiB", Shared: true}), allowed: []string{"using deprecated NVME_IOCTL_IO_CMD"}},
 		theme{name: "resets", run: resets, sub: named("resets", 1, namespace("mem:size=64MiB")), allowed: []string{resetting}},
 	)
 }
