@@ -117,12 +117,12 @@ func TestUsage(t *testing.T) {
 		"want one such as":           {"run", "sysfs:disk"},
 	} {
 		code, _, stderr := command(t, args...)
-		if code == cli.OK || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 {
+		if code != cli.Usage || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%v: exit %d, %q, want %q", args, code, stderr, want)
 		}
 	}
 	device := serve(t)
-	if code, _, stderr := command(t, "run", device, "--nsid", "7"); code == cli.OK || !strings.Contains(stderr, "--nsid 7: no such active namespace") {
+	if code, _, stderr := command(t, "run", device, "--nsid", "7"); code != cli.Usage || !strings.Contains(stderr, "namespace 7: the namespace cannot be tested with: no such active namespace") {
 		t.Errorf("exit %d, %q", code, stderr)
 	}
 	code, out, _ := command(t, "run", "--list", "--filter", "state.*")

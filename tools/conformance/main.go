@@ -72,8 +72,11 @@ func (r *runCmd) Run(ctx context.Context, out *cli.Output) error {
 	cfg.Progress = p.result
 	begin := time.Now()
 	results, err := suite.Run(ctx, cfg)
+	if errors.Is(err, suite.ErrNamespace) {
+		return cli.UsageError{Err: err}
+	}
 	if err != nil {
-		return explain(r.Device, err)
+		return err
 	}
 	if err := p.end(results, time.Since(begin)); err != nil {
 		return err
@@ -84,24 +87,23 @@ func (r *runCmd) Run(ctx context.Context, out *cli.Output) error {
 	return nil
 }
 
+// opener returns how to open the device that name says. An error is the user's to put right, and says how.
 func opener(name string) func(context.Context) (device.Device, error) {
-	return func(ctx context.Context) (device.Device, error) { return devices.Open(ctx, name) }
-}
-
-// explain adds the remedy to why a server cannot be reached. Devices of this machine say it themselves.
-func explain(name string, err error) error {
-	if _, ok := vfiouser.IsName(name); !ok {
-		return err
+	_, server := vfiouser.IsName(name)
+	return func(ctx context.Context) (device.Device, error) {
+		dev, err := devices.Open(ctx, name)
+		switch {
+		case err == nil:
+			return dev, nil
+		case server && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)):
+			return nil, cli.Usagef("%w; start the other side first: hostmed serve --socket PATH --namespace SPEC", err)
+		case server && errors.Is(err, syscall.EBUSY):
+			return nil, cli.Usagef("%w; another client has the controller: end it", err)
+		case errors.Is(err, fs.ErrPermission):
+			return nil, cli.Usagef("%w; user %d may not use the device", err, os.Getuid())
+		}
+		return nil, cli.UsageError{Err: err}
 	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
-		return cli.Usagef("%w; start the other side first: hostmed serve --socket PATH --namespace SPEC", err)
-	case errors.Is(err, fs.ErrPermission):
-		return cli.Usagef("%w; user %d may not use the device", err, os.Getuid())
-	case errors.Is(err, syscall.EBUSY):
-		return cli.Usagef("%w; another client has the controller: end it", err)
-	}
-	return err
 }
 
 func (r *runCmd) list(out *cli.Output) error {

@@ -27,7 +27,7 @@ var adminCases = []Case{
 			}{
 				{nvme.OACSSecurity, nvme.AdminSecurityReceive}, {nvme.OACSSelfTest, nvme.AdminDeviceSelfTest},
 				{nvme.OACSDirectives, nvme.AdminDirectiveReceive}, {nvme.OACSMI, nvme.AdminMIReceive}, {nvme.OACSVirtual, nvme.AdminVirtualization},
-				{nvme.OACSDoorbellBuf, nvme.AdminDoorbellBufferConfig}, {nvme.OACSLBAStatus, nvme.AdminGetLBAStatus}, {nvme.OACSFirmware, nvme.AdminFirmwareCommit},
+				{nvme.OACSDoorbellBuf, nvme.AdminDoorbellBufferConfig}, {nvme.OACSLBAStatus, nvme.AdminGetLBAStatus},
 			} {
 				if c.facts.id.OACS&o.bit == 0 {
 					tried++

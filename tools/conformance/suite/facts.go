@@ -45,7 +45,7 @@ func (r *rig) probe(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", errFatal, seen)
 	}
 	if want := r.cfg.NSID; want != 0 && r.facts.nsid != want {
-		return fmt.Errorf("--nsid %d: %s", want, r.facts.noNS)
+		return fmt.Errorf("namespace %d: %w: %s", want, ErrNamespace, r.facts.noNS)
 	}
 	return nil
 }

@@ -125,6 +125,9 @@ var subjects = [][]Case{
 	manageCases,
 }
 
+// ErrNamespace says that Config.NSID cannot be tested with.
+var ErrNamespace = errors.New("the namespace cannot be tested with")
+
 // Run runs the cases that cfg selects. The error is one of the run and not of the controller's conduct: it cannot be opened,
 // or not even be asked what it offers.
 func Run(ctx context.Context, cfg Config) ([]Result, error) {
