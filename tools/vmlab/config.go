@@ -150,6 +150,16 @@ func (c *Config) check() error {
 // no time on a busy machine has not stalled.
 const kernelArgs = "rcupdate.rcu_cpu_stall_timeout=300 console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0 cryptomgr.notests apparmor=0 security=none audit=0 nokaslr no_timer_check random.trust_cpu=on"
 
+// kernelLine is kernelArgs, and under emulation the rate of the TSC. microvm has no timer that the kernel could measure it by, and hangs
+// when it tries; elsewhere the measurement goes wrong on a machine that is busy, and what a kernel knows late it corrects by a jump:
+// over the seconds that UEFI took, which looks like a soft lockup.
+func kernelLine(accel string) string {
+	if accel == tcg {
+		return fmt.Sprintf("%s tsc_early_khz=%d tsc=reliable", kernelArgs, tscKHz())
+	}
+	return kernelArgs
+}
+
 // arguments are QEMU's. dir is the machine's directory, where its initramfs and its flash are.
 func (c *Config) arguments(l *Lab, accel, dir string) ([]string, error) {
 	kind, rest, _ := strings.Cut(c.Backend, ",")
@@ -220,12 +230,7 @@ func (c *Config) kernel(l *Lab, accel, dir string) []string {
 	if c.Machine == Microvm || c.Firmware == OVMF {
 		image = "bzImage" // neither enters a vmlinux
 	}
-	line := kernelArgs
-	if accel == tcg {
-		// microvm has no timer that the kernel could measure the TSC by, and hangs when it tries; elsewhere the measurement
-		// goes wrong on a machine that is busy.
-		line += fmt.Sprintf(" tsc_early_khz=%d tsc=reliable", tscKHz())
-	}
+	line := kernelLine(accel)
 	args := []string{"-kernel", filepath.Join(l.dir, image)}
 	if c.Boot == Direct {
 		args = append(args, "-initrd", filepath.Join(dir, initrdFile))

@@ -76,6 +76,10 @@ start=%d, size=%d, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4, uuid=%s
 
 // grub writes an image of GRUB that starts the kernel without asking.
 func (l *Lab) grub(ctx context.Context, tmp, format, out string, modules ...string) error {
+	accel, _, err := l.Accel(ctx)
+	if err != nil {
+		return err
+	}
 	config := filepath.Join(tmp, "grub.cfg")
 	text := fmt.Sprintf(`serial --unit=0
 terminal_output serial
@@ -83,13 +87,13 @@ echo GRUB %s
 search.fs_label vmlab root
 linux /boot/vmlinuz root=PARTUUID=%s rw rootwait %s %s
 boot
-`, format, rootPartition, kernelArgs, FastInit)
+`, format, rootPartition, kernelLine(accel), FastInit)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return err
 	}
 	args := []string{"-d", filepath.Join(l.root(), "usr/lib/grub", format), "-O", format, "-o", out, "-p", "/boot/grub", "-c", config}
 	args = append(args, modules...)
-	_, err := output(ctx, l.root(), "grub-mkimage", append(args, "part_gpt", "ext2", "serial", "terminal", "echo", "search_label", "linux", "boot")...)
+	_, err = output(ctx, l.root(), "grub-mkimage", append(args, "part_gpt", "ext2", "serial", "terminal", "echo", "search_label", "linux", "boot")...)
 	return err
 }
 
