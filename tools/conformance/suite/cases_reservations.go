@@ -255,7 +255,9 @@ func hostID(n byte) []byte { return bytes.Repeat([]byte{n}, 16) }
 // hosts gives the controller a host identifier and ends all that is reserved.
 func (c *ctl) hosts() {
 	c.setHostID(hostID(1))
-	c.register(resReplace|resIgnoreKey, 0, keyA)
+	if cpl := c.q().exec(c.registerCmd(resRegister, 0, keyA)); !cpl.Status().OK() { // it is registered with another key
+		c.register(resReplace|resIgnoreKey, 0, keyA)
+	}
 	c.q().ok(c.releaseCmd(resClear, 0, keyA))
 }
 
