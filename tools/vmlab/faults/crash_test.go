@@ -15,10 +15,12 @@ import (
 
 var journalMethods = []journal.Method{journal.Flush, journal.Durable, journal.Durable, journal.Batch}
 
-// startWriter starts the four writers of journalMethods on a namespace and returns where they write.
-func startWriter(t *testing.T, vm *vmlab.VM, device string, base int64) journal.Layout {
+// startWriter starts the four writers of journalMethods on a namespace and returns where they write. Each run on a disk has its own number, from 0,
+// and its own place there.
+func startWriter(t *testing.T, vm *vmlab.VM, device string, run int) journal.Layout {
 	t.Helper()
-	l := journal.Layout{Run: rand.Uint64(), Methods: journalMethods, Records: 1000, Base: base}
+	l := journal.Layout{Run: rand.Uint64(), Methods: journalMethods, Records: 2000}
+	l.Base = loadBelow + int64(run)*l.Size()
 	vm.Run(t, fmt.Sprintf("setsid %s -device %s -run %d -records %d -base %d >/tmp/writer 2>&1 &", writer, device, l.Run, l.Records, l.Base))
 	return l
 }
@@ -48,7 +50,7 @@ func TestKilledHostmedLosesNothing(t *testing.T) {
 			acks := withAcks(t, &c)
 			vm := lab.Boot(t, c)
 			ns := vm.Disk(t, 0).Namespace(1)
-			l := startWriter(t, vm, ns, loadBelow)
+			l := startWriter(t, vm, ns, 0)
 			vm.Run(t, load(ns)+" >/dev/null 2>&1 &")
 			acks.more(t, 100+rand.IntN(200))
 

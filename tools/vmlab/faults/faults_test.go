@@ -23,7 +23,7 @@ var modes = []hostmed.DoorbellMode{hostmed.Shadow, hostmed.Trap, hostmed.Mmap}
 const (
 	writerProgram = "vmlab/journal/writer"
 	writer        = "vmlab-journal-writer"
-	stopWriter    = "killall " + writer + " && while pidof " + writer + " >/dev/null; do sleep 0.05; done"
+	stopWriter    = "killall -q " + writer + "; while pidof " + writer + " >/dev/null; do sleep 0.05; done"
 )
 
 // ackFile gets what writers in a guest acknowledge: QEMU writes it, so it is there when QEMU is gone.

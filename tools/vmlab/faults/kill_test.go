@@ -102,7 +102,7 @@ func TestKilledGuestLeavesNothing(t *testing.T) {
 	acks := withAcks(t, &c)
 	vm := lab.Boot(t, c)
 	killed := vm.Disk(t, 0).Namespace(1)
-	l := startWriter(t, vm, killed, loadBelow)
+	l := startWriter(t, vm, killed, 0)
 	vm.Run(t, load(killed)+" >/dev/null 2>&1 &")
 	acks.more(t, 50)
 	if two := held(t); two.mapped <= one.mapped || two.goroutines <= one.goroutines || two.fds["eventfd"] <= one.fds["eventfd"] {

@@ -19,7 +19,7 @@ import (
 // its write cache on, then off, and of one with ext4 on it.
 func TestPowerLoss(t *testing.T) {
 	lab := vmlab.Open(t)
-	raw, fs := volatile.New(64<<20), volatile.New(64<<20)
+	raw, fs := volatile.New(80<<20), volatile.New(64<<20)
 	rawFile, fsFile := volatile.MountFor(t, raw), volatile.MountFor(t, fs)
 	socket := filepath.Join(shortDir(t), "s")
 	// A process of its own: see package journal's tests.
@@ -47,7 +47,7 @@ func TestPowerLoss(t *testing.T) {
 		}
 	}
 	t.Run("flush and FUA", func(t *testing.T) {
-		l := startWriter(t, vm, disk.Namespace(1), loadBelow)
+		l := startWriter(t, vm, disk.Namespace(1), 0)
 		vm.Run(t, load(disk.Namespace(1))+" >/dev/null 2>&1 &")
 		cuts(t, l)
 		if s := raw.Stats(); s.Syncs == 0 || s.Durable == 0 {
@@ -56,7 +56,7 @@ func TestPowerLoss(t *testing.T) {
 	})
 	t.Run("write cache off", func(t *testing.T) {
 		vm.Run(t, fmt.Sprintf("nvme set-feature /dev/%s -f 6 -V 0", disk.Name))
-		l := journal.Layout{Run: rand.Uint64(), Methods: []journal.Method{journal.Through, journal.Through}, Records: 1000, Base: 48 << 20} // behind the other's
+		l := journal.Layout{Run: rand.Uint64(), Methods: []journal.Method{journal.Through, journal.Through}, Records: 2000, Base: 60 << 20} // behind the other's
 		vm.Run(t, fmt.Sprintf("setsid %s -device %s -methods through,through -run %d -records %d -base %d >/tmp/writer 2>&1 &", writer, disk.Namespace(1), l.Run, l.Records, l.Base))
 		cuts(t, l)
 	})
