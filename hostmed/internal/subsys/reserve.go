@@ -119,12 +119,17 @@ func (r *registry) register(q *ReservationRequest) (ns []notice, st nvme.Status)
 		r.generation++
 	case nvme.ReservationReplace:
 		switch {
-		case !known:
-			return nil, nvme.StatusReservationConflict
 		case q.Keys.Other == 0:
 			return nil, nvme.StatusInvalidField
+		case known:
+			me.key = q.Keys.Other
+		case me != nil || !c.IgnoreExistingKey():
+			return nil, nvme.StatusReservationConflict
+		case len(r.list) == maxRegistrants:
+			return nil, nvme.StatusInsufficientCapacity
+		default: // with IEKEY it does not matter whether the host was registered: NVMe Base 2.0c 8.19.3
+			r.list = append(r.list, registrant{q.Host, q.Keys.Other})
 		}
-		me.key = q.Keys.Other
 		r.generation++
 	default:
 		return nil, nvme.StatusInvalidField

@@ -162,7 +162,8 @@ func TestReservations(t *testing.T) {
 		},
 		"replace": {
 			{"A replace 1 2", conflict, "type 0,", ""},
-			{"A replace 1 2 iekey", conflict, "type 0,", ""},
+			{"A replace 0 5 iekey", ok, "type 0, A=5", ""}, // registers it
+			{"A unregister 5", ok, "type 0,", ""},
 			{"A register 1", ok, "type 0, A=1", ""},
 			{"A replace 7 2", conflict, "type 0, A=1", ""},
 			{"A replace 1 2", ok, "type 0, A=2", ""},
