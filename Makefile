@@ -15,7 +15,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.8.0
 
-BINARIES := $(notdir $(wildcard tools/hostmed tools/guestdrv tools/nvmetrace))
+BINARIES := $(notdir $(wildcard tools/hostmed tools/guestdrv tools/nvmetrace tools/conformance))
 SOURCES  := $(wildcard shared guestdrv hostmed ebpf tools)
 
 FUZZTIME ?= 10s
