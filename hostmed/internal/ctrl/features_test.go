@@ -209,7 +209,7 @@ func TestWriteCacheOff(t *testing.T) {
 			t.Errorf("saved, and not applied: %q", h.dp.calls)
 		}
 		h.dp.flushErr = errors.New("disk full")
-		cid = h.push(setFeature(nvme.FeatureWriteCache, 0, 0))
+		h.push(setFeature(nvme.FeatureWriteCache, 0, 0))
 		h.ring()
 		synctest.Wait()
 		h.c.AdminKick()

@@ -17,8 +17,7 @@ func TestProtection(t *testing.T) {
 		t.Cleanup(s.Close)
 		return s, w, s.AddNamespace(NamespaceConfig{NSID: nsid, Backend: disk})
 	}
-	s, w, n := start(1)
-	a, b := s.AddController(1), s.AddController(2)
+	_, w, n := start(1)
 	set := func(p Protection, want error) {
 		t.Helper()
 		if err := n.SetProtection(p); (err == nil) != (want == nil) {
@@ -38,8 +37,9 @@ func TestProtection(t *testing.T) {
 	if !slices.Equal(w.calls, []string{"drain 1"}) {
 		t.Errorf("workers %v: writes may be under way", w.calls)
 	}
+	var s *Subsystem
 	s, _, n = start(1) // hostmed is started again
-	a, b = s.AddController(1), s.AddController(2)
+	a, b := s.AddController(1), s.AddController(2)
 	is(Protected)
 	_, _, other := start(2) // the same medium under another id
 	if other.Protection() != Unprotected {
@@ -62,7 +62,7 @@ func TestProtection(t *testing.T) {
 	b.Connect(&fakeMember{c: b})
 	is(Unprotected)
 	set(ProtectedUntilPowerCycle, nil)
-	s, _, n = start(1)
+	_, _, n = start(1)
 	is(Unprotected)
 
 	set(ProtectedForEver, nil)
