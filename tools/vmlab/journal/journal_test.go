@@ -250,9 +250,9 @@ func TestCheck(t *testing.T) {
 		return a
 	}
 	for name, c := range map[string]struct {
-		acks   string
-		break_ func(p []byte)
-		lost   int
+		acks  string
+		spoil func(p []byte)
+		lost  int
 	}{
 		"all there":            {"r 0 0\nh 0 0\nr 0 9\nr 1 4\nh 1 4\nh 0 9\n", nil, 0},
 		"cut line":             {"r 0 9\nr 0 3", nil, 0},
@@ -269,8 +269,8 @@ func TestCheck(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := bytes.Clone(good)
-			if c.break_ != nil {
-				c.break_(p)
+			if c.spoil != nil {
+				c.spoil(p)
 			}
 			r, err := Check(bytes.NewReader(p), l, acks(c.acks))
 			if err != nil || r.Missing != c.lost {
