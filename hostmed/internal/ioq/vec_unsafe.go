@@ -88,6 +88,10 @@ func epollWait(ep int, events []unix.EpollEvent, timeout int64) (int, error) {
 	return int(n), nil
 }
 
+// schedYield lets whoever else wants this core run first: a thread that polls in vain must not keep a client from what the poll is
+// waiting for, such as the thread of QEMU that passes our interrupt on, where there are fewer cores than threads.
+func schedYield() { _, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
+
 // writeEventFD adds 1 to an eventfd that the peer may hold too, and may have filled: then it is
 // readable anyway, and a write could block (R34).
 func writeEventFD(fd int) {

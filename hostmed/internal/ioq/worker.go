@@ -78,6 +78,7 @@ type Worker struct {
 
 	now     int64 // ns since start, as last read
 	sockets int64 // when the sockets were last looked at
+	worked  bool  // since then
 	rounds  uint32
 	noSpin  bool
 	budget  spin.Budget // of waiting with nothing on the active list
@@ -299,6 +300,7 @@ func (w *Worker) loop() {
 		if len(w.waits) > 0 {
 			w.checkWaits()
 		}
+		w.worked = w.worked || work > 0
 		if w.rounds++; w.rounds%roundsPerTick == 0 || len(w.active) == 0 {
 			w.tick(work)
 		}
@@ -328,6 +330,10 @@ func (w *Worker) tick(work int) {
 	if len(w.active) > 0 {
 		if w.now-w.sockets >= socketPeriod {
 			w.look(0)
+			if !w.worked {
+				schedYield()
+			}
+			w.worked = false
 			if len(w.mapped)+len(w.watched) > 0 {
 				w.lookMapped()
 			}
@@ -350,6 +356,7 @@ func (w *Worker) idle() {
 				w.budget.Earned(time.Duration(w.now - begin))
 				return
 			}
+			schedYield()
 			if w.now = nanotime(); w.now-begin > limit {
 				w.budget.Failed()
 				break
