@@ -93,7 +93,7 @@ func TestKilledGuestLeavesNothing(t *testing.T) {
 	})
 
 	stays := lab.Boot(t, vmlab.Config{Devices: []vmlab.Device{vmlab.VFIOUser(sockets[1])}})
-	stays.Run(t, fmt.Sprintf("(while [ ! -e /tmp/stop ]; do "+verified+" || exit 1; done; touch /tmp/well) >/tmp/fio 2>&1 &", stays.Disk(t, 0).Namespace(1)))
+	stays.Run(t, fmt.Sprintf("(while [ ! -e /tmp/stop ]; do "+verified+" || exit 1; sleep 0.2; done; touch /tmp/well) >/tmp/fio 2>&1 &", stays.Disk(t, 0).Namespace(1)))
 	one := held(t)
 	t.Logf("nobody: %v", nobody)
 	t.Logf("one guest: %v", one)
