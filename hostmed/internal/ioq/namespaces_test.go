@@ -11,11 +11,21 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
+// closeAtEnd closes s after what the workers have begun, as in hostmed, where its sessions are over by then.
+func (r *rig) closeAtEnd(s *subsys.Subsystem) {
+	r.t.Cleanup(func() {
+		for _, w := range r.workers {
+			w.Call(func() {})
+		}
+		s.Close()
+	})
+}
+
 // inSubsystem puts the rig's namespace 1 in a subsystem.
 func (r *rig) inSubsystem(b backend.Backend) (*subsys.Subsystem, *subsys.Namespace) {
 	r.t.Helper()
 	s := subsys.New(subsys.Config{Workers: Pool(r.workers)})
-	r.t.Cleanup(s.Close)
+	r.closeAtEnd(s)
 	n := s.AddNamespace(subsys.NamespaceConfig{NSID: 1, Backend: b, Shared: true})
 	r.attach(n)
 	return s, n

@@ -29,7 +29,7 @@ type twoHosts struct {
 func newTwoHosts(t *testing.T, b backend.Backend, store state.Store) *twoHosts {
 	r := newRig(t, rigConfig{workers: 2, mode: ctrl.Trap, backend: b})
 	s := subsys.New(subsys.Config{NQN: "nqn.test", Workers: Pool(r.workers), Store: store})
-	t.Cleanup(s.Close)
+	r.closeAtEnd(s)
 	h := &twoHosts{n: s.AddNamespace(subsys.NamespaceConfig{NSID: 1, Backend: b, Shared: true, Controllers: []uint16{1, 2}})}
 	for i := range h.rigs {
 		self := s.AddController(uint16(i + 1))
