@@ -46,7 +46,22 @@ func Mount(d *Disk) (_ *File, err error) {
 		f.server.Serve()
 	}()
 	f.Path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), f.mount, name)
+	if err := noPoll(f.Path); err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Path, err)
+	}
 	return f, nil
+}
+
+// noPoll lets the kernel find out, once, that the file cannot be polled. It would ask the first time that Go's runtime
+// adds the file to its epoll set, in a system call that the scheduler knows nothing of, and a garbage collection that begins
+// meanwhile keeps the server from answering: for ever, where that is in the same process.
+func noPoll(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return errors.Join(err, unix.Close(fd))
 }
 
 // mount makes a file system whose requests come out of dev.
