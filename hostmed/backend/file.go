@@ -74,6 +74,12 @@ func openFile(s Spec, direct bool) (_ Backend, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if created {
+		// What a guest flushes is durable only if the file's name is. fsync(2)
+		if err := syncNew(f); err != nil {
+			return nil, fmt.Errorf("namespace %s: making the new file durable: %w", s, err)
+		}
+	}
 	// Better now than when the first controller is attached.
 	ring, err := uring.New(uring.Config{Entries: 1})
 	if err != nil {
@@ -90,6 +96,18 @@ func openFile(s Spec, direct bool) (_ Backend, err error) {
 	b.info = newInfo(s, size, b.id)
 	b.probe(s, size, direct)
 	return b, nil
+}
+
+// syncNew makes a file that was just created durable: its size, and its entry in the directory.
+func syncNew(f *os.File) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(f.Name()))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 const zeroChunk = 1 << 20
