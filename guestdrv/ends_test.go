@@ -27,6 +27,11 @@ func TestDeadDeviceWakesEverybody(t *testing.T) {
 			o.Timeout = time.Minute
 			c := v.open(t, cfg, o)
 			ns := namespace(t, c, 1)
+			// Before the readers, who take all DMA memory that there is.
+			p, err := c.NewQueuePair(guestdrv.QueuePairOptions{Poll: true})
+			if err != nil {
+				t.Fatal(err)
+			}
 			done := make(chan error)
 			const readers = 40 // more than there are slots for
 			for range readers {
@@ -34,10 +39,6 @@ func TestDeadDeviceWakesEverybody(t *testing.T) {
 					_, err := ns.ReadAt(make([]byte, 256<<10), 0)
 					done <- err
 				}()
-			}
-			p, err := c.NewQueuePair(guestdrv.QueuePairOptions{Poll: true})
-			if err != nil {
-				t.Fatal(err)
 			}
 			go func() {
 				_, err := p.Submit([]guestdrv.IO{{Op: nvme.IOFlush, NSID: 1}})
