@@ -14,7 +14,7 @@
 //		vm.CheckDmesg(t)
 //	}
 //
-// A boot takes about 5 s under emulation, so tests share one where they can. Subtests plug in a disk each:
+// A boot takes about 6 s under emulation, so tests share one where they can. Subtests plug in a disk each:
 //
 //	vm := lab.Boot(t, vmlab.Config{Ports: 8})
 //	for _, spec := range specs {

@@ -8,7 +8,6 @@ import (
 
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 	"github.com/shadowbell/shadowbell/tools/internal/text"
-	"github.com/shadowbell/shadowbell/tools/vmlab"
 	"github.com/shadowbell/shadowbell/tools/vmlab/doorbells"
 )
 
@@ -19,11 +18,7 @@ type doorbellsCmd struct {
 
 // Run prints the table.
 func (d *doorbellsCmd) Run(ctx context.Context, out *cli.Output) error {
-	lab, err := vmlab.Setup(ctx, out.Stderr)
-	if err != nil {
-		return err
-	}
-	accel, _, err := lab.Accel(ctx)
+	lab, accel, _, err := open(ctx, out)
 	if err != nil {
 		return err
 	}

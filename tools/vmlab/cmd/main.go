@@ -35,15 +35,20 @@ func main() {
 	os.Exit(p.Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr}))
 }
 
+// open returns the lab, what its guests run under, and why it is not KVM.
+func open(ctx context.Context, out *cli.Output) (lab *vmlab.Lab, accel, why string, err error) {
+	if lab, err = vmlab.Setup(ctx, out.Stderr); err != nil {
+		return nil, "", "", err
+	}
+	accel, why, err = lab.Accel(ctx)
+	return lab, accel, why, err
+}
+
 type setupCmd struct{}
 
 // Run makes the cache and probes KVM.
 func (setupCmd) Run(ctx context.Context, out *cli.Output) error {
-	lab, err := vmlab.Setup(ctx, out.Stderr)
-	if err != nil {
-		return err
-	}
-	accel, _, err := lab.Accel(ctx)
+	lab, accel, _, err := open(ctx, out)
 	if err != nil {
 		return err
 	}
@@ -55,11 +60,7 @@ type envCmd struct{}
 
 // Run prints NAME=VALUE lines.
 func (envCmd) Run(ctx context.Context, out *cli.Output) error {
-	lab, err := vmlab.Setup(ctx, out.Stderr)
-	if err != nil {
-		return err
-	}
-	accel, why, err := lab.Accel(ctx)
+	lab, accel, why, err := open(ctx, out)
 	if err != nil {
 		return err
 	}
