@@ -45,6 +45,9 @@ func (p *child) kill() {
 	_ = p.cmd.Process.Kill()
 }
 
+// Program returns the command of a program of the lab's packages, such as fio, qemu-img or nbdinfo, to run on this machine.
+func (l *Lab) Program(name string, args ...string) *exec.Cmd { return program(l.root(), name, args...) }
+
 // program returns the command of a program of the unpacked packages. It runs with their libraries on whatever the machine
 // has: by their own dynamic linker, in no chroot.
 func program(root, name string, args ...string) *exec.Cmd {
@@ -53,9 +56,8 @@ func program(root, name string, args ...string) *exec.Cmd {
 		path = filepath.Join(root, name)
 	}
 	lib := filepath.Join(root, libDir)
-	cmd := exec.Command(filepath.Join(lib, "ld-linux-x86-64.so.2"),
-		append([]string{"--library-path", lib + ":" + lib + "/systemd", "--argv0", name, path}, args...)...)
-	return cmd
+	libs := strings.Join([]string{lib, lib + "/systemd", lib + "/ceph"}, ":")
+	return exec.Command(filepath.Join(lib, "ld-linux-x86-64.so.2"), append([]string{"--library-path", libs, "--argv0", name, path}, args...)...)
 }
 
 const libDir = "usr/lib/x86_64-linux-gnu"

@@ -24,7 +24,7 @@ var fromBackports = []string{"qemu-*", "seabios"}
 // packages are installed without what they recommend, and never configured: they are unpacked into one directory.
 var packages = []string{
 	"qemu-system-x86", "qemu-utils", "seabios", "ovmf",
-	"busybox-static", "fio", "nvme-cli", "e2fsprogs", "kexec-tools", // for guests
+	"busybox-static", "fio", "nvme-cli", "e2fsprogs", "kexec-tools", "nbd-client", "libnbd-bin", // for guests
 	"kmod", "xz-utils", "zstd", // to make the kernel and its modules ready
 	"dosfstools", "mtools", "fdisk", "grub-pc-bin", "grub-efi-amd64-bin", "grub-common", // to make bootable disks
 }
@@ -33,6 +33,7 @@ var packages = []string{
 var guestPrograms = []string{
 	"usr/bin/busybox", "usr/bin/fio", "usr/sbin/nvme", "usr/sbin/kexec",
 	"usr/sbin/mke2fs", "usr/sbin/mkfs.ext4", "usr/sbin/e2fsck", "usr/sbin/fsck.ext4",
+	"usr/sbin/nbd-client", "usr/bin/nbdinfo", "usr/bin/nbdcopy",
 }
 
 // guestModules are the kernel modules in the initramfs; what they depend on comes along. nvme, ext4, virtio-pci and
