@@ -101,7 +101,7 @@ func (c *Controller) MaxTransfer() int { return int(c.maxTransfer) }
 func (c *Controller) PeerPID() int { return c.dev.PeerPID() }
 
 // Admin executes one admin command. data goes to the controller, comes from it, or both, as the opcode says; it is at most 1 MiB and
-// is copied. It returns dword 0 of the completion. A status that is not success is a *CommandError.
+// is copied. It returns dword 0 of the completion. A status that is not success is a *StatusError.
 //
 // Nothing stops the caller from a command that breaks the driver, such as deleting its queues.
 func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) (uint32, error) {
@@ -114,7 +114,7 @@ func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) 
 		return 0, c.explain(err)
 	}
 	if !status.OK() {
-		return result, &CommandError{Command: *cmd, Admin: true, Status: status}
+		return result, &StatusError{Command: *cmd, Admin: true, Status: status}
 	}
 	return result, nil
 }

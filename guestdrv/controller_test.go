@@ -93,8 +93,8 @@ func TestAdminCommands(t *testing.T) {
 		t.Errorf("%#x, %v", dw0, err)
 	}
 	_, err = c.Admin(ctx, &nvme.Command{Opcode: 0x7F}, nil)
-	var ce *guestdrv.CommandError
-	if !errors.As(err, &ce) || !ce.Admin || nvme.StatusOf(err).Code() != nvme.StatusInvalidOpcode {
+	var se *guestdrv.StatusError
+	if !errors.As(err, &se) || !se.Admin || nvme.StatusOf(err).Code() != nvme.StatusInvalidOpcode {
 		t.Errorf("unknown command: %v", err)
 	}
 	if _, err := c.Admin(ctx, &nvme.Command{}, make([]byte, 2<<20)); err == nil {

@@ -10,17 +10,27 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// What errors of this package wrap. The first four mean that the controller has failed, for good: each call then
-// returns the first such error, at once.
+// What errors of this package wrap; errors.Is tells them apart.
+//
+// For good: after an error that wraps ErrProtocol, ErrGone or ErrClosed nothing more comes from this Controller, and there is nothing to
+// do but Close. ErrFatal and ErrTimeout are so too when the controller could not be brought back. Controller.Err says whether it has failed:
+// from then on each call returns that first error, at once.
+//
+// Not for good: ErrReset and a *StatusError are about one command, ErrUnaligned, ErrRange, ErrUnsupported and ErrNoNamespace about one
+// call, which was refused before anything was sent. ErrNoMemory ends as soon as a Buffer or a QueuePair is given back. The errors of
+// a context (context.Canceled, context.DeadlineExceeded) are about the wait: the command itself may still be executed.
 var (
 	// ErrTimeout is a command that did not end within Options.Timeout.
 	ErrTimeout = queue.ErrTimeout
-	// ErrProtocol is a device that does what no conforming one does.
+	// ErrProtocol is a device that does what no conforming one does, for instance completes a command that nobody sent.
 	ErrProtocol = queue.ErrProtocol
 	// ErrGone is a device whose process has died, or that was unplugged.
 	ErrGone = device.ErrGone
-	// ErrFatal is a controller that reports a fatal error (CSTS.CFS).
+	// ErrFatal is a controller that reports a fatal error (CSTS.CFS, NVMe Base 2.0c 3.1.3.6).
 	ErrFatal = admin.ErrFatal
+	// ErrReset is a command that was outstanding when the controller was reset. Whether it was executed is not known: a write may have
+	// happened, or a part of it. It can be sent again if that does no harm.
+	ErrReset = queue.ErrReset
 
 	// ErrClosed is a call after, or during, Close.
 	ErrClosed = errors.New("guestdrv: closed")
@@ -36,21 +46,35 @@ var (
 	ErrNoNamespace = errors.New("no such namespace")
 )
 
-// CommandError is a command that the controller ended with a status other than success. It wraps an *nvme.StatusError, so
-// nvme.StatusOf finds the status.
-type CommandError struct {
+// StatusError is a command that the controller ended with a status other than success (NVMe Base 2.0c 3.3.3.2.1): nothing is
+// wrong with the controller. errors.As finds it:
+//
+//	var se *guestdrv.StatusError
+//	if errors.As(err, &se) && se.Status.Code() == nvme.StatusUnrecoveredRead { … }
+//
+// It wraps an *nvme.StatusError, so nvme.StatusOf finds the status too.
+type StatusError struct {
 	Command nvme.Command // as it was sent
-	Admin   bool         // on the admin queue
-	Status  nvme.Status
+	Admin   bool         // it was an admin command, and not one of a namespace
+	Status  nvme.Status  // as it came, with its bits for retries
 }
 
 // Error prints "READ nsid=1 slba=0x10 nlb=8: LBA Out of Range (0/80h, DNR)".
-func (e *CommandError) Error() string {
+func (e *StatusError) Error() string {
 	return e.Command.Describe(e.Admin) + ": " + e.Status.String()
 }
 
-// Unwrap returns the status.
-func (e *CommandError) Unwrap() error { return e.Status.Err() }
+// Unwrap returns the status as an *nvme.StatusError.
+func (e *StatusError) Unwrap() error { return e.Status.Err() }
+
+// SCT returns the status code type, 0 to 7: nvme.SCTGeneric, SCTCommand, SCTMedia, SCTPath or SCTVendor.
+func (e *StatusError) SCT() uint8 { return e.Status.SCT() }
+
+// SC returns the status code, whose meaning depends on SCT.
+func (e *StatusError) SC() uint8 { return e.Status.SC() }
+
+// DNR returns the bit Do Not Retry: the same command would fail again.
+func (e *StatusError) DNR() bool { return e.Status.DNR() }
 
 // Retriable reports whether the same command may succeed later: the controller did not say otherwise (DNR).
-func (e *CommandError) Retriable() bool { return !e.Status.DNR() }
+func (e *StatusError) Retriable() bool { return !e.Status.DNR() }

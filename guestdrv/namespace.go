@@ -83,7 +83,7 @@ func (ns *Namespace) WriteAtContext(ctx context.Context, p []byte, off int64) (n
 	return ns.transfer(ctx, nvme.IOWrite, p, off)
 }
 
-// Compare compares p with what is at byte offset off. A difference is a *CommandError with nvme.StatusCompareFailure.
+// Compare compares p with what is at byte offset off. A difference is a *StatusError with nvme.StatusCompareFailure.
 func (ns *Namespace) Compare(ctx context.Context, p []byte, off int64) error {
 	if err := ns.offered("compare", nvme.ONCSCompare); err != nil {
 		return err

@@ -139,8 +139,8 @@ func TestZeroesDiscardCompare(t *testing.T) {
 		if nvme.StatusOf(err).Code() != nvme.StatusCompareFailure {
 			t.Fatalf("compare of other data: %v", err)
 		}
-		var ce *guestdrv.CommandError
-		if !errors.As(err, &ce) || ce.Command.Opcode != nvme.IOCompare || ce.Retriable() || !strings.Contains(err.Error(), "slba=0x800") {
+		var se *guestdrv.StatusError
+		if !errors.As(err, &se) || se.Command.Opcode != nvme.IOCompare || se.Retriable() || !strings.Contains(err.Error(), "slba=0x800") {
 			t.Fatalf("compare of other data: %v", err)
 		}
 		// More blocks than one command takes.

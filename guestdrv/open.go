@@ -141,7 +141,8 @@ func (c *Controller) enable(ctx context.Context) error {
 	}
 	adm, err := admin.Open(ctx, admin.Config{
 		Device: c.dev, Pool: c.pool, EventFD: fd, Timeout: c.opts.Timeout, Logger: c.log,
-		Failed: func(err error) { c.fail(err) },
+		Failed:  func(err error) { c.fail(err) },
+		Refused: func(cmd nvme.Command, status nvme.Status) error { return &StatusError{cmd, true, status} },
 	})
 	if err != nil {
 		return err

@@ -344,7 +344,7 @@ func (o *op) collect() {
 	for _, c := range ended[:n] {
 		switch {
 		case !c.status.OK():
-			o.fail(c.first, &CommandError{Command: c.cmd, Status: c.status})
+			o.fail(c.first, &StatusError{Command: c.cmd, Status: c.status})
 		case o.req.opcode == nvme.IORead && c.bounce.Len != 0:
 			copy(o.data(c), o.lane.io.c.pool.Bytes(c.bounce))
 		}

@@ -46,6 +46,9 @@ type Config struct {
 	Timeout time.Duration // of each command
 	Logger  hclog.Logger
 	Failed  func(error) // told once why the admin queue failed
+
+	// Refused makes the error of a command that ended with a status other than success.
+	Refused func(nvme.Command, nvme.Status) error
 }
 
 // Admin is an enabled controller. It is safe for concurrent use.

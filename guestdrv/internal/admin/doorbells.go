@@ -64,7 +64,7 @@ func (a *Admin) ShareDoorbells(ctx context.Context, vendor2014 bool) error {
 	}
 	if !status.OK() {
 		a.cfg.Pool.Give(mem)
-		return fmt.Errorf("%s: %w", cmd.Describe(true), status.Err())
+		return a.cfg.Refused(cmd, status)
 	}
 	a.page = pages{mem: mem, shadow: shadow, ei: ei}
 	return nil

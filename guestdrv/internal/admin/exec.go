@@ -39,7 +39,7 @@ func (a *Admin) Exec(ctx context.Context, cmd nvme.Command, data []byte) (nvme.S
 func (a *Admin) exec(ctx context.Context, cmd nvme.Command, data []byte) (uint32, error) {
 	status, result, err := a.Exec(ctx, cmd, data)
 	if err == nil && !status.OK() {
-		err = fmt.Errorf("%s: %w", cmd.Describe(true), status.Err())
+		err = a.cfg.Refused(cmd, status)
 	}
 	return result, err
 }

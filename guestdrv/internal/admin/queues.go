@@ -72,7 +72,7 @@ func (a *Admin) try(ctx context.Context, cmd nvme.Command) (known bool, err erro
 		return false, err
 	}
 	if !status.OK() {
-		return true, fmt.Errorf("%s: %w", cmd.Describe(true), status.Err())
+		return true, a.cfg.Refused(cmd, status)
 	}
 	return true, nil
 }

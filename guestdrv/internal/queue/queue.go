@@ -36,6 +36,8 @@ var (
 	ErrTimeout = errors.New("command timed out")
 	// ErrProtocol is a completion that no conforming device posts.
 	ErrProtocol = errors.New("device broke the protocol")
+	// ErrReset is a command that was outstanding when its controller was reset.
+	ErrReset = errors.New("the controller was reset under the command")
 )
 
 // Config says what a Queue is made of.
