@@ -133,7 +133,7 @@ type Buffer struct {
 	b *dma.Buffer
 }
 
-// Alloc returns a Buffer of n bytes, n > 0, with undefined contents. It stays valid until Free, even beyond Close.
+// Alloc returns a Buffer of n bytes, 0 < n <= MaxAlloc, with undefined contents. It stays valid until Free, even beyond Close.
 func (c *Controller) Alloc(n int) (*Buffer, error) {
 	if !c.gate.enter() {
 		return nil, ErrClosed
@@ -146,6 +146,10 @@ func (c *Controller) Alloc(n int) (*Buffer, error) {
 	c.refs.Add(1)
 	return &Buffer{c: c, b: b}, nil
 }
+
+// MaxAlloc returns the most bytes that one Buffer can have: Options.DMASize, or less with a device for which memory is contiguous
+// over shorter runs only, such as one without an IOMMU.
+func (c *Controller) MaxAlloc() uint64 { return c.pool.Largest() }
 
 // Bytes returns the memory. While a command that names it is under way it is the controller's.
 func (b *Buffer) Bytes() []byte { return b.b.Bytes() }

@@ -106,7 +106,7 @@ func (c *Controller) allocate() error {
 		return err
 	}
 	c.mem = mem
-	c.pool, err = dma.NewPool(mem.Region, mem.IOVA)
+	c.pool, err = dma.NewPool(mem)
 	return err
 }
 

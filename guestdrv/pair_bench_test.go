@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
@@ -32,7 +33,7 @@ func newLoopback(tb testing.TB, size uint32) *loopback {
 		}
 	}
 	region := shm.NewHeap(16 << 20)
-	pool, err := dma.NewPool(region, 1<<32)
+	pool, err := dma.NewPool(device.NewDMARegion(region, 1<<32, nil))
 	must(err)
 	c := &Controller{pool: pool, maxTransfer: maxTransfer, byID: map[uint32]*Namespace{}}
 	c.byID[1] = &Namespace{c: c, nsid: 1, shift: 9, blocks: 1 << 30}

@@ -8,6 +8,7 @@ package device
 
 import (
 	"errors"
+	"fmt"
 	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/shared/shm"
@@ -32,7 +33,8 @@ type Device interface {
 	// Doorbell returns the 32-bit doorbell at byte offset off of BAR0.
 	Doorbell(off uint32) Doorbell
 
-	// AllocDMA returns size bytes, rounded up to pages, of zeroed memory that the device can reach.
+	// AllocDMA returns size bytes, rounded up to pages, of zeroed memory that the device can reach: in one piece for this process, in
+	// runs for the device (DMARegion.Contiguous).
 	AllocDMA(size uint64) (*DMARegion, error)
 
 	// MaxInterrupts returns how many interrupt vectors the device has; 0: it must be polled.
@@ -68,16 +70,46 @@ type Doorbell struct {
 	Ring func(v uint32) error
 }
 
-// DMARegion is memory that the device can reach: byte 0 of the Region is at IOVA.
+// DMARegion is memory that the device can reach. It is one piece for this process; for the device it may be several, its runs.
 type DMARegion struct {
 	*shm.Region
+	// IOVA is where the device finds byte 0.
 	IOVA uint64
+	// Contiguous is how long each run is in bytes: a power of two, and run i begins at byte i*Contiguous. 0: all of it is one run.
+	Contiguous uint64
+
+	runs []uint64 // the IOVA of each, if there are several
 	free func() error
 }
 
 // NewDMARegion is for implementations: free takes the memory from the device and unmaps it.
 func NewDMARegion(mem *shm.Region, iova uint64, free func() error) *DMARegion {
 	return &DMARegion{Region: mem, IOVA: iova, free: free}
+}
+
+// NewDMARuns is NewDMARegion for memory that is scattered: run bytes, a power of two of at least a page, are at each of iovas. The last
+// may be longer than what is left of mem. Runs that follow one another are no longer for that.
+func NewDMARuns(mem *shm.Region, run uint64, iovas []uint64, free func() error) (*DMARegion, error) {
+	switch {
+	case run < shm.PageSize || run&(run-1) != 0:
+		return nil, fmt.Errorf("runs of %d bytes: they are a power of two, and a page at least", run)
+	case len(iovas) == 0 || mem.Len() > run*uint64(len(iovas)) || mem.Len() <= run*uint64(len(iovas)-1):
+		return nil, fmt.Errorf("%d bytes of memory in %d runs of %d bytes", mem.Len(), len(iovas), run)
+	}
+	r := NewDMARegion(mem, iovas[0], free)
+	if len(iovas) > 1 {
+		r.Contiguous, r.runs = run, iovas
+	}
+	return r, nil
+}
+
+// IOVAOf returns where the device finds byte off, which must lie in the region. What begins there goes on for the device to the end of
+// the run: the next multiple of Contiguous.
+func (r *DMARegion) IOVAOf(off uint64) uint64 {
+	if r.runs == nil {
+		return r.IOVA + off
+	}
+	return r.runs[off/r.Contiguous] + off&(r.Contiguous-1)
 }
 
 // Free takes the memory back from the device, as far as it still listens, and unmaps it. It is the last use of the region.

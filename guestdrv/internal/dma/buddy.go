@@ -5,8 +5,11 @@ import "math/bits"
 // buddy hands out runs of pages. Blocks of 2^order pages lie at multiples of their size; a run of any other length is cut from
 // the next larger block and the rest given back at once, so nothing is lost to rounding. Every operation is O(log n), except that
 // a run for which there is no one block is looked for across neighbouring blocks, page by page.
+//
+// The pages may be divided by boundaries that no run crosses: at every multiple of 2^top pages.
 type buddy struct {
 	pages uint32
+	top   int    // order of the largest blocks
 	free  uint32 // pages
 	heads [maxOrder + 1]uint32
 	// next and prev link the free blocks of one order; order[p] is 1 + the order of the free block that begins at page p, or 0.
@@ -19,8 +22,8 @@ const (
 	none     = ^uint32(0)
 )
 
-func newBuddy(pages uint32) *buddy {
-	b := &buddy{pages: pages, next: make([]uint32, pages), prev: make([]uint32, pages), order: make([]uint8, pages)}
+func newBuddy(pages uint32, top int) *buddy {
+	b := &buddy{pages: pages, top: top, next: make([]uint32, pages), prev: make([]uint32, pages), order: make([]uint8, pages)}
 	for i := range b.heads {
 		b.heads[i] = none
 	}
@@ -58,10 +61,10 @@ func (b *buddy) take(n uint32) (uint32, bool) {
 	}
 	want := bits.Len32(n - 1)
 	order := want
-	for order <= maxOrder && b.heads[order] == none {
+	for order <= b.top && b.heads[order] == none {
 		order++
 	}
-	if order > maxOrder {
+	if order > b.top {
 		return b.takeRun(n)
 	}
 	page := b.heads[order]
@@ -97,6 +100,9 @@ func (b *buddy) run(want uint32) (first, have uint32) {
 			begin = page
 			continue
 		}
+		if page&(1<<b.top-1) == 0 {
+			begin = page
+		}
 		page += 1 << (b.order[page] - 1)
 		if page-begin > have {
 			first, have = begin, page-begin
@@ -112,7 +118,7 @@ func (b *buddy) run(want uint32) (first, have uint32) {
 func (b *buddy) give(page, n uint32) {
 	b.free += n
 	for n > 0 {
-		order := bits.Len32(n) - 1
+		order := min(bits.Len32(n)-1, b.top)
 		if page != 0 {
 			order = min(order, bits.TrailingZeros32(page))
 		}
@@ -124,7 +130,7 @@ func (b *buddy) give(page, n uint32) {
 
 // merge frees one block, together with its neighbours.
 func (b *buddy) merge(page uint32, order int) {
-	for order < maxOrder {
+	for order < b.top {
 		other := page ^ 1<<order
 		if other >= b.pages || b.order[other] != uint8(order+1) {
 			break

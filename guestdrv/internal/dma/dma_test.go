@@ -9,12 +9,13 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
 func newPool(t testing.TB, pages int) *Pool {
 	t.Helper()
-	p, err := NewPool(shm.NewHeap(pages*PageSize), 1<<32)
+	p, err := NewPool(device.NewDMARegion(shm.NewHeap(pages*PageSize), 1<<32, nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,69 +26,148 @@ func newPool(t testing.TB, pages int) *Pool {
 func TestBlocksNeverOverlap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		pages := rapid.IntRange(1, 300).Draw(t, "pages")
-		p, err := NewPool(shm.NewHeap(pages*PageSize), 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		used := make([]bool, pages)
-		var live []Block
-		inUse := 0
-		for range rapid.IntRange(1, 200).Draw(t, "steps") {
-			if len(live) > 0 && rapid.Bool().Draw(t, "give") {
-				i := rapid.IntRange(0, len(live)-1).Draw(t, "which")
-				b := live[i]
-				live = append(live[:i], live[i+1:]...)
-				for j := b.Off / PageSize; j < (b.Off+b.Len)/PageSize; j++ {
-					used[j] = false
-				}
-				inUse -= int(b.Len / PageSize)
-				p.Give(b)
-				continue
-			}
-			n := rapid.IntRange(1, 40).Draw(t, "n")
-			b, err := p.Take(uint64(n * PageSize))
-			if longest := longestGap(used); (err == nil) != (n <= longest) {
-				t.Fatalf("%d pages with %d free in one piece: %v", n, longest, err)
-			}
-			if err != nil {
-				continue
-			}
-			if b.Len != uint64(n*PageSize) || b.Off+b.Len > p.Size() {
-				t.Fatalf("block %+v for %d pages", b, n)
-			}
-			for j := b.Off / PageSize; j < (b.Off+b.Len)/PageSize; j++ {
-				if used[j] {
-					t.Fatalf("page %d twice", j)
-				}
-				used[j] = true
-			}
-			live = append(live, b)
-			inUse += n
-		}
-		if got := int(p.Free() / PageSize); got != pages-inUse {
-			t.Fatalf("%d pages free, want %d", got, pages-inUse)
-		}
-		for _, b := range live {
-			p.Give(b)
-		}
-		// Everything has merged again.
-		if b, err := p.Take(uint64(pages) * PageSize); err != nil {
-			t.Fatalf("after all is back: %v", err)
-		} else {
-			p.Give(b)
-		}
+		checkBlocks(t, device.NewDMARegion(shm.NewHeap(pages*PageSize), 0, nil), pages)
 	})
 }
 
-func longestGap(used []bool) (longest int) {
-	run := 0
-	for _, u := range used {
-		if run++; u {
-			run = 0
+// TestBlocksStayInTheirRun is TestBlocksNeverOverlap on memory that the device has in runs.
+func TestBlocksStayInTheirRun(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		run := 1 << rapid.IntRange(0, 6).Draw(t, "order")
+		pages := rapid.IntRange(run+1, 8*run).Draw(t, "pages")
+		iovas := make([]uint64, (pages+run-1)/run)
+		for i := range iovas {
+			// Some follow one another all the same.
+			iovas[i] = uint64(rapid.IntRange(0, 9).Draw(t, "at")) * uint64(run*PageSize)
 		}
-		longest = max(longest, run)
+		mem, err := device.NewDMARuns(shm.NewHeap(pages*PageSize), uint64(run*PageSize), iovas, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkBlocks(t, mem, run)
+	})
+}
+
+// checkBlocks takes and gives at random, on memory whose runs have run pages, and finds everything merged again at the end.
+func checkBlocks(t *rapid.T, mem *device.DMARegion, run int) {
+	p, err := NewPool(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages := int(mem.Len() / PageSize)
+	if p.Largest() != uint64(run*PageSize) {
+		t.Fatalf("at most %d bytes, the runs are of %d pages", p.Largest(), run)
+	}
+	used := make([]bool, pages)
+	var live []Block
+	inUse := 0
+	for range rapid.IntRange(1, 200).Draw(t, "steps") {
+		if len(live) > 0 && rapid.Bool().Draw(t, "give") {
+			i := rapid.IntRange(0, len(live)-1).Draw(t, "which")
+			b := live[i]
+			live = append(live[:i], live[i+1:]...)
+			for j := b.Off / PageSize; j < (b.Off+b.Len)/PageSize; j++ {
+				used[j] = false
+			}
+			inUse -= int(b.Len / PageSize)
+			p.Give(b)
+			continue
+		}
+		n := rapid.IntRange(1, 40).Draw(t, "n")
+		b, err := p.Take(uint64(n * PageSize))
+		if longest := longestGap(used, run); (err == nil) != (n <= longest) {
+			t.Fatalf("%d pages with %d free in one piece: %v", n, longest, err)
+		}
+		if err != nil {
+			continue
+		}
+		if b.Len != uint64(n*PageSize) || b.Off+b.Len > p.Size() {
+			t.Fatalf("block %+v for %d pages", b, n)
+		}
+		for j := b.Off / PageSize; j < (b.Off+b.Len)/PageSize; j++ {
+			if used[j] {
+				t.Fatalf("page %d twice", j)
+			}
+			used[j] = true
+			if got, want := p.IOVA(j*PageSize), p.IOVA(b.Off)+j*PageSize-b.Off; got != want {
+				t.Fatalf("page %d of block %+v is at %#x for the device, not contiguous: %#x", j, b, got, want)
+			}
+		}
+		live = append(live, b)
+		inUse += n
+	}
+	if got := int(p.Free() / PageSize); got != pages-inUse {
+		t.Fatalf("%d pages free, want %d", got, pages-inUse)
+	}
+	for _, b := range live {
+		p.Give(b)
+	}
+	// Everything has merged again.
+	for rest := pages; rest > 0; rest -= run {
+		if _, err := p.Take(uint64(min(rest, run)) * PageSize); err != nil {
+			t.Fatalf("after all is back, with %d pages left: %v", rest, err)
+		}
+	}
+}
+
+// longestGap is within one run.
+func longestGap(used []bool, run int) (longest int) {
+	gap := 0
+	for i, u := range used {
+		if i%run == 0 {
+			gap = 0
+		}
+		if gap++; u {
+			gap = 0
+		}
+		longest = max(longest, gap)
 	}
 	return longest
+}
+
+func TestRunsAreTranslated(t *testing.T) {
+	const run = 4 * PageSize
+	mem := shm.NewHeap(11 * PageSize)
+	r, err := device.NewDMARuns(mem, run, []uint64{0x70000, 0x10000, 0x90000}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for off, want := range map[uint64]uint64{0: 0x70000, run - 1: 0x73fff, run: 0x10000, 2*run + 5: 0x90005} {
+		if got := r.IOVAOf(off); got != want {
+			t.Errorf("byte %#x is at %#x, want %#x", off, got, want)
+		}
+	}
+	for _, bad := range []struct {
+		run  uint64
+		runs int
+	}{{3 * PageSize, 4}, {PageSize / 2, 22}, {0, 1}, {run, 2}, {run, 4}, {run, 0}} {
+		if _, err := device.NewDMARuns(mem, bad.run, make([]uint64, bad.runs), nil); err == nil {
+			t.Errorf("11 pages in %d runs of %d bytes", bad.runs, bad.run)
+		}
+	}
+	if one, err := device.NewDMARuns(mem, 16*PageSize, []uint64{1 << 20}, nil); err != nil || one.Contiguous != 0 || one.IOVAOf(5) != 1<<20+5 {
+		t.Errorf("one run: %+v, %v", one, err)
+	}
+}
+
+func TestBufferLongerThanARunIsRefused(t *testing.T) {
+	const run = 4 * PageSize
+	mem, err := device.NewDMARuns(shm.NewHeap(4*run), run, make([]uint64, 4), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := NewPool(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.NewBuffer(run + 1); !errors.Is(err, ErrNoMemory) || !strings.Contains(err.Error(), "over 16384 bytes at most") {
+		t.Fatalf("got %v", err)
+	}
+	b, err := p.NewBuffer(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Free()
 }
 
 func TestNoMemoryNamesTheOption(t *testing.T) {

@@ -1,5 +1,6 @@
 // Package dma divides the one piece of memory that the device can reach: rings, lists, bounce buffers and the buffers that
-// callers hold. Everything is whole pages, contiguous in memory and for the device.
+// callers hold. Everything is whole pages, contiguous in memory and for the device: where the device has the memory in runs, nothing crosses
+// from one to the next.
 //
 // A Block is memory that one owner takes and gives back. A Buffer is a Block that may be given back while the device still has a
 // command that names it: it then returns to the pool when the last such command has ended.
@@ -11,8 +12,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"sync"
 
+	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
@@ -34,9 +37,9 @@ type Block struct {
 
 // Pool is the memory. It is safe for concurrent use.
 type Pool struct {
-	mem  []byte
-	reg  *shm.Region
-	iova uint64
+	mem []byte
+	dma *device.DMARegion
+	run uint64 // the most bytes that are contiguous for the device
 
 	// mu guards what follows. It is taken last of all locks of the driver.
 	mu      sync.Mutex
@@ -47,8 +50,8 @@ type Pool struct {
 	freed   chan struct{}      // closed when memory comes back; nil: nobody waits
 }
 
-// NewPool returns the pool of all pages of region, whose first byte the device finds at iova.
-func NewPool(region *shm.Region, iova uint64) (*Pool, error) {
+// NewPool returns the pool of all pages of region.
+func NewPool(region *device.DMARegion) (*Pool, error) {
 	n := region.Len() / PageSize
 	if n == 0 || n > 1<<31 {
 		return nil, fmt.Errorf("DMA pool of %d bytes: it has 1 to 2^31 pages of %d bytes", region.Len(), PageSize)
@@ -57,8 +60,13 @@ func NewPool(region *shm.Region, iova uint64) (*Pool, error) {
 	if err != nil {
 		return nil, err
 	}
+	top, run := maxOrder, n*PageSize
+	if region.Contiguous != 0 {
+		top = bits.TrailingZeros64(region.Contiguous / PageSize)
+		run = min(run, region.Contiguous)
+	}
 	return &Pool{
-		mem: mem, reg: region, iova: iova, pages: newBuddy(uint32(n)),
+		mem: mem, dma: region, run: run, pages: newBuddy(uint32(n), top),
 		buffers: map[uint64]*Buffer{}, starts: make([]uint64, (n+63)/64),
 	}, nil
 }
@@ -73,6 +81,9 @@ func (p *Pool) Free() uint64 {
 	return uint64(p.pages.free) * PageSize
 }
 
+// Largest returns how many bytes a block can have at most: the size of the pool, or of a run if the device has the memory in several.
+func (p *Pool) Largest() uint64 { return p.run }
+
 // Take returns a block of at least n bytes, n > 0, or ErrNoMemory.
 func (p *Pool) Take(n uint64) (Block, error) {
 	p.mu.Lock()
@@ -82,7 +93,7 @@ func (p *Pool) Take(n uint64) (Block, error) {
 
 func (p *Pool) take(n uint64) (Block, error) {
 	pages := n/PageSize + min(n%PageSize, 1)
-	if pages == 0 || pages > uint64(p.pages.pages) {
+	if pages == 0 || pages > p.run/PageSize {
 		return Block{}, p.exhausted(n)
 	}
 	page, ok := p.pages.take(uint32(pages))
@@ -93,6 +104,10 @@ func (p *Pool) take(n uint64) (Block, error) {
 }
 
 func (p *Pool) exhausted(n uint64) error {
+	if n > p.run && p.run < p.Size() {
+		return fmt.Errorf("%w: %d bytes wanted in one piece; for this device memory is contiguous over %d bytes at most, however much there is: ask for less at a time",
+			ErrNoMemory, n, p.run)
+	}
 	_, largest := p.pages.run(none)
 	return fmt.Errorf("%w: %d bytes wanted, of the pool's %d bytes %d are free, at most %d in one piece: raise Options.DMASize",
 		ErrNoMemory, n, p.Size(), uint64(p.pages.free)*PageSize, uint64(largest)*PageSize)
@@ -178,10 +193,10 @@ func (p *Pool) GiveBounce(b Block) {
 }
 
 // Region returns a block as a region.
-func (p *Pool) Region(b Block) (*shm.Region, error) { return p.reg.View(b.Off, b.Len) }
+func (p *Pool) Region(b Block) (*shm.Region, error) { return p.dma.View(b.Off, b.Len) }
 
 // Bytes returns a block's memory.
 func (p *Pool) Bytes(b Block) []byte { return p.mem[b.Off : b.Off+b.Len : b.Off+b.Len] }
 
-// IOVA returns where the device finds byte off of the pool.
-func (p *Pool) IOVA(off uint64) uint64 { return p.iova + off }
+// IOVA returns where the device finds byte off of the pool, and what follows it in the same block.
+func (p *Pool) IOVA(off uint64) uint64 { return p.dma.IOVAOf(off) }

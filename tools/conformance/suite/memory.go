@@ -58,7 +58,7 @@ func (a *arena) take(n uint64) (buf, error) {
 	if err != nil {
 		return buf{}, err
 	}
-	b := buf{mem: v, iova: m.IOVA + a.used, n: n}
+	b := buf{mem: v, iova: m.IOVAOf(a.used), n: n}
 	a.used += n
 	return b, v.Zero(0, n)
 }

@@ -111,9 +111,18 @@ func newTestLoad(t testing.TB, c Config, d *disk) *Load {
 	l := &Load{cfg: c}
 	for i := range c.Jobs {
 		q := &fakeQueue{disk: d, mem: make([]byte, p.slotSize*c.Depth), base: 1 << 40, depth: c.Depth}
-		l.jobs = append(l.jobs, newJob(p, i, q, q.mem, q.base))
+		l.jobs = append(l.jobs, newJob(p, i, q, slotsIn(p, q.mem, q.base)))
 	}
 	return l
+}
+
+// slotsIn divides mem, which the queue knows by the addresses from base on.
+func slotsIn(p *plan, mem []byte, base uint64) []slot {
+	slots := make([]slot, p.cfg.Depth)
+	for s := range slots {
+		slots[s].mem, slots[s].iova = mem[s*p.slotSize:][:p.slotSize], base+uint64(s*p.slotSize)
+	}
+	return slots
 }
 
 func newDisk(bytes size.Bytes) *disk { return &disk{data: make([]byte, bytes)} }

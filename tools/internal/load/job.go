@@ -61,19 +61,19 @@ type counters struct {
 
 const noEnd = ^uint64(0)
 
-func newJob(p *plan, i int, q Queue, mem []byte, iova uint64) *job {
-	j := &job{plan: p, index: i, q: q, latency: hdrhistogram.New(1, maxLatency, sharpness)}
+func newJob(p *plan, i int, q Queue, slots []slot) *job {
+	j := &job{plan: p, index: i, q: q, slots: slots, latency: hdrhistogram.New(1, maxLatency, sharpness)}
 	start, blocks := p.region(i)
 	j.pick = newPicker(p.cfg.Kind, p.sizes, p.align, start, blocks)
 	if p.cfg.Verify {
 		j.check = newLedger(start, blocks, p.blockSize, p.run)
 	}
 	// What is written without patterns is random, so that nothing below makes it small.
-	for at := 0; at+p.blockSize <= len(mem); at += p.blockSize {
-		fillBlock(mem[at:at+p.blockSize], uint64(at), uint64(i), p.run)
-	}
-	for s := range p.cfg.Depth {
-		j.slots = append(j.slots, slot{mem: mem[s*p.slotSize:][:p.slotSize], iova: iova + uint64(s*p.slotSize)})
+	for s := range slots {
+		mem := slots[s].mem
+		for at := 0; at+p.blockSize <= len(mem); at += p.blockSize {
+			fillBlock(mem[at:at+p.blockSize], uint64(s*p.slotSize+at), uint64(i), p.run)
+		}
 		j.idle = append(j.idle, uint16(p.cfg.Depth-1-s))
 	}
 	return j

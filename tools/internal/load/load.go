@@ -180,17 +180,22 @@ func Open(ctrl *guestdrv.Controller, c Config) (*Load, error) {
 }
 
 func (l *Load) addJob(p *plan, i int) error {
-	buf, err := l.ctrl.Alloc(p.slotSize * l.cfg.Depth)
-	if err != nil {
-		return fmt.Errorf("buffers of job %d: %w", i, err)
+	// One for each command: memory need not be contiguous for longer than that.
+	slots := make([]slot, l.cfg.Depth)
+	for s := range slots {
+		buf, err := l.ctrl.Alloc(p.slotSize)
+		if err != nil {
+			return fmt.Errorf("buffers of job %d: %w", i, err)
+		}
+		l.closer = append(l.closer, func() error { buf.Free(); return nil })
+		slots[s].mem, slots[s].iova = buf.Bytes(), buf.IOVA()
 	}
-	l.closer = append(l.closer, func() error { buf.Free(); return nil })
 	qp, err := l.ctrl.NewQueuePair(guestdrv.QueuePairOptions{Depth: p.ringDepth, Poll: l.cfg.Poll, NoSpin: l.cfg.NoSpin})
 	if err != nil {
 		return fmt.Errorf("queue pair of job %d: %w", i, err)
 	}
 	l.closer = append(l.closer, qp.Close)
-	l.jobs = append(l.jobs, newJob(p, i, qp, buf.Bytes(), buf.IOVA()))
+	l.jobs = append(l.jobs, newJob(p, i, qp, slots))
 	return nil
 }
 

@@ -254,7 +254,7 @@ func instantJob(q *instantQueue) *job {
 	if err != nil {
 		panic(err)
 	}
-	j := newJob(p, 0, q, make([]byte, p.slotSize*32), 0)
+	j := newJob(p, 0, q, slotsIn(p, make([]byte, p.slotSize*32), 0))
 	j.left = noEnd
 	return j
 }
