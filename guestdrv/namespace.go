@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -23,6 +24,8 @@ type Namespace struct {
 	shift  uint8  // log2 of the block size
 	blocks uint64 // size
 	id     *nvme.IdentifyNamespace
+
+	unmapped atomic.Bool // the controller was asked what is allocated, and cannot tell
 }
 
 var (

@@ -35,6 +35,7 @@ type request struct {
 	lba    uint64
 	blocks uint64
 	data   []byte // blocks << shift bytes, or nil
+	flags  uint32 // of CDW12, for Write and Write Zeroes
 }
 
 // op is one call under way.
@@ -273,6 +274,7 @@ func (o *op) command(c *chunk) {
 	default:
 		blocks, _ := nvme.ToZeroBased16(uint32(c.blocks)) // 1 to 65536, see mostBlocks
 		c.cmd.SetRW(o.req.opcode, o.ns.nsid, o.req.lba+c.first, blocks)
+		c.cmd.CDW12 |= o.req.flags
 	}
 }
 
