@@ -78,6 +78,7 @@ const (
 const (
 	enterGetEvents = 1 << 0
 	enterSQWakeup  = 1 << 1
+	enterExtArg    = 1 << 3 // 5.11
 )
 
 // Flags in the submission ring, written by the kernel.
@@ -98,6 +99,8 @@ const (
 	regFilesUpdate   = 6
 	regEventFDAsync  = 7
 	regProbe         = 8
+	regPersonality   = 9
+	regRestrictions  = 11
 	regEnableRings   = 12
 	regBuffers2      = 15 // 5.13
 	regBuffersUpdate = 16 // 5.13
@@ -105,6 +108,14 @@ const (
 
 	rsrcRegisterSparse = 1 << 0 // 5.19
 	probeOpSupported   = 1 << 0
+)
+
+// io_uring_restriction.opcode.
+const (
+	restrictRegisterOp       = 0
+	restrictSQEOp            = 1
+	restrictSQEFlagsAllowed  = 2
+	restrictSQEFlagsRequired = 3
 )
 
 // Offsets at which the ring's parts are mapped.
@@ -155,6 +166,27 @@ type rsrcUpdate2 struct {
 type filesUpdate struct {
 	offset, _ uint32
 	fds       uint64
+}
+
+// restriction is struct io_uring_restriction.
+type restriction struct {
+	opcode uint16
+	value  uint8
+	_      uint8
+	_      [3]uint32
+}
+
+// getEventsArg is struct io_uring_getevents_arg.
+type getEventsArg struct {
+	sigmask   uint64
+	sigmaskSz uint32
+	_         uint32
+	ts        uint64
+}
+
+// timespec is struct __kernel_timespec.
+type timespec struct {
+	sec, nsec int64
 }
 
 const probeOps = 256

@@ -1,6 +1,10 @@
 package uring
 
-import "golang.org/x/sys/unix"
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
 
 // The way of an operation:
 //
@@ -41,6 +45,36 @@ func (r *Ring) Submit() (int, error) { return r.enter(0) }
 
 // SubmitAndWait is Submit, and waits until at least n completions can be reaped.
 func (r *Ring) SubmitAndWait(n int) (int, error) { return r.enter(uint32(n)) }
+
+// SubmitAndFetch is Submit in one call with what Reap does to have the kernel bring completions that it held back.
+func (r *Ring) SubmitAndFetch() (int, error) {
+	r.sqTail.Store(r.tail) // pairs with the kernel's acquire
+	for {
+		n, errno := enterNow(r.fd, r.tail-r.sqHead.Load(), enterGetEvents)
+		switch errno {
+		case 0:
+			return n, nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// SubmitAndWaitFor is SubmitAndWait that ends after d at the latest, and when a signal comes, which are no errors. It needs
+// FeatExtArg (5.11), and is for rings without SQPoll.
+func (r *Ring) SubmitAndWaitFor(n int, d time.Duration) (int, error) {
+	r.sqTail.Store(r.tail) // pairs with the kernel's acquire
+	r.wait = timespec{sec: int64(d / time.Second), nsec: int64(d % time.Second)}
+	taken, errno := enterTimed(r.fd, r.tail-r.sqHead.Load(), uint32(n), enterGetEvents, &r.wait)
+	switch errno {
+	case 0:
+		return taken, nil
+	case unix.ETIME, unix.EINTR:
+		return 0, nil
+	}
+	return 0, errno
+}
 
 func (r *Ring) enter(wait uint32) (taken int, err error) {
 	r.sqTail.Store(r.tail) // pairs with the kernel's acquire: the entries are visible before it
@@ -83,6 +117,9 @@ func (r *Ring) enter(wait uint32) (taken int, err error) {
 		}
 	}
 }
+
+// Held reports whether the kernel has completions that Reap would have to enter it for.
+func (r *Ring) Held() bool { return r.sqFlags.Load()&(sqCQOverflow|sqTaskrun) != 0 }
 
 // Ready returns how many completions lie in the ring.
 func (r *Ring) Ready() int { return int(r.cqTail.Load() - r.head) }
@@ -136,8 +173,7 @@ func (r *Ring) reapWide(out []WideCQE) int {
 
 // fetch reports whether it made the kernel bring completions that it held back.
 func (r *Ring) fetch() bool {
-	held := r.sqFlags.Load()&(sqCQOverflow|sqTaskrun) != 0
-	if !held && !r.polled {
+	if !r.Held() && !r.polled {
 		return false
 	}
 	// EBUSY and EINTR mean "later"; the flag stays, and so does what is held.

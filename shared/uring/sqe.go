@@ -107,6 +107,13 @@ func (s *SQE) PrepCommand(fd int, cmd uint32) {
 	s.transfer(OpURingCmd, fd, 0, 0, uint64(cmd))
 }
 
+// PrepPoll completes once, when one of the events (unix.POLLIN, ...) is there on fd: at once if it is there already. Its
+// result is the events that are.
+func (s *SQE) PrepPoll(fd int, events uint32) {
+	s.transfer(OpPollAdd, fd, 0, 0, 0)
+	s.OpFlags = events
+}
+
 func (s *SQE) transfer(op uint8, fd int, addr uint64, n uint32, off uint64) {
 	s.Opcode = op
 	s.FD = int32(fd)

@@ -77,6 +77,7 @@ type Ring struct {
 	wide              []WideCQE
 	ops               *probe
 	sqPoll            bool
+	wait              timespec // of SubmitAndWaitFor, which must not be on a stack
 }
 
 // Error is a refusal by the kernel, with the remedy.

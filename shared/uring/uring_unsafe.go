@@ -23,6 +23,10 @@ const (
 	_ = uint(16 - unsafe.Sizeof(filesUpdate{}))
 	_ = uint(unsafe.Sizeof(rsrcUpdate2{}) - 32)
 	_ = uint(32 - unsafe.Sizeof(rsrcUpdate2{}))
+	_ = uint(unsafe.Sizeof(restriction{}) - 16)
+	_ = uint(16 - unsafe.Sizeof(restriction{}))
+	_ = uint(unsafe.Sizeof(getEventsArg{}) - 24)
+	_ = uint(24 - unsafe.Sizeof(getEventsArg{}))
 	_ = uint(unsafe.Sizeof(probe{}) - 16 - 8*probeOps)
 	_ = uint(16 + 8*probeOps - unsafe.Sizeof(probe{}))
 )
@@ -73,6 +77,14 @@ func enterWait(fd int, toSubmit, minComplete, flags uint32) (int, unix.Errno) {
 	return int(n), errno
 }
 
+// enterTimed is enterWait that ends with ETIME after ts, or without waiting at all if minComplete is 0.
+func enterTimed(fd int, toSubmit, minComplete, flags uint32, ts *timespec) (int, unix.Errno) {
+	arg := getEventsArg{ts: uint64(uintptr(unsafe.Pointer(ts)))}
+	n, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(fd), uintptr(toSubmit), uintptr(minComplete),
+		uintptr(flags|enterExtArg), uintptr(unsafe.Pointer(&arg)), unsafe.Sizeof(arg))
+	return int(n), errno
+}
+
 func register(fd int, op uint32, arg unsafe.Pointer, n int) unix.Errno {
 	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(fd), uintptr(op), uintptr(arg), uintptr(n), 0, 0)
 	return errno
@@ -101,6 +113,15 @@ func updateIovecs(fd int, at int, v []unix.Iovec) unix.Errno {
 func updateFiles(fd int, at int, v []int32) unix.Errno {
 	a := filesUpdate{offset: uint32(at), fds: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(v))))}
 	return register(fd, regFilesUpdate, unsafe.Pointer(&a), len(v))
+}
+
+func registerRestrictions(fd int, v []restriction) unix.Errno {
+	return register(fd, regRestrictions, unsafe.Pointer(unsafe.SliceData(v)), len(v))
+}
+
+func registerPersonality(fd int) (int, unix.Errno) {
+	id, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(fd), regPersonality, 0, 0, 0, 0)
+	return int(id), errno
 }
 
 func registerProbe(fd int, p *probe) unix.Errno {
