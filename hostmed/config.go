@@ -50,6 +50,7 @@ type Config struct {
 	NoSpin      bool               // workers never poll an empty queue: for measurements
 	Poll        time.Duration      // how long a worker polls an empty queue at the most, 10 us to 100 ms; 0: 250 us
 	State       string             // directory of what has to outlive hostmed; empty: nothing does
+	NoSockets   bool               // no socket is made: ControllerConfig.Socket is but the name that Attach takes
 	LogLevel    string             // what Logger should say at least; empty: left alone
 	Logger      hclog.Logger
 }

@@ -163,7 +163,7 @@ func (m *Mediator) Run(ctx context.Context) error {
 
 // accept has p serve clients, once Run has begun. It is called with mu held.
 func (m *Mediator) accept(p *port) {
-	if m.running && !m.closed {
+	if m.running && !m.closed && p.listener != nil {
 		m.accepting.Go(p.accept)
 	}
 }

@@ -32,7 +32,7 @@ type port struct {
 	kept     *ctrl.Persistent
 	path     string
 	home     *ioq.Worker
-	listener *net.UnixListener
+	listener *net.UnixListener // nil: none, see Config.NoSockets
 	inode    uint64
 
 	mu      sync.Mutex
@@ -49,14 +49,14 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	if p.kept, err = ctrl.OpenPersistent(s.m.state, stateKey(s.NQN(), c.ID), p.log); err != nil {
 		return nil, err
 	}
-	l, err := listen(c.Socket)
-	if err != nil {
-		return nil, err
-	}
-	p.listener = l
-	var st unix.Stat_t
-	if unix.Stat(c.Socket, &st) == nil {
-		p.inode = st.Ino
+	if !s.m.cfg.NoSockets {
+		if p.listener, err = listen(c.Socket); err != nil {
+			return nil, err
+		}
+		var st unix.Stat_t
+		if unix.Stat(c.Socket, &st) == nil {
+			p.inode = st.Ino
+		}
 	}
 	p.self = s.AddController(c.ID)
 	p.self.Manages = c.Management
@@ -128,17 +128,27 @@ func (p *port) accept() {
 
 var errBusy = errors.New("the controller has a client already: end that, or give each guest a socket of its own")
 
-// serve starts a session on conn. A session that is on its way out is waited for.
-func (p *port) serve(conn *net.UnixConn) error {
+// free returns the port's last session, which has ended, or says that there is a client. A session that is on its way out is waited for.
+func (p *port) free() (old *session, err error) {
 	p.mu.Lock()
-	old := p.session
+	old = p.session
 	p.mu.Unlock()
-	if old != nil {
-		if !old.hungUp() && !old.gone() {
-			go refuse(conn)
-			return errBusy
-		}
-		<-old.done
+	if old == nil {
+		return nil, nil
+	}
+	if !old.hungUp() && !old.gone() {
+		return nil, errBusy
+	}
+	<-old.done
+	return old, nil
+}
+
+// serve starts a session on conn.
+func (p *port) serve(conn *net.UnixConn) error {
+	old, err := p.free()
+	if err != nil {
+		go refuse(conn)
+		return err
 	}
 	fd, err := takeFD(conn)
 	if err != nil {
@@ -146,8 +156,11 @@ func (p *port) serve(conn *net.UnixConn) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	switch {
+	case p.closed:
 		return unix.Close(fd)
+	case p.session != old: // a client in this process came meanwhile
+		return errors.Join(errBusy, unix.Close(fd))
 	}
 	s, err := p.newSession(fd)
 	if err != nil {
@@ -190,7 +203,10 @@ func refuse(conn *net.UnixConn) {
 
 // close ends the session, if there is one, and removes the socket.
 func (p *port) close() error {
-	err := p.listener.Close()
+	var err error
+	if p.listener != nil {
+		err = p.listener.Close()
+	}
 	p.mu.Lock()
 	p.closed = true
 	s := p.session
@@ -201,7 +217,7 @@ func (p *port) close() error {
 	}
 	err = errors.Join(err, p.kept.Close())
 	var st unix.Stat_t
-	if unix.Stat(p.path, &st) == nil && st.Ino == p.inode {
+	if p.listener != nil && unix.Stat(p.path, &st) == nil && st.Ino == p.inode {
 		err = errors.Join(err, os.Remove(p.path))
 	}
 	return errors.Join(err, p.kept.Close())

@@ -35,7 +35,7 @@ const maxFaults = 16
 type session struct {
 	p    *port
 	log  hclog.Logger
-	fd   int // -1 at the end, which is written under mu
+	fd   int // -1 at the end, which is written under mu, and always for a client in this process (attach.go)
 	home *ioq.Worker
 
 	mem  *gmem.Memory
@@ -43,7 +43,7 @@ type session struct {
 	ctl  *ctrl.Controller
 	cfg  *pci.ConfigSpace
 	msix *pci.MSIX
-	disp *vfiouser.Dispatcher
+	disp *vfiouser.Dispatcher // nil: the client is in this process
 
 	// The PCI function's state, the goroutine's (interrupts.go):
 	master     bool // bus mastering is on
@@ -76,14 +76,14 @@ type session struct {
 	done chan struct{}
 }
 
+// newSession starts the session of the client behind the connection fd, or, if that is -1, of one in this process.
 func (p *port) newSession(fd int) (_ *session, err error) {
 	s := &session{
 		p: p, log: p.log, fd: fd, home: p.home, mem: gmem.New(),
-		recv: vfiouser.NewReceiver(fd, vfiouser.MaxMsg), signal: make(chan struct{}, 1), done: make(chan struct{}),
-		unmaskFD: -1,
+		signal: make(chan struct{}, 1), done: make(chan struct{}), unmaskFD: -1,
 	}
 	defer func() {
-		if err != nil {
+		if err != nil && fd >= 0 {
 			unix.Close(fd)
 		}
 	}()
@@ -103,6 +103,8 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 
 		OnPin: s.pinLater,
 
+		HeapDoorbells: fd < 0,
+
 		InterruptMask: func() uint32 { return s.ctl.InterruptMask() },
 	})
 	if err != nil {
@@ -115,21 +117,29 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD, VID: nvme.PCIVendorGoogle, SSVID: nvme.PCIVendorGoogle, Logger: p.log, Stats: s.stats, IOErrors: s.data.TakeIOErrors,
 		Wake: s.kickAdmin, Persistent: p.kept, Dump: s.data.String,
 	}, s.data, guestMemory{s.mem, s})
-	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
-	s.disp.OnError = func(h vfiouser.Header, err error) {
-		s.log.Debug("message refused", "message", h.String(), "error", err)
-	}
-	s.home.Call(func() { err = s.home.Add(fd, s) })
-	if err != nil {
-		err = errors.Join(err, s.data.Close())
-		s.ctl.Close()
-		return nil, err
+	if fd >= 0 {
+		if err = s.receive(); err != nil {
+			err = errors.Join(err, s.data.Close())
+			s.ctl.Close()
+			return nil, err
+		}
 	}
 	s.log.Info("client connected")
 	p.self.Connect(member{s})
 	s.do(call{run: s.updateNamespaces}) // they may have changed before Connect
 	go s.run()
 	return s, nil
+}
+
+// receive makes the home worker read the client's messages.
+func (s *session) receive() (err error) {
+	s.recv = vfiouser.NewReceiver(s.fd, vfiouser.MaxMsg)
+	s.disp = vfiouser.NewDispatcher(&device{s}, vfiouser.Capabilities{MaxDMAMaps: gmem.MaxMaps})
+	s.disp.OnError = func(h vfiouser.Header, err error) {
+		s.log.Debug("message refused", "message", h.String(), "error", err)
+	}
+	s.home.Call(func() { err = s.home.Add(s.fd, s) })
+	return err
 }
 
 // Ready reads what has come. It runs on the home worker's thread.
@@ -225,6 +235,9 @@ func (s *session) hungUp() bool {
 func (s *session) gone() (gone bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.disp == nil {
+		return false // its Close says so by itself
+	}
 	if s.fd < 0 {
 		return true
 	}
@@ -347,22 +360,10 @@ func (s *session) tearDown() {
 		s.log.Error("stopping the queues", "error", err)
 	}
 	s.ctl.Close()
-	s.home.Call(func() {
-		s.busy = true
-		s.home.Remove(s.fd)
-		s.recv.Close()
-	})
-	s.mu.Lock()
-	fd := s.fd
-	s.fd = -1
-	s.mu.Unlock()
-	if err := errors.Join(s.mem.Close(), unix.Close(fd)); err != nil {
+	if err := errors.Join(s.disconnect(), s.mem.Close()); err != nil {
 		s.log.Error("ending a session", "error", err)
 	}
-	for _, fd := range s.msg.FDs {
-		unix.Close(fd)
-	}
-	if !s.disp.Negotiated() && errors.Is(why, vfiouser.ErrProtocol) {
+	if s.disp != nil && !s.disp.Negotiated() && errors.Is(why, vfiouser.ErrProtocol) {
 		why = fmt.Errorf("%w (%w)", errVersion, why)
 	}
 	args := []any{"reason", why, "reads", did.Reads, "writes", did.Writes, "errors", did.Errors, "mmio_per_io", strconv.FormatFloat(did.MMIO(), 'g', 2, 64)}
@@ -372,6 +373,26 @@ func (s *session) tearDown() {
 	default:
 		s.log.Warn("client dropped", args...)
 	}
+}
+
+// disconnect takes the connection from the home worker and closes it.
+func (s *session) disconnect() error {
+	if s.disp == nil {
+		return nil
+	}
+	s.home.Call(func() {
+		s.busy = true
+		s.home.Remove(s.fd)
+		s.recv.Close()
+	})
+	s.mu.Lock()
+	fd := s.fd
+	s.fd = -1
+	s.mu.Unlock()
+	for _, fd := range s.msg.FDs {
+		unix.Close(fd)
+	}
+	return unix.Close(fd)
 }
 
 func (s *session) stats() ctrl.IOStats {

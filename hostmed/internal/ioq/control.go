@@ -31,6 +31,9 @@ type Config struct {
 	MDTSBytes  uint32
 	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
 
+	// HeapDoorbells keeps the registers of Mmap mode on the heap, for a client in this process.
+	HeapDoorbells bool
+
 	// OnAdmin, OnError and OnPin are called on a worker's thread and must not block: queue 0's doorbell
 	// has moved; a queue has failed; PinOverdue(rung) is to be called after a while. OnPin also on the session's.
 	OnAdmin func()
@@ -99,7 +102,9 @@ func NewController(c Config) (*Controller, error) {
 	if c.Mode == ctrl.Mmap {
 		var err error
 		size = (size + shm.PageSize - 1) &^ (shm.PageSize - 1)
-		if d.bar, err = shm.NewMemfd("nvme-doorbells", nvme.DoorbellBase+size); err != nil {
+		if c.HeapDoorbells {
+			d.bar = shm.NewHeap(int(nvme.DoorbellBase + size))
+		} else if d.bar, err = shm.NewMemfd("nvme-doorbells", nvme.DoorbellBase+size); err != nil {
 			return nil, err
 		}
 		if d.bells, err = d.bar.View(nvme.DoorbellBase, size); err != nil {
@@ -145,7 +150,8 @@ func (c *Controller) Close() error {
 	return nil
 }
 
-// Doorbells is, in Mmap mode, the memfd that has the doorbell registers at their offset in BAR0; otherwise nil.
+// Doorbells is, in Mmap mode, the memory that has the doorbell registers at their offset in BAR0; otherwise nil. It is a memfd, unless
+// Config.HeapDoorbells is set.
 func (c *Controller) Doorbells() *shm.Region { return c.bar }
 
 // words returns the doorbells of queue qid and their event indices where they are now.
