@@ -44,10 +44,13 @@ type Device interface {
 	// the caller's to close, after Close.
 	Interrupts(n int) ([]int, error)
 
-	// Reset resets the function, as an FLR would.
+	// Reset resets the function, as an FLR would, and leaves it as it was found but for the controller's own registers: it may reach memory, its
+	// interrupts are those of Interrupts, DMA memory keeps its place. It may be called with queues in use, and in a locked sandbox. The error is
+	// errors.ErrUnsupported if the function has no reset.
 	Reset() error
 
-	// Done is closed when the device can no longer be reached; Err then says why.
+	// Done is closed when the device can no longer be reached; Err then says why, ErrGone included. A device that nobody watches is found out
+	// by a register that reads as all ones: Read32 and Read64 then return ErrGone.
 	Done() <-chan struct{}
 	Err() error
 
@@ -60,6 +63,16 @@ type Device interface {
 
 	// Unmap takes the mapped doorbells away. It is the last call.
 	Unmap() error
+}
+
+// Files are the open files that a Device in a locked sandbox still makes system calls on, besides read, write, close and those on sockets. A Device
+// that has some has a method Files.
+type Files struct {
+	// VFIODevice is the descriptor of a VFIO device; -1: none. Reset makes the ioctl VFIO_DEVICE_RESET on it, Reset and Close read and
+	// write its configuration space (pread64, pwrite64). There is nothing else: no mapping, no interrupt is changed after the set-up.
+	VFIODevice int
+	// Write are files that are read and written by pread64 and pwrite64: a function's configuration space, and its reset in sysfs.
+	Write []int
 }
 
 // Doorbell is one doorbell register.

@@ -1,17 +1,18 @@
 // Package sysfspci is a [device.Device] over what Linux shows of a PCI function in sysfs: registers are resource0, mapped; DMA memory is
-// pinned memory of this process, whose physical addresses /proc/self/pagemap tells. There are no interrupts: the device is polled.
+// huge pages of this process, whose physical addresses /proc/self/pagemap tells. There are no interrupts: the device is polled.
 //
-// No IOMMU is asked for, so the device can reach all memory, and a mistake here is one anywhere: this is for experiments and test machines.
-// It needs CAP_SYS_ADMIN, and a function that no kernel driver has.
+// There is no IOMMU between the function and the machine's memory, so a mistake here is one anywhere: this is for guests without one, whose
+// only disk the function is, for experiments and for test machines. If the process is killed with reads under way, the function may still write to
+// the pages that it had. It needs a function that no kernel driver has, root's files, and CAP_SYS_ADMIN.
 package sysfspci
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -29,43 +31,33 @@ const Scheme = "sysfs:"
 // IsName reports whether name is a device of this kind, and returns the part after Scheme: the function's address, such as 0000:00:04.0.
 func IsName(name string) (string, bool) { return strings.CutPrefix(name, Scheme) }
 
-const (
-	sysfs     = "/sys/bus/pci/devices"
-	classNVMe = 0x010802
-	maxBAR0   = 1 << 24
-
-	pciCommand     = 0x04 // register of the configuration space
-	pciMemory      = 1 << 1
-	pciBusMaster   = 1 << 2
-	pciINTxDisable = 1 << 10
-)
-
 // Device is a PCI function.
 type Device struct {
-	dir    string
-	bar    *os.File
-	config *os.File
-	regs   *shm.Region
+	pci.Registers
+	dir  string
+	gone *pci.Ending
+
+	// Open for as long as the Device is: a locked sandbox opens nothing.
+	bar, config *os.File
+	reset       *os.File // nil: it has none
 
 	closeOnce sync.Once
 	closeErr  error
 	unmapOnce sync.Once
 	unmapErr  error
-	done      chan struct{}
 }
 
 var _ device.Device = (*Device)(nil)
 
-var address = regexp.MustCompile(`^[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$`)
-
-// Open takes the NVMe controller at a PCI address.
-func Open(bdf string) (*Device, error) { return open(sysfs, bdf) }
+// Open takes the NVMe controller at a PCI address. Nothing is taken from the kernel for it: a function with a driver is an error.
+func Open(bdf string) (*Device, error) { return open(pci.Devices, bdf) }
 
 func open(root, bdf string) (_ *Device, err error) {
-	if !address.MatchString(bdf) {
-		return nil, fmt.Errorf("PCI address %q: want one such as 0000:00:04.0", bdf)
+	if bdf, err = pci.ParseAddress(bdf); err != nil {
+		return nil, err
 	}
-	d := &Device{dir: filepath.Join(root, bdf), done: make(chan struct{})}
+	d := &Device{dir: filepath.Join(root, bdf), gone: pci.NewEnding()}
+	d.Registers.Gone = d.gone
 	defer func() {
 		if err != nil {
 			d.Close()
@@ -76,19 +68,16 @@ func open(root, bdf string) (_ *Device, err error) {
 	if err := d.check(bdf); err != nil {
 		return nil, err
 	}
-	if d.config, err = os.OpenFile(filepath.Join(d.dir, "config"), os.O_RDWR, 0); err != nil {
-		return nil, err
-	}
 	if err := d.mapRegisters(); err != nil {
 		return nil, err
 	}
-	if err := d.write("enable", "1"); err != nil {
+	if err := d.enable(); err != nil {
 		return nil, err
 	}
-	return d, d.command(pciMemory|pciBusMaster|pciINTxDisable, 0)
+	return d, nil
 }
 
-// check looks whether the function is an NVMe controller that nobody has.
+// check looks whether the function is an NVMe controller that nobody has, and that reaches memory by physical addresses.
 func (d *Device) check(bdf string) error {
 	if _, err := os.Stat(d.dir); err != nil {
 		return fmt.Errorf("no such PCI function: %w", err)
@@ -97,8 +86,8 @@ func (d *Device) check(bdf string) error {
 	if err != nil {
 		return err
 	}
-	if class != classNVMe {
-		return fmt.Errorf("not an NVMe controller: PCI class %06x, want %06x", class, classNVMe)
+	if class != pci.ClassNVMe {
+		return fmt.Errorf("not an NVMe controller: PCI class %06x, want %06x", class, pci.ClassNVMe)
 	}
 	driver, err := os.Readlink(filepath.Join(d.dir, "driver"))
 	switch {
@@ -108,6 +97,22 @@ func (d *Device) check(bdf string) error {
 			name, bdf, name, unix.EBUSY)
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
+	}
+	return d.checkIOMMU()
+}
+
+// checkIOMMU refuses a function whose addresses an IOMMU translates: the physical ones would be others, or none.
+func (d *Device) checkIOMMU() error {
+	b, err := os.ReadFile(filepath.Join(d.dir, "iommu_group", "type"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("its IOMMU group: %w", err)
+	}
+	if kind := strings.TrimSpace(string(b)); kind != "identity" {
+		return fmt.Errorf("an IOMMU is between it and memory (its group is of type %s), so physical addresses are not what it would reach: use vfio:, or start the kernel with iommu=pt: %w",
+			kind, errors.ErrUnsupported)
 	}
 	return nil
 }
@@ -120,19 +125,29 @@ func (d *Device) number(file string) (uint64, error) {
 	return strconv.ParseUint(strings.TrimSpace(string(b)), 0, 64)
 }
 
-func (d *Device) write(file, text string) error {
-	f, err := os.OpenFile(filepath.Join(d.dir, file), os.O_WRONLY, 0)
-	if err != nil {
-		return err
+// explain says what a refusal of a file in sysfs is about.
+func explain(what string, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%s: %w (the file is root's: run as root)", what, err)
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%s: %w (it needs CAP_SYS_ADMIN of the first user namespace, and a kernel that is not locked down: see /sys/kernel/security/lockdown; vfio: needs neither)", what, err)
 	}
-	_, err = f.WriteString(text)
-	return errors.Join(err, f.Close())
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+func (d *Device) open(file string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(d.dir, file), flags, 0)
+	if err != nil {
+		return nil, explain(file, err)
+	}
+	return f, nil
 }
 
 // mapRegisters maps BAR0, whose file is as large as it is.
 func (d *Device) mapRegisters() (err error) {
-	name := filepath.Join(d.dir, "resource0")
-	if d.bar, err = os.OpenFile(name, os.O_RDWR, 0); err != nil {
+	if d.bar, err = d.open("resource0", os.O_RDWR); err != nil {
 		return fmt.Errorf("BAR0: %w", err)
 	}
 	fd := int(d.bar.Fd())
@@ -144,81 +159,66 @@ func (d *Device) mapRegisters() (err error) {
 		return err
 	}
 	size := fi.Size()
-	if size < nvme.DoorbellBase+8 || size > maxBAR0 {
+	if size < nvme.DoorbellBase+8 || size > pci.MaxBAR0 {
 		return fmt.Errorf("BAR0 of %#x bytes cannot hold the registers of an NVMe controller", size)
 	}
-	d.regs, err = shm.Map(fd, 0, uint64(size), true)
-	return err
+	mem, err := shm.Map(fd, 0, uint64(size), true)
+	if err != nil {
+		return explain("BAR0", err)
+	}
+	d.Registers.Size, d.Registers.Areas = mem.Len(), []pci.Area{{Mem: mem}}
+	return nil
+}
+
+// enable wakes the function up and lets it reach memory. The kernel counts who has enabled it; that count is given back at once, since a locked
+// sandbox no longer can, and of what it takes with it, bus mastering, the command register is the only place.
+func (d *Device) enable() (err error) {
+	if d.config, err = d.open("config", os.O_RDWR); err != nil {
+		return err
+	}
+	if d.reset, err = d.open("reset", os.O_WRONLY); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	enable, err := d.open("enable", os.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	for _, v := range []string{"1", "0"} {
+		if _, err = enable.WriteAt([]byte(v), 0); err != nil {
+			err = explain("enable", err)
+			break
+		}
+	}
+	if err = errors.Join(err, enable.Close()); err != nil {
+		return err
+	}
+	return d.command(pci.CommandMemory|pci.CommandBusMaster|pci.CommandINTxDisable, 0)
 }
 
 // command sets and clears bits of the function's command register.
 func (d *Device) command(set, clear uint16) error {
 	var b [2]byte
-	if _, err := d.config.ReadAt(b[:], pciCommand); err != nil {
+	if _, err := d.config.ReadAt(b[:], pci.RegCommand); err != nil {
 		return fmt.Errorf("PCI command register: %w", err)
 	}
-	v := (uint16(b[0])|uint16(b[1])<<8)&^clear | set
-	if _, err := d.config.WriteAt([]byte{byte(v), byte(v >> 8)}, pciCommand); err != nil {
-		return fmt.Errorf("PCI command register: %w", err)
+	v := binary.LittleEndian.Uint16(b[:])
+	if v == 0xffff {
+		return fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
+	}
+	binary.LittleEndian.PutUint16(b[:], v&^clear|set)
+	if _, err := d.config.WriteAt(b[:], pci.RegCommand); err != nil {
+		return explain("PCI command register", err)
 	}
 	return nil
 }
 
-func accessError(off uint32, err error) error {
-	return fmt.Errorf("register %s: %w", nvme.RegisterName(off), err)
-}
-
-// Read32 reads a register.
-func (d *Device) Read32(off uint32) (uint32, error) {
-	w, err := d.regs.Word32(uint64(off))
+// AllocDMA returns memory in huge pages, contiguous for the function over one of them or more.
+func (d *Device) AllocDMA(size uint64) (*device.DMARegion, error) {
+	mem, err := pci.NewPhysical(size)
 	if err != nil {
-		return 0, accessError(off, err)
+		return nil, fmt.Errorf("%d bytes of DMA memory: %w", size, err)
 	}
-	return w.Load(), nil
-}
-
-// Read64 reads a register.
-func (d *Device) Read64(off uint32) (uint64, error) {
-	w, err := d.regs.Word64(uint64(off))
-	if err != nil {
-		return 0, accessError(off, err)
-	}
-	return w.Load(), nil
-}
-
-// Write32 writes a register.
-func (d *Device) Write32(off uint32, v uint32) error {
-	w, err := d.regs.Word32(uint64(off))
-	if err != nil {
-		return accessError(off, err)
-	}
-	store32(w, v)
-	return nil
-}
-
-// Write64 writes a register.
-func (d *Device) Write64(off uint32, v uint64) error {
-	w, err := d.regs.Word64(uint64(off))
-	if err != nil {
-		return accessError(off, err)
-	}
-	store64(w, v)
-	return nil
-}
-
-// RegisterSpace returns the size of BAR0.
-func (d *Device) RegisterSpace() uint64 { return d.regs.Len() }
-
-// Doorbell returns a doorbell register. It is no memory: each value has to be written.
-func (d *Device) Doorbell(off uint32) device.Doorbell {
-	w, err := d.regs.Word32(uint64(off))
-	if err != nil {
-		return device.Doorbell{Ring: func(uint32) error { return fmt.Errorf("doorbell at %#x: %w", off, err) }}
-	}
-	return device.Doorbell{Ring: func(v uint32) error {
-		store32(w, v)
-		return nil
-	}}
+	return mem, nil
 }
 
 // MaxInterrupts returns 0: there are none this way.
@@ -234,38 +234,47 @@ func (d *Device) Interrupts(n int) ([]int, error) {
 
 // Reset resets the function by the kernel, which keeps its configuration space. The error is [errors.ErrUnsupported] if the function cannot be reset.
 func (d *Device) Reset() error {
-	err := d.write("reset", "1")
-	if errors.Is(err, fs.ErrNotExist) {
+	if d.reset == nil {
 		return fmt.Errorf("the function has no reset: %w", errors.ErrUnsupported)
 	}
-	return err
+	if _, err := d.reset.WriteAt([]byte("1"), 0); err != nil {
+		return explain("reset", err)
+	}
+	return d.command(pci.CommandMemory|pci.CommandBusMaster|pci.CommandINTxDisable, 0)
 }
 
-// Done is closed by Close only: a function that is pulled out reads as all ones.
-func (d *Device) Done() <-chan struct{} { return d.done }
+// Files are what Reset and Close use.
+func (d *Device) Files() device.Files {
+	f := device.Files{VFIODevice: -1, Write: []int{int(d.config.Fd())}}
+	if d.reset != nil {
+		f.Write = append(f.Write, int(d.reset.Fd()))
+	}
+	return f
+}
+
+// Done is closed by Close, and when the registers read as all ones.
+func (d *Device) Done() <-chan struct{} { return d.gone.Done() }
 
 // Err returns why Done is closed.
-func (d *Device) Err() error {
-	select {
-	case <-d.done:
-		return fmt.Errorf("%w: it was closed", device.ErrGone)
-	default:
-		return nil
-	}
-}
+func (d *Device) Err() error { return d.gone.Err() }
 
 // PeerPID returns 0: nobody serves the device.
 func (d *Device) PeerPID() int { return 0 }
 
-// Close takes the right to reach memory away from the function and gives it back.
+// Close takes the right to reach memory away from the function.
 func (d *Device) Close() error {
 	d.closeOnce.Do(func() {
-		close(d.done)
+		gone := d.gone.Err() != nil
+		d.gone.End(fmt.Errorf("%w: it was closed", device.ErrGone))
 		if d.config != nil {
-			d.closeErr = errors.Join(d.command(0, pciBusMaster), d.write("enable", "0"), d.config.Close())
+			if err := d.command(0, pci.CommandBusMaster); !gone {
+				d.closeErr = err
+			}
 		}
-		if d.bar != nil {
-			d.closeErr = errors.Join(d.closeErr, d.bar.Close())
+		for _, f := range []*os.File{d.config, d.reset, d.bar} {
+			if f != nil {
+				d.closeErr = errors.Join(d.closeErr, f.Close())
+			}
 		}
 	})
 	return d.closeErr
@@ -273,10 +282,6 @@ func (d *Device) Close() error {
 
 // Unmap takes the registers away.
 func (d *Device) Unmap() error {
-	d.unmapOnce.Do(func() {
-		if d.regs != nil {
-			d.unmapErr = d.regs.Close()
-		}
-	})
+	d.unmapOnce.Do(func() { d.unmapErr = d.Registers.Unmap() })
 	return d.unmapErr
 }

@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -24,7 +26,7 @@ func fake(t *testing.T, edit func(dir string)) (root string) {
 		t.Fatal(err)
 	}
 	config := make([]byte, 256)
-	config[pciCommand] = 1
+	config[pci.RegCommand] = 1
 	for name, content := range map[string]string{"class": "0x010802\n", "config": string(config), "enable": "0\n", "resource0": string(make([]byte, 16<<10))} {
 		put(t, dir, name, content)
 	}
@@ -39,6 +41,15 @@ func put(t *testing.T, dir, name, content string) {
 	if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// group puts the function into an IOMMU group.
+func group(t *testing.T, dir, kind string) {
+	t.Helper()
+	if err := os.Mkdir(filepath.Join(dir, "iommu_group"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	put(t, dir, "iommu_group/type", kind+"\n")
 }
 
 func get(t *testing.T, root, name string) []byte {
@@ -56,11 +67,11 @@ func TestRegistersAreTheFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := get(t, root, "config")[pciCommand:][:2]; got[0] != 7 || got[1] != 4 {
+	if got := get(t, root, "config")[pci.RegCommand:][:2]; got[0] != 7 || got[1] != 4 {
 		t.Errorf("command register % x, want memory, bus master and no INTx beside what was there", got)
 	}
-	if got := string(get(t, root, "enable")); got[0] != '1' {
-		t.Errorf("enable is %q", got)
+	if got := string(get(t, root, "enable")); got[0] != '0' {
+		t.Errorf("enable is %q, want the count given back", got)
 	}
 	if err := errors.Join(d.Write32(nvme.RegCC, 0x460001), d.Write64(nvme.RegASQ, 0x1_2345_6000), d.Doorbell(nvme.DoorbellBase).Ring(7)); err != nil {
 		t.Fatal(err)
@@ -95,7 +106,7 @@ func TestRegistersAreTheFile(t *testing.T) {
 	if err := errors.Join(d.Close(), d.Close(), d.Unmap(), d.Unmap()); err != nil {
 		t.Error(err)
 	}
-	if got := get(t, root, "config")[pciCommand]; got != 3 {
+	if got := get(t, root, "config")[pci.RegCommand]; got != 3 {
 		t.Errorf("command register %#x after Close, want bus mastering off", got)
 	}
 	if d.Err() == nil {
@@ -114,6 +125,7 @@ func TestWhatCannotBeOpenedSaysWhy(t *testing.T) {
 		"nothing":     {bdf: "0000:00:05.0", is: fs.ErrNotExist, says: "no such PCI function"},
 		"not NVMe":    {edit: func(dir string) { put(t, dir, "class", "0x020000\n") }, says: "not an NVMe controller: PCI class 020000"},
 		"driver":      {edit: func(dir string) { _ = os.Symlink("/sys/bus/pci/drivers/nvme", filepath.Join(dir, "driver")) }, is: unix.EBUSY, says: "echo " + bdf + " > /sys/bus/pci/drivers/nvme/unbind"},
+		"IOMMU":       {edit: func(dir string) { group(t, dir, "DMA-FQ") }, is: errors.ErrUnsupported, says: "an IOMMU is between it and memory (its group is of type DMA-FQ)"},
 		"small BAR0":  {edit: func(dir string) { put(t, dir, "resource0", "x") }, says: "BAR0 of 0x1 bytes"},
 		"without BAR": {edit: func(dir string) { _ = os.Remove(filepath.Join(dir, "resource0")) }, is: fs.ErrNotExist, says: "BAR0"},
 	} {
@@ -130,23 +142,63 @@ func TestWhatCannotBeOpenedSaysWhy(t *testing.T) {
 	}
 }
 
-func TestFrame(t *testing.T) {
-	if got, err := frame(1<<63 | 1<<55 | 0x1234); got != 0x1234000 || err != nil {
-		t.Errorf("%#x, %v", got, err)
+func TestResetLeavesBusMasteringOn(t *testing.T) {
+	root := fake(t, func(dir string) {
+		put(t, dir, "reset", "")
+		group(t, dir, "identity")
+	})
+	d, err := open(root, "00:04.0")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := frame(0x1234); err == nil {
-		t.Error("a page that is not there has an address")
+	defer d.Unmap()
+	defer d.Close()
+	// What a reset may do to the command register.
+	if _, err := d.config.WriteAt([]byte{0, 0}, pci.RegCommand); err != nil {
+		t.Fatal(err)
 	}
-	if _, err := frame(1 << 63); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SYS_ADMIN") {
-		t.Errorf("without the right: %v", err)
+	if err := d.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(get(t, root, "reset")); got != "1" {
+		t.Errorf("reset is %q", got)
+	}
+	if got := get(t, root, "config")[pci.RegCommand]; got != pci.CommandMemory|pci.CommandBusMaster {
+		t.Errorf("command register %#x", got)
+	}
+	if f := d.Files(); f.VFIODevice != -1 || len(f.Write) != 2 {
+		t.Errorf("files %+v", f)
 	}
 }
 
-func TestMemoryInOnePieceHasALimit(t *testing.T) {
-	d := &Device{}
-	for _, n := range []uint64{0, hugePage + 1} {
-		if _, err := d.AllocDMA(n); err == nil {
-			t.Errorf("%d bytes", n)
-		}
+func TestAllOnesMeanThatItIsGone(t *testing.T) {
+	root := fake(t, nil)
+	d, err := open(root, bdf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Unmap()
+	if err := d.Write32(nvme.RegCSTS, ^uint32(0)); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := d.Read32(nvme.RegCSTS); err != nil || v != ^uint32(0) {
+		t.Fatalf("a register of all ones, with a version: %#x, %v", v, err)
+	}
+	if err := errors.Join(d.Write32(nvme.RegVS, ^uint32(0)), d.Write64(nvme.RegCAP, ^uint64(0))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Read32(nvme.RegCSTS); !errors.Is(err, device.ErrGone) || !strings.Contains(err.Error(), "all ones") {
+		t.Fatalf("got %v", err)
+	}
+	if _, err := d.Read64(nvme.RegCAP); !errors.Is(err, device.ErrGone) {
+		t.Fatalf("got %v", err)
+	}
+	select {
+	case <-d.Done():
+	default:
+		t.Error("gone, and nobody is told")
+	}
+	if err := d.Close(); err != nil {
+		t.Errorf("closing what is gone: %v", err)
 	}
 }

@@ -1,6 +1,6 @@
 //go:build !amd64
 
-package sysfspci
+package pci
 
 import "sync/atomic"
 

@@ -1,4 +1,4 @@
-package sysfspci
+package pci
 
 import "sync/atomic"
 
