@@ -28,6 +28,7 @@ type grammar struct {
 	Read     readCmd            `cmd:"" help:"Copy bytes of a namespace to a file or stdout."`
 	Write    writeCmd           `cmd:"" help:"Copy a file or stdin to a namespace."`
 	Bench    benchCmd           `cmd:"" help:"Put a load on a namespace and measure it."`
+	Serve    serveCmd           `cmd:"" help:"Give namespaces to other programs as disks."`
 	Version  cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
@@ -60,12 +61,7 @@ func (d *deviceFlags) separate(out *cli.Output) {
 
 // open opens the device. o's Timeout and Logger are filled in.
 func (d *deviceFlags) open(ctx context.Context, out *cli.Output, o guestdrv.Options) (*guestdrv.Controller, error) {
-	o.Timeout = d.Timeout
-	level := hclog.Warn
-	if d.Verbose {
-		level = hclog.Debug
-	}
-	o.Logger = hclog.New(&hclog.LoggerOptions{Name: "guestdrv", Level: level, Output: out.Stderr})
+	o.Timeout, o.Logger = d.Timeout, d.logger(out)
 	c, err := guestdrv.Open(ctx, d.Device, o)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
@@ -80,6 +76,14 @@ func (d *deviceFlags) open(ctx context.Context, out *cli.Output, o guestdrv.Opti
 	return c, nil
 }
 
+func (d *deviceFlags) logger(out *cli.Output) hclog.Logger {
+	level := hclog.Warn
+	if d.Verbose {
+		level = hclog.Debug
+	}
+	return hclog.New(&hclog.LoggerOptions{Name: "guestdrv", Level: level, Output: out.Stderr})
+}
+
 // namespace is c.Namespace with a remedy.
 func namespace(c *guestdrv.Controller, nsid uint32) (*guestdrv.Namespace, error) {
 	ns, err := c.Namespace(nsid)
@@ -90,11 +94,14 @@ func namespace(c *guestdrv.Controller, nsid uint32) (*guestdrv.Namespace, error)
 }
 
 // lock shuts the sandbox. From here on nothing can be opened.
-func (d *deviceFlags) lock(out *cli.Output) error {
+func (d *deviceFlags) lock(out *cli.Output) error { return d.lockWith(out, sandbox.Policy{}) }
+
+// lockWith is lock for commands that need more than the device.
+func (d *deviceFlags) lockWith(out *cli.Output, p sandbox.Policy) error {
 	if d.Sandbox == "off" {
 		return nil
 	}
-	report, err := sandbox.Enter(sandbox.Policy{})
+	report, err := sandbox.Enter(p)
 	if err != nil {
 		return fmt.Errorf("%w (--sandbox=off goes without)", err)
 	}

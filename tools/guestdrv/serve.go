@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/export"
+	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
+)
+
+type serveCmd struct {
+	deviceFlags `embed:""`
+
+	NSID     nsidList `name:"nsid" default:"all" placeholder:"LIST" help:"Namespaces to serve, such as 1 or 1,3 (${default})."`
+	ReadOnly bool     `help:"Refuse writes."`
+	Queues   int      `default:"0" placeholder:"N" help:"Queue pairs of the device to use; 0: one for each core (${default})."`
+}
+
+// The life of serve:
+//
+//	separate; open the device; open the servers' descriptors; lock; serve until a signal; the servers end what is
+//	under way and close; close the device
+//
+// A way of serving is a server: one function in openServers makes it from the flags, in a file of its own.
+
+// server is one way to give disks to others.
+type server interface {
+	// policy adds what the server needs after the lock.
+	policy(p *sandbox.Policy)
+	// serve serves until ctx ends, then ends what is under way within some seconds. It returns nil after an end in order.
+	serve(ctx context.Context) error
+	// changed tells of a namespace that appeared, vanished or has another size; it returns soon.
+	changed(d disk, gone bool)
+	// close gives up what opening it took, after serve or instead of it.
+	close() error
+}
+
+// disk is a namespace that is served.
+type disk struct {
+	disk export.Disk
+	nsid uint32
+	name string // for people: the model and the namespace
+}
+
+// openServers opens the descriptors of all servers that the flags ask for.
+func (s *serveCmd) openServers(disks []disk, log hclog.Logger) (servers []server, err error) {
+	if len(servers) == 0 {
+		return nil, cli.Usagef("nothing to do: say how to serve it")
+	}
+	return servers, nil
+}
+
+// Run serves until a signal.
+func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
+	s.separate(out)
+	ctrl, err := s.open(ctx, out, guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ctrl.Close()) }()
+	disks, err := s.disks(ctrl)
+	if err != nil {
+		return err
+	}
+	servers, err := s.openServers(disks, s.logger(out))
+	defer func() {
+		for _, v := range servers {
+			err = errors.Join(err, v.close())
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	var p sandbox.Policy
+	for _, v := range servers {
+		v.policy(&p)
+	}
+	if err := s.lockWith(out, p); err != nil {
+		return err
+	}
+	all, ctx := errgroup.WithContext(ctx)
+	for _, v := range servers {
+		all.Go(func() error { return v.serve(ctx) })
+	}
+	return all.Wait()
+}
+
+// disks are the namespaces to serve.
+func (s *serveCmd) disks(c *guestdrv.Controller) (disks []disk, err error) {
+	list := c.Namespaces()
+	if len(s.NSID) > 0 {
+		list = nil
+		for _, nsid := range s.NSID {
+			ns, err := namespace(c, nsid)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, ns)
+		}
+	}
+	if len(list) == 0 {
+		return nil, cli.Usagef("the controller has no namespace that can be served; guestdrv identify shows what there is")
+	}
+	for _, ns := range list {
+		disks = append(disks, disk{disk: ns, nsid: ns.NSID(), name: fmt.Sprintf("%s, namespace %d", c.Identify().Model(), ns.NSID())})
+	}
+	return disks, nil
+}
+
+// nsidList is a list of namespaces; empty: all.
+type nsidList []uint32
+
+// UnmarshalText reads "all", "1" or "1,3". It is called by kong.
+func (l *nsidList) UnmarshalText(text []byte) error {
+	*l = nil
+	if string(text) == "all" {
+		return nil
+	}
+	for part := range strings.SplitSeq(string(text), ",") {
+		n, err := strconv.ParseUint(part, 10, 32)
+		if err != nil || n == 0 || n == 1<<32-1 {
+			return fmt.Errorf("%q is no namespace: write 1, 1,3 or all", part)
+		}
+		for _, had := range *l {
+			if had == uint32(n) {
+				return fmt.Errorf("namespace %d is in the list twice", n)
+			}
+		}
+		*l = append(*l, uint32(n))
+	}
+	return nil
+}
