@@ -97,6 +97,9 @@ func (c *Controller) Doorbells() string {
 // MaxTransfer returns the most bytes of data that one command moves.
 func (c *Controller) MaxTransfer() int { return int(c.maxTransfer) }
 
+// Files returns the descriptors that the device goes on using, for the rules of a sandbox.
+func (c *Controller) Files() device.Files { return device.FilesOf(c.dev) }
+
 // PeerPID returns the process that serves the device, or 0.
 func (c *Controller) PeerPID() int { return c.dev.PeerPID() }
 

@@ -65,14 +65,16 @@ type Device interface {
 	Unmap() error
 }
 
-// Files are the open files that a Device in a locked sandbox still makes system calls on, besides read, write, close and those on sockets. A Device
-// that has some has a method Files.
+// Files are the open files that a Device in a locked sandbox still makes system calls on, besides read, write and close. A Device
+// that has some has a method Files (FileUser).
 type Files struct {
 	// VFIODevice is the descriptor of a VFIO device; -1: none. Reset makes the ioctl VFIO_DEVICE_RESET on it, Reset and Close read and
 	// write its configuration space (pread64, pwrite64). There is nothing else: no mapping, no interrupt is changed after the set-up.
 	VFIODevice int
 	// Write are files that are read and written by pread64 and pwrite64: a function's configuration space, and its reset in sysfs.
 	Write []int
+	// Sockets are those that messages go over (sendmsg, recvmsg) and that are shut down at Close.
+	Sockets []int
 }
 
 // Doorbell is one doorbell register.

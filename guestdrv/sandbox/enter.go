@@ -26,6 +26,7 @@ import (
 // Policy says how the box is shut. The zero value is the one for production.
 type Policy struct {
 	Action            Action // on a system call that is not let through
+	Uses              []Use  // what the program does beside computing and using open files
 	Extra             []Rule // more calls to let through; each with a reason
 	MapFDs            []int  // fds that may be mapped later: MAP_SHARED, readable and writable, never executable
 	MaxFD             int    // new fds may take numbers below this, and poll(2) as many fds; 0: 3, which stdio has taken
@@ -44,6 +45,9 @@ func Enter(p Policy) (*Report, error) {
 		return nil, errors.New("sandbox: Enter was called before")
 	}
 	cgo := linkedWithCgo()
+	if err := checkUses(p.Uses); err != nil {
+		return nil, err
+	}
 	f, err := p.compile(unix.Getpid(), cgo)
 	if err != nil {
 		return nil, err
@@ -57,6 +61,10 @@ func Enter(p Policy) (*Report, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 
+	maxFD, err := fdLimit(newFDs(p.Uses), cmp.Or(p.MaxFD, stdioFDs))
+	if err != nil {
+		return nil, fmt.Errorf("sandbox: %s: %w", Limits, err)
+	}
 	probe, probeErr := openThreadProbe()
 	if probeErr == nil {
 		defer probe.close()
@@ -85,7 +93,7 @@ func Enter(p Policy) (*Report, error) {
 	if landlockErr != nil && p.RequireLandlock {
 		return nil, fmt.Errorf("sandbox: %s: %w", Landlock, landlockErr)
 	}
-	limits, err := setLimits(cmp.Or(p.MaxFD, stdioFDs), p.FileSize)
+	limits, err := setLimits(maxFD, p.FileSize)
 	if err != nil {
 		return nil, fmt.Errorf("sandbox: %s: %w", Limits, err)
 	}

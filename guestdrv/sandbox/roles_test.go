@@ -235,7 +235,7 @@ func roleLimits(string) {
 	limits := must(os.Open("/proc/self/limits"))
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGXFSZ)
-	r := must(Enter(Policy{MaxFD: 20, FileSize: 100}))
+	r := must(Enter(Policy{MaxFD: 20, FileSize: 100, Uses: []Use{FileWrites(int(file.Fd()))}}))
 	if _, err := file.WriteAt(make([]byte, 8), 200); !errors.Is(err, unix.EFBIG) {
 		die("write past the limit:", err)
 	}

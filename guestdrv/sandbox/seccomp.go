@@ -56,6 +56,11 @@ type filter struct {
 // rules is the whole table of a policy.
 func (p *Policy) rules(pid int, cgo bool) []Rule {
 	all := slices.Concat(baseRules(pid), archRules(), mapRules(p.MapFDs), p.Extra)
+	for _, u := range p.Uses {
+		if len(u.FDs) > 0 {
+			all = append(all, u.Rules...)
+		}
+	}
 	if cgo {
 		all = append(all, libcRules()...)
 	}

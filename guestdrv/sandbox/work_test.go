@@ -61,6 +61,7 @@ func TestWorkloadRuns(t *testing.T) {
 // work is what roleWork holds open.
 type work struct {
 	conn, ev   *os.File
+	socket     int // conn's
 	pr, pw     *os.File
 	file, copy *os.File
 	pair       [2]int
@@ -104,7 +105,9 @@ func roleWork(path string) {
 	}
 	parked.Wait()
 
-	enterAll(Policy{MapFDs: []int{w.memfd}})
+	enterAll(Policy{MapFDs: []int{w.memfd}, Uses: []Use{
+		VFIOUser(w.socket), VFIOUser(w.pair[0]), VFIOUser(w.pair[1]), FileWrites(int(w.file.Fd()), int(w.copy.Fd())),
+	}})
 	close(release)
 	stop.Store(true)
 	must(unix.Write(blocked[1], []byte("x")))
@@ -130,7 +133,7 @@ func openWork(path string) *work {
 	w := &work{sigs: make(chan os.Signal, 1)}
 	fd := must(unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0))
 	_ = must(0, unix.Connect(fd, &unix.SockaddrUnix{Name: path}))
-	w.conn = os.NewFile(uintptr(fd), "conn")
+	w.conn, w.socket = os.NewFile(uintptr(fd), "conn"), fd
 	w.ev = os.NewFile(uintptr(must(unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK))), "eventfd")
 	w.pr, w.pw, _ = os.Pipe()
 	w.file = os.NewFile(uintptr(must(unix.MemfdCreate("file", unix.MFD_CLOEXEC))), "file")

@@ -145,6 +145,13 @@ func (c *Client) readCred() error {
 	return nil
 }
 
+// FD returns the socket, which stays the client's.
+func (c *Client) FD() int {
+	at := -1
+	_ = c.raw.Control(func(fd uintptr) { at = int(fd) }) // fails only once the socket is closed
+	return at
+}
+
 // PeerCred returns the server's process, user and group when it called listen.
 func (c *Client) PeerCred() unix.Ucred { return c.cred }
 

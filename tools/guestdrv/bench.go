@@ -127,7 +127,7 @@ func (b *benchCmd) Run(ctx context.Context, out *cli.Output) error {
 	}
 	line := text.NewLine(out.Stderr, 0)
 	o.Progress = func(p load.Progress) { line.Set(benchProgress(p)) }
-	if err := b.lock(out); err != nil {
+	if err := b.lock(out, ctrl); err != nil {
 		return err
 	}
 

@@ -115,7 +115,7 @@ func (r *readCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	} else if text.IsTerminal(to) {
 		return cli.Usagef("stdout is a terminal: use --file FILE, or pipe it into something")
 	}
-	if err := r.lock(out); err != nil {
+	if err := r.lock(out, c); err != nil {
 		return err
 	}
 	p := newCopyProgress(out.Stderr, "read", length)
@@ -169,7 +169,7 @@ func (w *writeCmd) Run(ctx context.Context, out *cli.Output) error {
 		return err
 	}
 	defer free()
-	if err := w.lock(out); err != nil {
+	if err := w.lock(out, c); err != nil {
 		return err
 	}
 	p := newCopyProgress(out.Stderr, "wrote", length)

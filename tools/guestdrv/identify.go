@@ -36,7 +36,7 @@ func (i *identifyCmd) Run(ctx context.Context, out *cli.Output) error {
 		return err
 	}
 	defer c.Close()
-	if err := i.lock(out); err != nil {
+	if err := i.lock(out, c); err != nil {
 		return err
 	}
 	d := described{device: i.Device, doorbells: c.Doorbells(), capabilities: c.Capabilities(), controller: c.Identify()}

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
@@ -93,14 +94,17 @@ func namespace(c *guestdrv.Controller, nsid uint32) (*guestdrv.Namespace, error)
 	return ns, nil
 }
 
-// lock shuts the sandbox. From here on nothing can be opened.
-func (d *deviceFlags) lock(out *cli.Output) error { return d.lockWith(out, sandbox.Policy{}) }
+// lock shuts the sandbox. From here on nothing can be opened, and what is let through is what c's device needs.
+func (d *deviceFlags) lock(out *cli.Output, c *guestdrv.Controller) error {
+	return d.lockWith(out, c, sandbox.Policy{})
+}
 
-// lockWith is lock for commands that need more than the device.
-func (d *deviceFlags) lockWith(out *cli.Output, p sandbox.Policy) error {
+// lockWith is lock for commands that need more than the device: p.Uses has it.
+func (d *deviceFlags) lockWith(out *cli.Output, c *guestdrv.Controller, p sandbox.Policy) error {
 	if d.Sandbox == "off" {
 		return nil
 	}
+	p.Uses = append(deviceUses(c.Files()), p.Uses...)
 	report, err := sandbox.Enter(p)
 	if err != nil {
 		return fmt.Errorf("%w (--sandbox=off goes without)", err)
@@ -113,4 +117,19 @@ func (d *deviceFlags) lockWith(out *cli.Output, p sandbox.Policy) error {
 		fmt.Fprintf(out.Stderr, "guestdrv: warning: sandbox: %v\n", missing)
 	}
 	return nil
+}
+
+// deviceUses is what a device still needs once it is open.
+func deviceUses(f device.Files) []sandbox.Use {
+	var uses []sandbox.Use
+	for _, fd := range f.Sockets {
+		uses = append(uses, sandbox.VFIOUser(fd))
+	}
+	if f.VFIODevice >= 0 {
+		uses = append(uses, sandbox.VFIODevice(f.VFIODevice))
+	}
+	if len(f.Write) > 0 {
+		uses = append(uses, sandbox.FileWrites(f.Write...))
+	}
+	return uses
 }

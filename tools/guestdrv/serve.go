@@ -33,7 +33,7 @@ type serveCmd struct {
 
 // server is one way to give disks to others.
 type server interface {
-	// policy adds what the server needs after the lock.
+	// policy adds what the server needs after the lock, mostly to p.Uses.
 	policy(p *sandbox.Policy)
 	// serve serves until ctx ends, then ends what is under way within some seconds. It returns nil after an end in order.
 	serve(ctx context.Context) error
@@ -83,7 +83,7 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	for _, v := range servers {
 		v.policy(&p)
 	}
-	if err := s.lockWith(out, p); err != nil {
+	if err := s.lockWith(out, ctrl, p); err != nil {
 		return err
 	}
 	all, ctx := errgroup.WithContext(ctx)

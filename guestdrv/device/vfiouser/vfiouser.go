@@ -346,6 +346,11 @@ func (d *Device) Notice() string {
 	return "doorbells are not mapped: " + d.Unmapped
 }
 
+// Files returns the socket.
+func (d *Device) Files() device.Files {
+	return device.Files{VFIODevice: -1, Sockets: []int{d.client.FD()}}
+}
+
 // PeerPID returns the server's process id.
 func (d *Device) PeerPID() int { return int(d.client.PeerCred().Pid) }
 
