@@ -38,6 +38,9 @@ type Controller struct {
 	gate gate         // what touches memory is inside; Close waits for it
 	refs atomic.Int64 // the controller itself, pairs and buffers: who keeps the memory mapped
 
+	// trouble is what Stats says of it.
+	trouble struct{ timeouts, aborts, resets atomic.Uint64 }
+
 	nextLane atomic.Uint32
 	watching sync.WaitGroup
 	stop     chan struct{}
@@ -49,7 +52,8 @@ type Controller struct {
 	vectors []int    // free interrupt vectors
 	qids    []uint16 // free queue identifiers
 	past    Stats    // of pairs that are closed
-	err     error    // why the controller failed, or ErrClosed
+	pastOps closedOps
+	err     error // why the controller failed, or ErrClosed
 	closing bool
 }
 
@@ -184,6 +188,7 @@ func (c *Controller) removePair(p *QueuePair) {
 	defer c.mu.Unlock()
 	delete(c.pairs, p)
 	c.past.add(p.lastStats())
+	c.pastOps.add(p.tally)
 }
 
 // takeQueue takes a free queue identifier, and an interrupt vector if one is wanted.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -54,6 +55,8 @@ type QueuePair struct {
 	q   *queue.Queue
 	cmd nvme.Command
 
+	tally *tally.Tally
+
 	// The namespace of the last command.
 	nsid  uint32
 	shift uint8
@@ -97,7 +100,7 @@ func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 		c.giveQueue(qid, vector)
 		return nil, err
 	}
-	p := &QueuePair{io: io, q: io.q}
+	p := &QueuePair{io: io, q: io.q, tally: tally.New(false)}
 	c.refs.Add(1)
 	if err := c.addPair(p); err != nil {
 		c.release()
@@ -238,12 +241,7 @@ func (p *QueuePair) Reap(out []Result) (int, error) {
 	for total < len(out) {
 		n, err := p.q.Reap(p.batch[:min(len(p.batch), len(out)-total)])
 		if n > 0 {
-			now := p.q.Stamp()
-			for i := range p.batch[:n] {
-				c, r := &p.batch[i], &out[total+i]
-				r.Tag, r.Status, r.DW0 = c.Tag, c.Status, c.Result
-				r.Latency = time.Duration(now - c.Started)
-			}
+			p.report(p.batch[:n], out[total:total+n])
 			total += n
 		}
 		if err != nil {
@@ -259,6 +257,25 @@ func (p *QueuePair) Reap(out []Result) (int, error) {
 	}
 	p.count(total)
 	return total, nil
+}
+
+// report makes results of completions, and counts them. Those that were submitted together have the same stamps: they are counted together.
+func (p *QueuePair) report(batch []queue.Completion, out []Result) {
+	now := p.q.Stamp()
+	opcode, started, n := batch[0].Opcode, batch[0].Started, uint64(0)
+	for i := range batch {
+		c, r := &batch[i], &out[i]
+		if c.Started != started || c.Opcode != opcode {
+			p.tally.Ended(opcode, now-started, n)
+			opcode, started, n = c.Opcode, c.Started, 0
+		}
+		n++
+		if !c.Status.OK() {
+			p.tally.Failed(opcode)
+		}
+		r.Tag, r.Status, r.DW0, r.Latency = c.Tag, c.Status, c.Result, time.Duration(now-started)
+	}
+	p.tally.Ended(opcode, now-started, n)
 }
 
 // Wait returns nil when there is something to reap. It polls for as long as that has paid off lately, then sleeps on the interrupt. An
@@ -295,19 +312,6 @@ func (p *QueuePair) tell() {
 	p.seen.commands.Store(p.completed)
 	p.seen.rings.Store(p.q.Rings())
 	p.seen.wakeups.Store(p.q.Wakeups)
-}
-
-// Stats returns what the pair has counted.
-func (p *QueuePair) Stats() QueueStats {
-	p.tell()
-	return p.lastStats()
-}
-
-// lastStats is Stats from another goroutine.
-func (p *QueuePair) lastStats() QueueStats {
-	return QueueStats{
-		QID: p.io.qid, Commands: p.seen.commands.Load(), MMIOWrites: p.seen.rings.Load(), Wakeups: p.seen.wakeups.Load(),
-	}
 }
 
 // Close deletes the queues. Commands that are outstanding are aborted. It may be called more than once.

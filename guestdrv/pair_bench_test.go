@@ -8,6 +8,7 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
@@ -55,7 +56,7 @@ func newLoopback(tb testing.TB, size uint32) *loopback {
 	})
 	must(err)
 	io := &ioQueue{c: c, q: q, qid: 1, vector: noVector, lists: make([]prp.ListPage, size-1), listSize: listSize(maxTransfer)}
-	l.pair = &QueuePair{io: io, q: q}
+	l.pair = &QueuePair{io: io, q: q, tally: tally.New(false)}
 	l.sq, err = ring.NewSQConsumer(sqMem, size)
 	must(err)
 	l.cq, err = ring.NewCQProducer(cqMem, size)

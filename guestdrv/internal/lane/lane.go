@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/spin"
@@ -59,7 +60,8 @@ type Config struct {
 
 // Lane is one shared queue pair.
 type Lane struct {
-	cfg Config
+	cfg   Config
+	tally *tally.Tally // of commands with a deadline; it is added to under mu
 
 	// mu guards what follows. The only lock taken under it is the DMA pool's.
 	mu       sync.Mutex
@@ -115,7 +117,7 @@ func (w *Waiter) Signal() {
 // New returns a lane over an empty queue that is known to the device, and starts its goroutine.
 func New(cfg Config) (*Lane, error) {
 	l := &Lane{
-		cfg: cfg, q: cfg.Queue, owners: make([]owner, cfg.Queue.Free()),
+		cfg: cfg, tally: tally.New(cfg.QID == 0), q: cfg.Queue, owners: make([]owner, cfg.Queue.Free()),
 		failed: make(chan struct{}), work: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if cfg.EventFD < 0 {
@@ -218,6 +220,9 @@ func (l *Lane) reap() int {
 	total := 0
 	for {
 		n, err := l.q.Reap(l.batch[:])
+		if n > 0 {
+			l.count(l.batch[:n])
+		}
 		for i := range l.batch[:n] {
 			c := &l.batch[i]
 			o := l.owners[c.Slot]
@@ -232,6 +237,19 @@ func (l *Lane) reap() int {
 		if n < len(l.batch) || err != nil {
 			l.commands += uint64(total)
 			return total
+		}
+	}
+}
+
+// count tallies commands that have ended. One without a deadline says nothing of how long commands take.
+func (l *Lane) count(batch []queue.Completion) {
+	now := l.q.Stamp()
+	for i := range batch {
+		if c := &batch[i]; !l.owners[c.Slot].forever {
+			l.tally.Ended(c.Opcode, now-c.Started, 1)
+			if !c.Status.OK() {
+				l.tally.Failed(c.Opcode)
+			}
 		}
 	}
 }
@@ -323,6 +341,9 @@ func (l *Lane) Stats() Stats {
 	defer l.mu.Unlock()
 	return Stats{Commands: l.commands, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued}
 }
+
+// Tally returns the counts of commands by kind.
+func (l *Lane) Tally() *tally.Tally { return l.tally }
 
 // fifo is the queue of those who wait for a slot.
 type fifo struct{ first, last *Waiter }

@@ -95,6 +95,7 @@ type slot struct {
 	started int64
 	cid     uint16
 	busy    bool
+	opcode  uint8
 }
 
 var start = time.Now()
@@ -165,7 +166,8 @@ func (q *Queue) Take(tag uint64) (uint16, bool) {
 // Push writes the command of a slot that Take gave into the SQ and sets its identifier. The
 // device sees it after Publish.
 func (q *Queue) Push(slot uint16, cmd *nvme.Command) {
-	cmd.CID = q.slots[slot].cid
+	s := &q.slots[slot]
+	cmd.CID, s.opcode = s.cid, cmd.Opcode
 	q.sq.Push(cmd)
 }
 

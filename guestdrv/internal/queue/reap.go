@@ -14,6 +14,7 @@ type Completion struct {
 	Status  nvme.Status
 	Result  uint32 // CQE dword 0
 	Slot    uint16 // free again
+	Opcode  uint8
 }
 
 // Reap takes completions that have been posted, at most len(out) of them, and returns how
@@ -56,7 +57,7 @@ func (q *Queue) complete(e ring.Entry, c *Completion) error {
 		return fmt.Errorf("%w: queue %d: %w", ErrProtocol, q.qid, err)
 	}
 	s := &q.slots[i]
-	c.Tag, c.Started, c.Status, c.Result, c.Slot = s.tag, s.started, e.Status(), e.Result(), i
+	c.Tag, c.Started, c.Status, c.Result, c.Slot, c.Opcode = s.tag, s.started, e.Status(), e.Result(), i, s.opcode
 	q.release(i)
 	return nil
 }
