@@ -89,19 +89,10 @@ func (q *Queue) pollOnly(ctx context.Context) error {
 	return nil
 }
 
-// sleep asks for an interrupt and waits for one, a nap long at the most. Before it sleeps it
-// has seen, in this order: the head published and not quiet, the eventfd drained, no
-// completion. The device posts and then looks for the quiet bit, so one of the two sees the other.
+// sleep asks for an interrupt and waits for one, a nap long at the most.
 func (q *Queue) sleep() error {
-	if q.unpublished > 0 {
-		if err := q.publishHead(); err != nil {
-			return err
-		}
-	}
-	q.head.SetQuiet(false)
-	q.drain()
-	if q.cq.Ready() || q.failed.Load() != nil {
-		return nil
+	if armed, err := q.Arm(); err != nil || !armed {
+		return err
 	}
 	n, err := q.pollFD(nap)
 	if n > 0 {
@@ -136,4 +127,20 @@ func (q *Queue) drain() {
 	if n, err := q.pollFD(0); err == nil && n > 0 {
 		_, _ = unix.Read(q.eventFD, q.poll.buf[:])
 	}
+}
+
+// Arm asks for an interrupt. It returns false if there is no need to wait for one. Before it returns true it has seen, in this order: the head
+// published and not quiet, the eventfd drained, no completion. The device posts and then looks for the quiet bit, so one of
+// the two sees the other.
+func (q *Queue) Arm() (bool, error) {
+	if q.unpublished > 0 {
+		if err := q.publishHead(); err != nil {
+			return false, err
+		}
+	}
+	q.head.SetQuiet(false)
+	if q.eventFD >= 0 {
+		q.drain()
+	}
+	return !q.cq.Ready() && q.failed.Load() == nil, nil
 }
