@@ -7,8 +7,8 @@
 //
 // The box is entered in three steps:
 //
-//  1. Reexec, the first statement of main, starts the program again in new user, mount, network, IPC and UTS namespaces; the first
-//     process waits, forwards signals and hands on the exit status. The file system is still the host's.
+//  1. Reexec, the first statement of main, starts the program again in new user, mount, network, IPC, UTS and PID namespaces; the
+//     first process waits, forwards signals and hands on the exit status. The file system is still the host's, /proc too.
 //  2. The program opens what it needs: the device's socket or fds, DMA memory, event fds, input and output files.
 //  3. Enter takes the file system, the capabilities and all other system calls away from every thread, then checks that they are gone.
 //
@@ -28,8 +28,8 @@
 //   - open, create, stat or list any file: there is no openat, the root directory is an empty read-only tmpfs, Landlock allows no path,
 //     and RLIMIT_NOFILE leaves no number for a new fd, also not for one that the peer sends over the socket;
 //   - reach a network, an abstract unix socket, SysV IPC or a POSIX queue: no socket or connect, empty namespaces, Landlock;
-//   - start or trace a process, signal another one, or gain privileges: no execve, no clone but for threads, no ptrace, kill only of
-//     itself, no_new_privs, no capabilities;
+//   - start, see or trace a process, signal another one, or gain privileges: no execve, no clone but for threads, no ptrace, kill only
+//     of itself, a PID namespace of its own, no_new_privs, no capabilities;
 //   - make memory executable: mmap and mprotect never take PROT_EXEC;
 //   - reach the wide kernel interfaces: io_uring, bpf, userfaultfd, keyctl, perf_event_open, PI futexes, most of ioctl and prctl.
 //

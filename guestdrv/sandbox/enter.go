@@ -31,7 +31,7 @@ type Policy struct {
 	MapFDs            []int  // fds that may be mapped later: MAP_SHARED, readable and writable, never executable
 	MaxFD             int    // new fds may take numbers below this, and poll(2) as many fds; 0: 3, which stdio has taken
 	FileSize          uint64 // RLIMIT_FSIZE in bytes; 0: as it was. A write past it raises SIGXFSZ
-	RequireNamespaces bool   // fail if the mount, network or IPC namespace is not new, or the root cannot be emptied
+	RequireNamespaces bool   // fail if the mount, network, IPC or PID namespace is not new, or the root cannot be emptied
 	RequireLandlock   bool   // fail if Landlock is not in force
 }
 
@@ -73,7 +73,7 @@ func Enter(p Policy) (*Report, error) {
 
 	r := &Report{}
 	files := fileSystem()
-	network, ipc := newNamespace("net"), newNamespace("ipc")
+	network, ipc, pids := newNamespace("net"), newNamespace("ipc"), pidNamespace()
 	if err := files.err; err != nil && p.RequireNamespaces {
 		return nil, fmt.Errorf("sandbox: %s: %w", MountNS, err)
 	}
@@ -110,6 +110,7 @@ func Enter(p Policy) (*Report, error) {
 	report(r, MountNS, files.err, files.how)
 	report(r, NetworkNS, network, "empty")
 	report(r, IPCNS, ipc, "new")
+	report(r, PIDNS, pids, "new, this process is alone in it")
 	r.holds(NoNewPrivs, "set, %s", after.where)
 	if capErr == nil {
 		capErr = after.capErr
@@ -159,6 +160,20 @@ func namespacesMissing() error {
 		if err := newNamespace(k); err != nil {
 			return err
 		}
+	}
+	return pidNamespace()
+}
+
+// pidNamespace is newNamespace for processes: this one must be the first in it, and then there are no others but those it has started itself.
+func pidNamespace() error {
+	if err := newNamespace("pid"); err != nil {
+		if origin.pids != nil {
+			return origin.pids
+		}
+		return err
+	}
+	if pid := unix.Getpid(); pid != 1 {
+		return &fault{fmt.Sprintf("this process is number %d of the PID namespace", pid), nil, "call Reexec in the first process of the program"}
 	}
 	return nil
 }

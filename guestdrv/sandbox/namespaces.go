@@ -12,9 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nsKinds are the namespaces that Reexec makes, by their names in /proc/self/ns. There is no new PID namespace: process 1 of one takes
-// signals by other rules, and a mediator would see 0 as the peer's PID, so that neither could read the other's CPU time.
-var nsKinds = []string{"user", "mnt", "net", "ipc", "uts"}
+// nsKinds are the namespaces that Reexec makes, by their names in /proc/self/ns.
+//
+// The second process is number 1 of its PID namespace. /proc stays the first one's until Enter takes it away with all other files: /proc/self
+// leads to the second process there, too, and all numbers in it are those of the first one's namespace. A fresh /proc would be refused
+// wherever something is mounted over a part of the old one, as in most containers.
+var nsKinds = []string{"user", "mnt", "net", "ipc", "uts", "pid"}
 
 const nsFlags = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 
@@ -90,10 +93,15 @@ func attempts(keepUser bool) []attempt {
 	if root {
 		out = append(out, attempt{"new namespaces to root", syscall.SysProcAttr{Cloneflags: nsFlags}})
 	}
-	for i := range out {
-		out[i].attr.Pdeathsig = syscall.SIGKILL
+	// Each first with a PID namespace, which may be refused by itself: sysctl user.max_pid_namespaces, 32 levels at most.
+	var all []attempt
+	for _, a := range out {
+		a.attr.Pdeathsig = syscall.SIGKILL
+		without := a
+		a.attr.Cloneflags |= unix.CLONE_NEWPID
+		all = append(all, a, without)
 	}
-	return out
+	return all
 }
 
 // readIDMap turns /proc/self/uid_map into the identity map of every id that this process knows; user_namespaces(7).
@@ -130,7 +138,7 @@ func userNSRemedy(err error) string {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EUSERS):
 		return "raise sysctl user.max_user_namespaces and the other user.max_*_namespaces"
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
-		return "the kernel needs CONFIG_USER_NS, CONFIG_NET_NS, CONFIG_IPC_NS and CONFIG_UTS_NS"
+		return "the kernel needs CONFIG_USER_NS, CONFIG_NET_NS, CONFIG_IPC_NS, CONFIG_UTS_NS and CONFIG_PID_NS"
 	}
 	return "let the container or service manager allow user namespaces, or run as root"
 }

@@ -8,9 +8,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strings"
+	"strconv"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,7 +17,7 @@ import (
 // The flow:
 //
 //  1. Reexec reads its own namespaces and starts /proc/self/exe again in new ones, trying what attempts lists.
-//  2. The first process forwards signals and waits (supervise), then ends as the second did (endLike). It never returns.
+//  2. The first process forwards signals and waits (supervise, in supervise.go), then ends as the second did. It never returns.
 //  3. The second process finds markerEnv, compares its namespaces with the first one's (adopt), and returns to main.
 //  4. Where every attempt was refused the first process itself returns to main, and Enter reports the refusal.
 
@@ -26,11 +25,15 @@ import (
 // makes Enter try to empty a mount namespace that it has no right to.
 const markerEnv = "SHADOWBELL_SANDBOX_FROM"
 
+// noPIDsKey stands before the error with which the kernel refused a PID namespace but not the others.
+const noPIDsKey = "nopid"
+
 // Options steer Reexec.
 type Options struct {
 	Name     string // of the program in messages; "" means the base name of os.Args[0]
 	Disable  bool   // stay in this process and namespaces; Enter reports them as switched off
 	KeepUser bool   // make no user namespace: root keeps its capabilities on the host until Enter, for devices whose set-up wants them
+	AtEnd    func() // runs in the first process after the second has ended, for what cannot be done from inside, such as removing a socket's file
 }
 
 // origin is what Reexec found out, for Enter.
@@ -38,6 +41,7 @@ var origin struct {
 	called bool
 	fresh  nsSet // the new namespaces this process is in, verified to differ from the first process's; nil: none
 	why    error // why there are none
+	pids   error // why there is no PID namespace although there are others
 }
 
 // Reexec starts the program again in new namespaces and returns in that second process only. stdio and other inherited fds, arguments,
@@ -68,14 +72,25 @@ func Reexec(o Options) {
 	// The child's death signal comes with the end of the thread that started it, so this thread must live as long as the process.
 	runtime.LockOSThread()
 	sigs := forwardedSignals()
+	var noPIDs syscall.Errno
 	refused := errors.New("not asked for: KeepUser is set and the user is not root")
 	for _, a := range attempts(o.KeepUser) {
-		cmd := command(mine, a)
+		marker := mine.String()
+		if a.attr.Cloneflags&unix.CLONE_NEWPID == 0 && noPIDs != 0 {
+			marker += fmt.Sprintf(" %s=%d", noPIDsKey, noPIDs)
+		}
+		cmd := command(marker, a)
 		if err := cmd.Start(); err != nil {
+			noPIDs = 0
+			_ = errors.As(err, &noPIDs)
 			refused = &fault{"the kernel refused " + a.what, rootCause(err), userNSRemedy(err)}
 			continue
 		}
-		endLike(o.Name, supervise(cmd, sigs))
+		ws := supervise(cmd, sigs)
+		if o.AtEnd != nil {
+			o.AtEnd()
+		}
+		endLike(o.Name, ws)
 	}
 	signal.Stop(sigs)
 	runtime.UnlockOSThread()
@@ -88,6 +103,9 @@ func adopt(first string) {
 	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 
 	was := parseNSSet(first)
+	if n, err := strconv.ParseUint(was[noPIDsKey], 10, 12); err == nil {
+		origin.pids = &fault{"the kernel refused a PID namespace", unix.Errno(n), userNSRemedy(unix.Errno(n))}
+	}
 	now, err := readNamespaces()
 	if err != nil {
 		origin.why = err
@@ -106,10 +124,10 @@ func adopt(first string) {
 	}
 }
 
-func command(mine nsSet, a attempt) *exec.Cmd {
+func command(marker string, a attempt) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = os.Args
-	cmd.Env = append(os.Environ(), markerEnv+"="+mine.String())
+	cmd.Env = append(os.Environ(), markerEnv+"="+marker)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &a.attr
 	return cmd
@@ -122,65 +140,4 @@ func rootCause(err error) error {
 		return no
 	}
 	return err
-}
-
-func forwardedSignals() chan os.Signal {
-	c := make(chan os.Signal, 16)
-	for _, s := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2} {
-		// A signal that was ignored at start (nohup) must stay ignored across exec.
-		if !signal.Ignored(s) {
-			signal.Notify(c, s)
-		}
-	}
-	return c
-}
-
-func supervise(cmd *exec.Cmd, sigs <-chan os.Signal) syscall.WaitStatus {
-	go func() {
-		for s := range sigs {
-			if !alreadyDelivered(s) {
-				_ = cmd.Process.Signal(s) // fails only when the child has ended, and then Wait returns
-			}
-		}
-	}()
-	// A Wait that fails without a status leaves the zero status of a child that was never waited for; there is none such after Start.
-	_ = cmd.Wait()
-	ws, _ := cmd.ProcessState.Sys().(syscall.WaitStatus)
-	return ws
-}
-
-// alreadyDelivered says whether s is likely to be a key on the terminal, which the kernel has sent to the whole foreground process group
-// and thereby to the child: a second SIGINT is often taken as "at once".
-func alreadyDelivered(s os.Signal) bool {
-	if s != unix.SIGINT && s != unix.SIGQUIT {
-		return false
-	}
-	fd, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return false
-	}
-	defer func() { _ = unix.Close(fd) }()
-	fg, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
-	return err == nil && fg == unix.Getpgrp()
-}
-
-// endLike ends this process as the child ended.
-func endLike(name string, ws syscall.WaitStatus) {
-	if !ws.Signaled() {
-		os.Exit(ws.ExitStatus())
-	}
-	sig := ws.Signal()
-	switch sig {
-	case unix.SIGSYS:
-		fmt.Fprintf(os.Stderr, "%s: killed by its sandbox for a system call that it must not make (the kernel log names it: type=1326 ... syscall=N)\n", name)
-	case unix.SIGPIPE:
-		// "guestdrv read | head": nothing to tell, and the Go runtime would not die of it here.
-	case unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGKILL:
-		signal.Reset(sig)
-		_ = unix.Kill(unix.Getpid(), sig)
-		time.Sleep(time.Second) // the signal ends the process in here
-	default:
-		fmt.Fprintf(os.Stderr, "%s: killed by signal %d (%s)\n", name, int(sig), strings.TrimSpace(sig.String()))
-	}
-	os.Exit(128 + int(sig)) // as a shell shows a signal
 }

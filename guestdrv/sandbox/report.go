@@ -16,6 +16,7 @@ const (
 	MountNS      Mechanism = "mount ns"
 	NetworkNS    Mechanism = "network ns"
 	IPCNS        Mechanism = "ipc ns"
+	PIDNS        Mechanism = "pid ns"
 	NoNewPrivs   Mechanism = "no_new_privs"
 	Capabilities Mechanism = "capabilities"
 	Limits       Mechanism = "limits"

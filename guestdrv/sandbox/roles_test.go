@@ -22,6 +22,8 @@ var roles = map[string]func(arg string){
 	"initramfs": roleInitramfs,
 	"exit":      roleExit,
 	"echo":      roleEcho,
+	"atend":     roleAtEnd,
+	"tick":      roleTick,
 	"catch":     roleCatch,
 	"sleep":     roleSleep,
 	"ignorehup": roleIgnoreHUP,
@@ -86,7 +88,11 @@ func roleRefused(arg string) {
 	if m := must(readIDMap("/proc/self/uid_map")); m[0].Size > nobody+1 {
 		die("this is the host's user namespace")
 	}
-	for _, k := range []string{"user", "mnt", "net", "ipc", "uts"} {
+	kinds := []string{"user", "mnt", "net", "ipc", "uts", "pid"}
+	if rest, ok := strings.CutPrefix(arg, "pid:"); ok {
+		kinds, arg = []string{"pid"}, rest
+	}
+	for _, k := range kinds {
 		_ = must(0, os.WriteFile("/proc/sys/user/max_"+k+"_namespaces", []byte("0"), 0))
 	}
 	if user, require, _ := strings.Cut(arg, ":"); true {
@@ -126,18 +132,46 @@ func roleEcho(string) {
 	fmt.Printf("%q %q %q marker=%v %s", os.Args[1:], in, extra, marked, comm)
 }
 
+// roleAtEnd removes a file when it ends, which it could not do from inside.
+func roleAtEnd(path string) {
+	Reexec(Options{AtEnd: func() {
+		if err := os.Remove(path); err != nil {
+			die(err)
+		}
+	}})
+	_ = must(0, os.WriteFile(path, nil, 0o600))
+	enterAll(Policy{})
+	os.Exit(7)
+}
+
+// roleTick says something every few milliseconds.
+func roleTick(string) {
+	Reexec(Options{})
+	pid := ownPID()
+	enterAll(Policy{})
+	for fmt.Println(pid); ; time.Sleep(5 * time.Millisecond) {
+		fmt.Println()
+	}
+}
+
+// ownPID is this process's number in the namespace of the test, as long as /proc is there.
+func ownPID() string { return must(os.Readlink("/proc/self")) }
+
 func roleCatch(string) {
 	Reexec(Options{})
+	pid := ownPID()
 	c := make(chan os.Signal, 8)
 	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1)
 	enterAll(Policy{})
-	fmt.Println(os.Getpid())
+	fmt.Println(pid)
 	os.Exit(100 + int((<-c).(syscall.Signal)))
 }
 
 func roleSleep(string) {
-	box(Policy{})
-	fmt.Println(os.Getpid())
+	Reexec(Options{})
+	pid := ownPID()
+	enterAll(Policy{})
+	fmt.Println(pid)
 	time.Sleep(time.Minute)
 }
 
@@ -151,8 +185,9 @@ func roleCountINT(string) {
 	Reexec(Options{})
 	c := make(chan os.Signal, 8)
 	signal.Notify(c, unix.SIGINT)
+	pid := ownPID()
 	enterAll(Policy{})
-	fmt.Println(os.Getpid())
+	fmt.Println(pid)
 	<-c
 	n := 1
 	for quiet := time.After(300 * time.Millisecond); ; {

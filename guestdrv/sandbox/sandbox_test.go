@@ -121,7 +121,7 @@ func reportOf(t *testing.T, out string) *Report {
 	return r
 }
 
-var all = []Mechanism{Seccomp, Landlock, MountNS, NetworkNS, IPCNS, NoNewPrivs, Capabilities, Limits}
+var all = []Mechanism{Seccomp, Landlock, MountNS, NetworkNS, IPCNS, PIDNS, NoNewPrivs, Capabilities, Limits}
 
 // Found out at start, because in the box it is too late.
 var (

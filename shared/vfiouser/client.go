@@ -133,14 +133,9 @@ func NewClient(conn *net.UnixConn, cfg ClientConfig) (*Client, error) {
 
 func (c *Client) readCred() error {
 	var err error
-	ctlErr := c.raw.Control(func(fd uintptr) {
-		var cred *unix.Ucred
-		if cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			c.cred = *cred
-		}
-	})
+	ctlErr := c.raw.Control(func(fd uintptr) { c.cred, err = peerOf(int(fd)) })
 	if err = errors.Join(ctlErr, err); err != nil {
-		return fmt.Errorf("SO_PEERCRED: %w", err)
+		return fmt.Errorf("the socket's peer: %w", err)
 	}
 	return nil
 }
@@ -152,7 +147,7 @@ func (c *Client) FD() int {
 	return at
 }
 
-// PeerCred returns the server's process, user and group when it called listen.
+// PeerCred returns the server's process, user and group when it called listen. The process is numbered as in /proc, 0 if it is not there.
 func (c *Client) PeerCred() unix.Ucred { return c.cred }
 
 // Done is closed when the connection is lost or closed.
