@@ -18,6 +18,7 @@ import (
 
 type serveCmd struct {
 	deviceFlags `embed:""`
+	nbdFlags    `embed:""`
 
 	NSID     nsidList `name:"nsid" default:"all" placeholder:"LIST" help:"Namespaces to serve, such as 1 or 1,3 (${default})."`
 	ReadOnly bool     `help:"Refuse writes."`
@@ -52,10 +53,22 @@ type disk struct {
 
 // openServers opens the descriptors of all servers that the flags ask for.
 func (s *serveCmd) openServers(disks []disk, log hclog.Logger) (servers []server, err error) {
-	if len(servers) == 0 {
-		return nil, cli.Usagef("nothing to do: say how to serve it")
+	if s.NBD != "" {
+		v, err := openNBD(&s.nbdFlags, disks, s.ReadOnly, log)
+		if err != nil {
+			return servers, cli.UsageError{Err: err}
+		}
+		servers = append(servers, v)
 	}
 	return servers, nil
+}
+
+// Validate is called by kong.
+func (s *serveCmd) Validate() error {
+	if s.NBD == "" {
+		return errors.New("nothing to do: say how to serve it, by --nbd unix:PATH")
+	}
+	return s.nbdFlags.check()
 }
 
 // Run serves until a signal.
@@ -80,8 +93,10 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 		return err
 	}
 	var p sandbox.Policy
-	for _, v := range servers {
-		v.policy(&p)
+	if s.Sandbox != "off" {
+		for _, v := range servers {
+			v.policy(&p)
+		}
 	}
 	if err := s.lockWith(out, ctrl, p); err != nil {
 		return err

@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/seccomp"
+
+	"github.com/shadowbell/shadowbell/guestdrv/export/nbd"
+	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+)
+
+// nbdFlags are those of serve that are about NBD.
+type nbdFlags struct {
+	NBD         string `name:"nbd" placeholder:"unix:PATH" help:"Serve by the NBD protocol on a socket that is made at PATH, for this user alone. Each namespace is an export by its number; the first one is the default."`
+	Connections int    `default:"16" placeholder:"N" help:"NBD clients at one time, at most (${default})."`
+	AnySize     bool   `name:"nbd-any-block-size" help:"Let NBD clients in that do not ask for the block size, such as nbd-client, also where blocks are larger than 512 bytes; give them that size by other means (nbd-client -b 4096)."`
+}
+
+func (f *nbdFlags) check() error {
+	if f.NBD != "" && (!strings.HasPrefix(f.NBD, "unix:") || f.NBD == "unix:") {
+		return fmt.Errorf("--nbd %s: write it as unix:PATH", f.NBD)
+	}
+	if f.Connections < 1 || f.Connections > 1024 {
+		return fmt.Errorf("--connections %d: 1 to 1024", f.Connections)
+	}
+	return nil
+}
+
+// nbdServer is the NBD server of serve.
+type nbdServer struct {
+	flags    *nbdFlags
+	readOnly bool
+	listener *nbd.Listener
+	server   *nbd.Server
+	locked   bool // files cannot be removed
+	log      hclog.Logger
+}
+
+// openNBD makes the socket.
+func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger) (server, error) {
+	s := &nbdServer{flags: f, readOnly: readOnly, log: log.Named("nbd")}
+	c := nbd.Config{Connections: f.Connections, AnyBlockSize: f.AnySize, Logger: s.log}
+	for _, d := range disks {
+		c.Exports = append(c.Exports, s.export(d))
+	}
+	var err error
+	if s.server, err = nbd.New(c); err != nil {
+		return nil, err
+	}
+	if s.listener, err = nbd.Listen(strings.TrimPrefix(f.NBD, "unix:")); err != nil {
+		s.server.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *nbdServer) export(d disk) nbd.Export {
+	return nbd.Export{Name: strconv.Itoa(int(d.nsid)), Description: d.name, Disk: d.disk, ReadOnly: s.readOnly}
+}
+
+func (s *nbdServer) policy(p *sandbox.Policy) {
+	s.locked = true
+	p.Extra = append(p.Extra, sandbox.Rule{
+		Name: "accept4", Nr: unix.SYS_ACCEPT4,
+		Args: seccomp.PerArg{seccomp.EqualTo(s.listener.FD()), seccomp.AnyValue{}, seccomp.AnyValue{}, seccomp.EqualTo(unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK)},
+		Why:  "NBD clients: from the socket of --nbd only",
+	})
+	// One more than there may be clients: it is told that there are too many.
+	p.MaxFD = max(p.MaxFD, s.listener.FD()+1) + s.flags.Connections + 1
+}
+
+func (s *nbdServer) serve(ctx context.Context) error {
+	s.log.Info("listening", "socket", s.flags.NBD)
+	return s.server.Serve(ctx, s.listener)
+}
+
+func (s *nbdServer) changed(d disk, gone bool) {
+	if gone {
+		s.server.Remove(strconv.Itoa(int(d.nsid)))
+		return
+	}
+	s.server.Set(s.export(d))
+}
+
+func (s *nbdServer) close() error {
+	s.server.Close()
+	_ = s.listener.Close() // Serve did
+	if s.locked {
+		return nil
+	}
+	return errors.Join(s.listener.Remove())
+}
