@@ -129,3 +129,10 @@ func (r *DMARegion) IOVAOf(off uint64) uint64 {
 
 // Free takes the memory back from the device, as far as it still listens, and unmaps it. It is the last use of the region.
 func (r *DMARegion) Free() error { return r.free() }
+
+// Wrap returns the same memory with another way to free it, which gets r.
+func (r *DMARegion) Wrap(free func(r *DMARegion) error) *DMARegion {
+	w := *r
+	w.free = func() error { return free(r) }
+	return &w
+}
