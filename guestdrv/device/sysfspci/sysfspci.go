@@ -28,9 +28,6 @@ import (
 // Scheme is what names of devices of this kind begin with.
 const Scheme = "sysfs:"
 
-// IsName reports whether name is a device of this kind, and returns the part after Scheme: the function's address, such as 0000:00:04.0.
-func IsName(name string) (string, bool) { return strings.CutPrefix(name, Scheme) }
-
 // Device is a PCI function.
 type Device struct {
 	pci.Registers

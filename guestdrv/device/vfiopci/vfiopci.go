@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -23,9 +22,6 @@ import (
 
 // Scheme is what names of devices of this kind begin with.
 const Scheme = "vfio:"
-
-// IsName reports whether name is a device of this kind, and returns the part after Scheme: the function's address, such as 0000:00:04.0.
-func IsName(name string) (string, bool) { return strings.CutPrefix(name, Scheme) }
 
 // Options are what Open can be told.
 type Options struct {
