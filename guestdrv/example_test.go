@@ -28,6 +28,19 @@ func serveTestDevice() (path string, stop func()) {
 	}
 }
 
+// openTestDevice is Open for the examples whose subject is something else.
+func openTestDevice() (c *guestdrv.Controller, stop func()) {
+	path, end := serveTestDevice()
+	c, err := guestdrv.Open(context.Background(), "vfio-user:"+path, guestdrv.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	return c, func() {
+		c.Close()
+		end()
+	}
+}
+
 func Example() {
 	path, stop := serveTestDevice()
 	defer stop()

@@ -31,6 +31,8 @@ type Namespace struct {
 var (
 	_ io.ReaderAt = (*Namespace)(nil)
 	_ io.WriterAt = (*Namespace)(nil)
+	_ io.Closer   = (*Controller)(nil)
+	_ io.Closer   = (*QueuePair)(nil)
 )
 
 // NSID returns the namespace's identifier.

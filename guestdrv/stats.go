@@ -17,15 +17,18 @@ type Op uint8
 
 // The kinds. OpOther is every I/O command that has no kind of its own, OpAdmin every admin command.
 const (
-	OpRead        = Op(tally.Read)
-	OpWrite       = Op(tally.Write)
-	OpFlush       = Op(tally.Flush)
-	OpDiscard     = Op(tally.Discard) // Dataset Management
-	OpWriteZeroes = Op(tally.WriteZeroes)
-	OpCompare     = Op(tally.Compare)
-	OpOther       = Op(tally.Other)
-	OpAdmin       = Op(tally.Admin)
+	OpRead Op = iota
+	OpWrite
+	OpFlush
+	OpDiscard // Dataset Management
+	OpWriteZeroes
+	OpCompare
+	OpOther
+	OpAdmin
 )
+
+// They are those of package tally.
+var _ = [1]struct{}{}[OpAdmin-Op(tally.Admin)]
 
 var opNames = [tally.Kinds]string{"read", "write", "flush", "discard", "write_zeroes", "compare", "other", "admin"}
 
