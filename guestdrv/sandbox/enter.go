@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -30,7 +29,9 @@ type Policy struct {
 	Extra             []Rule // more calls to let through; each with a reason
 	MapFDs            []int  // fds that may be mapped later: MAP_SHARED, readable and writable, never executable
 	MaxFD             int    // new fds may take numbers below this, and poll(2) as many fds; 0: 3, which stdio has taken
-	FileSize          uint64 // RLIMIT_FSIZE in bytes; 0: as it was. A write past it raises SIGXFSZ
+	FileSize          uint64 // bytes that a file may reach; 0: as it was. A write past it raises SIGXFSZ
+	Memory            uint64 // bytes of private memory on top of what there is at Enter; 0: 1 GiB. The runtime ends the process without
+	Threads           int    // threads; 0: 4096. The runtime ends the process without. Only for an ordinary user in a user namespace
 	RequireNamespaces bool   // fail if the mount, network, IPC or PID namespace is not new, or the root cannot be emptied
 	RequireLandlock   bool   // fail if Landlock is not in force
 }
@@ -61,7 +62,7 @@ func Enter(p Policy) (*Report, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 
-	maxFD, err := fdLimit(newFDs(p.Uses), cmp.Or(p.MaxFD, stdioFDs))
+	limits, err := p.limits(cgo)
 	if err != nil {
 		return nil, fmt.Errorf("sandbox: %s: %w", Limits, err)
 	}
@@ -93,7 +94,7 @@ func Enter(p Policy) (*Report, error) {
 	if landlockErr != nil && p.RequireLandlock {
 		return nil, fmt.Errorf("sandbox: %s: %w", Landlock, landlockErr)
 	}
-	limits, err := setLimits(maxFD, p.FileSize)
+	bounds, err := limits.set()
 	if err != nil {
 		return nil, fmt.Errorf("sandbox: %s: %w", Limits, err)
 	}
@@ -116,7 +117,7 @@ func Enter(p Policy) (*Report, error) {
 		capErr = after.capErr
 	}
 	report(r, Capabilities, capErr, after.caps)
-	r.holds(Limits, "%s", limits)
+	r.holds(Limits, "%s", bounds)
 	return r, nil
 }
 
@@ -227,54 +228,6 @@ func openDirectories() ([]int, error) {
 		}
 	}
 	return dirs, nil
-}
-
-// stdioFDs is the default of Policy.MaxFD. It is not the number of open fds, because each that is closed would leave a number for one that the
-// peer sends; not 0, because poll(2) takes no more fds than the limit. The Go runtime sees to it at start that 0, 1 and 2 are open.
-const stdioFDs = 3
-
-// setLimits takes away core files and fd numbers from maxFD on. fds that are open above it stay usable.
-func setLimits(maxFD int, fileSize uint64) (string, error) {
-	n := uint64(maxFD)
-	for _, l := range []struct {
-		name  string
-		which int
-		max   uint64
-		skip  bool
-	}{
-		{"RLIMIT_CORE", unix.RLIMIT_CORE, 0, false},
-		{"RLIMIT_FSIZE", unix.RLIMIT_FSIZE, fileSize, fileSize == 0},
-		{"RLIMIT_NOFILE", unix.RLIMIT_NOFILE, n, false},
-	} {
-		if l.skip {
-			continue
-		}
-		want := unix.Rlimit{Cur: l.max, Max: l.max}
-		var old, now unix.Rlimit
-		if err := unix.Prlimit(0, l.which, nil, &old); err == nil && old.Max < want.Max {
-			want = unix.Rlimit{Cur: old.Max, Max: old.Max} // never up
-		}
-		if err := unix.Prlimit(0, l.which, &want, nil); err != nil {
-			return "", fmt.Errorf("%s: %w", l.name, err)
-		}
-		if err := unix.Prlimit(0, l.which, nil, &now); err != nil || now != want {
-			return "", fmt.Errorf("%s is %d after it was set to %d (%v)", l.name, now.Cur, want.Cur, err)
-		}
-	}
-	detail := "no new fd, no core file"
-	switch fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 0); {
-	case err == nil && fd >= maxFD:
-		return "", fmt.Errorf("fd %d could be made in spite of RLIMIT_NOFILE %d", fd, maxFD)
-	case err == nil:
-		_ = unix.Close(fd)
-		detail = fmt.Sprintf("new fds below %d only, no core file", maxFD)
-	case !errors.Is(err, unix.EMFILE):
-		return "", fmt.Errorf("try to make an fd: %w", err)
-	}
-	if fileSize != 0 {
-		detail += fmt.Sprintf(", files up to %d bytes", fileSize)
-	}
-	return detail, nil
 }
 
 // verified is what all threads have in common.

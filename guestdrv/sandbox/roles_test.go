@@ -33,6 +33,8 @@ var roles = map[string]func(arg string){
 	"weakened":  roleWeakened,
 	"work":      roleWork,
 	"limits":    roleLimits,
+	"memory":    roleMemory,
+	"threads":   roleThreads,
 	"trapped":   roleTrapped,
 	"yes":       roleYes,
 }
@@ -261,22 +263,6 @@ func roleWeakened(arg string) {
 	try("chroot", unix.Chroot("/"))
 	try("unshare", unix.Unshare(unix.CLONE_NEWNET))
 	_ = must(0, json.NewEncoder(os.Stdout).Encode(map[string]any{"results": results, "report": r}))
-}
-
-// roleLimits looks at what the limits say and do.
-func roleLimits(string) {
-	Reexec(Options{})
-	file := os.NewFile(uintptr(must(unix.MemfdCreate("file", unix.MFD_CLOEXEC))), "file")
-	limits := must(os.Open("/proc/self/limits"))
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGXFSZ)
-	r := must(Enter(Policy{MaxFD: 20, FileSize: 100, Uses: []Use{FileWrites(int(file.Fd()))}}))
-	if _, err := file.WriteAt(make([]byte, 8), 200); !errors.Is(err, unix.EFBIG) {
-		die("write past the limit:", err)
-	}
-	<-c
-	fmt.Println(r)
-	_, _ = must(io.Copy(os.Stdout, io.LimitReader(limits, 1<<16))), limits.Close()
 }
 
 // roleTrapped must crash with the stack of this function.

@@ -398,19 +398,6 @@ func TestKilledParentTakesChildAlong(t *testing.T) {
 	}
 }
 
-func TestLimits(t *testing.T) {
-	out := run(t, nil, "limits", "")
-	if want := "limits: new fds below 20 only, no core file, files up to 100 bytes"; !strings.Contains(out, want) {
-		t.Errorf("no %q in\n%s", want, out)
-	}
-	for line, want := range map[string]string{"Max core file size": "0 0", "Max file size": "100 100", "Max open files": "20 20"} {
-		_, rest, _ := strings.Cut(out, line)
-		if f := strings.Fields(rest); len(f) < 2 || f[0]+" "+f[1] != want {
-			t.Errorf("%s: %.60q, want %s", line, rest, want)
-		}
-	}
-}
-
 // The action for debugging shows who made the call.
 func TestTrapShowsTheCaller(t *testing.T) {
 	c := start(t, nil, "trapped", "")
