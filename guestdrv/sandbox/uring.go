@@ -18,6 +18,10 @@ func checkRing(fd int) error {
 	switch no {
 	case syscall.EACCES:
 		return nil
+	case syscall.EEXIST:
+		// A ring that one thread alone may enter (IORING_SETUP_SINGLE_ISSUER) answers to that thread only, which asks what is asked here itself
+		// (uring.Ring.Restricted).
+		return nil
 	case 0, syscall.EINVAL, syscall.EFAULT:
 		return &fault{fmt.Sprintf("the io_uring with fd %d is not restricted", fd), nil, "io_uring does not pass through seccomp: register restrictions and enable the ring before Enter"}
 	}

@@ -50,3 +50,12 @@ func (r *Ring) RegisterPersonality() (uint16, error) {
 	}
 	return uint16(id), nil
 }
+
+// Restricted returns nil if the ring is restricted and enabled. Its issuer asks.
+func (r *Ring) Restricted() error {
+	// A restricted ring refuses what it was not made for before it looks at the arguments.
+	if errno := registerNothing(r.fd, regProbe); errno != unix.EACCES {
+		return fmt.Errorf("io_uring is not restricted: registering a probe: %v, want %w", errno, unix.EACCES)
+	}
+	return nil
+}

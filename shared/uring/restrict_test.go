@@ -36,6 +36,12 @@ func TestRestrictedRingDoesOneThing(t *testing.T) {
 	if err := r.Enable(); err != nil {
 		t.Fatal(err)
 	}
+	if err := r.Restricted(); err != nil {
+		t.Error(err)
+	}
+	if err := newRing(t, Config{Entries: 4}).Restricted(); err == nil {
+		t.Error("a plain ring counts as restricted")
+	}
 	buf := make([]byte, 10)
 	for name, c := range map[string]struct {
 		prep func(*SQE)

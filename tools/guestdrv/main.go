@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -40,6 +41,9 @@ type deviceFlags struct {
 	Sandbox       string        `default:"on" enum:"on,off" placeholder:"on|off" help:"off: do not lock the process up (${default}). For debugging: the device is not trusted."`
 	SandboxReport bool          `help:"Say on stderr which parts of the sandbox are in force."`
 	Verbose       bool          `short:"v" help:"Log on stderr what the driver does; implies --sandbox-report."`
+
+	// privileged keeps root's capabilities until the lock, for what is opened with them.
+	privileged bool `kong:"-"`
 }
 
 func main() {
@@ -57,7 +61,9 @@ func (d *deviceFlags) separate(out *cli.Output) {
 	if d.Sandbox == "off" {
 		fmt.Fprintln(out.Stderr, "guestdrv: warning: no sandbox: the device's other side is not trusted, and this process is not locked up")
 	}
-	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off"})
+	// Physical addresses are told to the real root only, and ublk devices made by it.
+	keep := d.privileged || !strings.HasPrefix(d.Device, "vfio-user:")
+	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off", KeepUser: keep})
 }
 
 // open opens the device. o's Timeout and Logger are filled in.

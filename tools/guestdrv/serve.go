@@ -19,6 +19,7 @@ import (
 type serveCmd struct {
 	deviceFlags `embed:""`
 	nbdFlags    `embed:""`
+	ublkFlags   `embed:""`
 
 	NSID     nsidList `name:"nsid" default:"all" placeholder:"LIST" help:"Namespaces to serve, such as 1 or 1,3 (${default})."`
 	ReadOnly bool     `help:"Refuse writes."`
@@ -52,11 +53,18 @@ type disk struct {
 }
 
 // openServers opens the descriptors of all servers that the flags ask for.
-func (s *serveCmd) openServers(disks []disk, log hclog.Logger) (servers []server, err error) {
+func (s *serveCmd) openServers(c *guestdrv.Controller, disks []disk, log hclog.Logger, out *cli.Output) (servers []server, err error) {
 	if s.NBD != "" {
 		v, err := openNBD(&s.nbdFlags, disks, s.ReadOnly, log)
 		if err != nil {
 			return servers, cli.UsageError{Err: err}
+		}
+		servers = append(servers, v)
+	}
+	if s.Ublk {
+		v, err := openUblk(c, disks, s, log, out)
+		if err != nil {
+			return servers, err
 		}
 		servers = append(servers, v)
 	}
@@ -65,16 +73,22 @@ func (s *serveCmd) openServers(disks []disk, log hclog.Logger) (servers []server
 
 // Validate is called by kong.
 func (s *serveCmd) Validate() error {
-	if s.NBD == "" {
-		return errors.New("nothing to do: say how to serve it, by --nbd unix:PATH")
+	if s.NBD == "" && !s.Ublk {
+		return errors.New("nothing to do: say how to serve it, by --nbd unix:PATH or --ublk")
 	}
-	return s.nbdFlags.check()
+	if s.NBD != "" {
+		if err := s.nbdFlags.check(); err != nil {
+			return err
+		}
+	}
+	return s.ublkFlags.check()
 }
 
 // Run serves until a signal.
 func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
+	s.privileged = s.Ublk
 	s.separate(out)
-	ctrl, err := s.open(ctx, out, guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1})
+	ctrl, err := s.open(ctx, out, s.ublkFlags.options(guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1}, s.Queues))
 	if err != nil {
 		return err
 	}
@@ -83,7 +97,7 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	if err != nil {
 		return err
 	}
-	servers, err := s.openServers(disks, s.logger(out))
+	servers, err := s.openServers(ctrl, disks, s.logger(out), out)
 	defer func() {
 		for _, v := range servers {
 			err = errors.Join(err, v.close())

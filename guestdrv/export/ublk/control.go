@@ -63,7 +63,10 @@ func restrict(r *uring.Ring, fds []int, ops ...uint8) error {
 	if err := r.Restrict(uring.Restrictions{Ops: ops, RegisteredFilesOnly: true}); err != nil {
 		return err
 	}
-	return r.Enable()
+	if err := r.Enable(); err != nil {
+		return err
+	}
+	return r.Restricted()
 }
 
 // FD returns the ring's descriptor, for a sandbox that lets io_uring_enter through.

@@ -290,6 +290,9 @@ func (d *Device) Start() error {
 	return nil
 }
 
+// Started tells whether the block device has begun, or gone on, to serve.
+func (d *Device) Started() bool { return d.started }
+
 // Resize gives the block device another size in bytes. The error is errors.ErrUnsupported before Linux 6.16.
 func (d *Device) Resize(size int64) error {
 	if d.info.Features&FeatureUpdateSize == 0 {

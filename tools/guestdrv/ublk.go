@@ -1,0 +1,228 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/export/ublk"
+	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
+	"github.com/shadowbell/shadowbell/tools/internal/size"
+)
+
+// ublkFlags are those of serve --ublk.
+type ublkFlags struct {
+	Ublk      bool       `help:"Give the namespace to the kernel as the block device /dev/ublkbN, whose name is printed when it is there. Needs Linux 6.5 with ublk_drv, and root."`
+	ID        int        `name:"id" default:"-1" placeholder:"N" help:"ublk: N of /dev/ublkbN; -1: the first free one, or the one that waits for this namespace (${default})."`
+	Recover   int        `default:"-1" placeholder:"N" help:"ublk: take over /dev/ublkbN, whose server has died, or fail. Without it that is done for a device of the same namespace."`
+	UblkDepth int        `name:"depth" default:"64" placeholder:"N" help:"ublk: requests of one queue that are under way (${default})."`
+	MaxIO     size.Bytes `name:"max-io" default:"128KiB" placeholder:"SIZE" help:"ublk: the largest request; each of the queues has --depth buffers of this size in DMA memory (${default})."`
+	Keep      bool       `help:"ublk: if the controller fails, leave /dev/ublkbN with its requests waiting for the next guestdrv serve, instead of ending them with errors."`
+}
+
+const (
+	ublkMaxIO = 1 << 20
+	ublkPage  = 4096
+	// ublkDriverShare is DMA memory for the driver's own queues and lists.
+	ublkDriverShare = 2 << 20
+)
+
+// check refuses flags that cannot be.
+func (f *ublkFlags) check() error {
+	switch {
+	case !f.Ublk:
+		if f.ID != -1 || f.Recover != -1 || f.Keep {
+			return errors.New("--id, --recover and --keep are for --ublk")
+		}
+	case f.UblkDepth < 1 || f.UblkDepth > guestdrv.MaxQueueDepth:
+		return fmt.Errorf("--depth %d: 1 to %d", f.UblkDepth, guestdrv.MaxQueueDepth)
+	case f.MaxIO < ublkPage || f.MaxIO > ublkMaxIO || f.MaxIO%ublkPage != 0:
+		return fmt.Errorf("--max-io %v: a multiple of 4 KiB up to 1 MiB", f.MaxIO)
+	case f.ID < -1 || f.Recover < -1:
+		return errors.New("--id and --recover: N is 0 or more")
+	case f.ID >= 0 && f.Recover >= 0 && f.ID != f.Recover:
+		return fmt.Errorf("--id %d and --recover %d are two devices", f.ID, f.Recover)
+	}
+	return nil
+}
+
+// options are what the controller is opened with for n block devices.
+func (f *ublkFlags) options(o guestdrv.Options, queues int) guestdrv.Options {
+	if !f.Ublk {
+		return o
+	}
+	n := ublkQueues(queues)
+	perQueue := uint64(f.UblkDepth)*uint64(f.MaxIO) + uint64(f.UblkDepth)*ublkPage + 1<<18
+	o.Queues, o.MaxQueuePairs = 1, n
+	o.DMASize = uint64(n)*perQueue + ublkDriverShare
+	return o
+}
+
+func ublkQueues(n int) int {
+	if n == 0 {
+		return runtime.NumCPU()
+	}
+	return n
+}
+
+// ublkServer is one namespace as a block device.
+type ublkServer struct {
+	ctl     *ublk.Control
+	dev     *ublk.Device
+	backend *ublkBackend
+	disk    disk
+	keep    bool
+	log     hclog.Logger
+	out     *cli.Output
+	resized chan int64
+	stopped bool
+}
+
+// openUblk makes the block device, or takes it over, up to the point from which it needs nothing that the sandbox forbids.
+func openUblk(c *guestdrv.Controller, disks []disk, s *serveCmd, log hclog.Logger, out *cli.Output) (_ *ublkServer, err error) {
+	f := &s.ublkFlags
+	if len(disks) != 1 {
+		return nil, cli.Usagef("--ublk gives one namespace to the kernel, and there are %d: choose with --nsid", len(disks))
+	}
+	ns, err := c.Namespace(disks[0].nsid)
+	if err != nil {
+		return nil, err
+	}
+	u := &ublkServer{
+		backend: &ublkBackend{ctrl: c, nsid: ns.NSID()}, disk: disks[0], keep: f.Keep, log: log, out: out, resized: make(chan int64, 1),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, u.close())
+		}
+	}()
+	if u.ctl, err = ublk.OpenControl(); err != nil {
+		return nil, cli.UsageError{Err: err}
+	}
+	maxIO := min(int(f.MaxIO), c.MaxTransfer())
+	cfg := ublk.Config{
+		ID: f.ID, Queues: ublkQueues(s.Queues), Depth: f.UblkDepth, MaxIO: maxIO, Keep: f.Keep,
+		Params: ublkParams(disks[0].disk, ns.Identify(), maxIO), Identity: ublkIdentity(c.Identify(), ns.NSID(), ns.Identify()),
+	}
+	cfg.Params.ReadOnly = cfg.Params.ReadOnly || s.ReadOnly
+	if err := u.make(f, cfg); err != nil {
+		return nil, err
+	}
+	return u, u.dev.Open(u.backend)
+}
+
+// make takes over the device that waits for the namespace, or makes one.
+func (u *ublkServer) make(f *ublkFlags, cfg ublk.Config) (err error) {
+	id, waits := f.Recover, f.Recover >= 0
+	if !waits {
+		id, waits = waiting(u.ctl, f.ID, cfg.Identity)
+	}
+	if waits {
+		u.dev, err = ublk.Recover(u.ctl, uint32(id), cfg)
+		if err != nil {
+			return err
+		}
+		u.log.Info("block device taken over", "device", u.dev.Path())
+		return nil
+	}
+	if cfg.Queues, err = u.backend.reserve(cfg.Queues, cfg.Depth); err != nil {
+		return err
+	}
+	u.dev, err = ublk.Add(u.ctl, cfg)
+	return err
+}
+
+// waiting looks for a device whose server has died and that is the namespace's: id, or any if id is -1.
+func waiting(ctl *ublk.Control, id int, identity uint64) (int, bool) {
+	ids := []int{id}
+	if id < 0 {
+		ids = nil
+		names, _ := filepath.Glob("/dev/ublkc*")
+		for _, name := range names {
+			if n, err := strconv.Atoi(strings.TrimPrefix(name, "/dev/ublkc")); err == nil {
+				ids = append(ids, n)
+			}
+		}
+	}
+	for _, n := range ids {
+		// What the kernel is not done with yet is live, and its server is not.
+		info, err := ctl.Info(uint32(n))
+		if err != nil || info.Identity != identity {
+			continue
+		}
+		if info.State == ublk.Quiesced || info.State == ublk.Live && unix.Kill(info.PID, 0) == unix.ESRCH {
+			return n, true
+		}
+	}
+	return 0, false
+}
+
+func (u *ublkServer) policy(p *sandbox.Policy) {
+	p.Uses = append(p.Uses, sandbox.Uring(u.dev.RingFDs()...))
+}
+
+// serve starts the block device and stops it when ctx ends.
+func (u *ublkServer) serve(ctx context.Context) error {
+	if err := u.dev.Start(); err != nil {
+		return err
+	}
+	fmt.Fprintln(u.out.Stdout, u.dev.Path())
+	info := u.dev.Info()
+	u.log.Info("block device", "device", u.dev.Path(), "queues", info.Queues, "depth", info.Depth, "max-io", info.MaxIO, "recovered", u.dev.Recovered())
+	for {
+		select {
+		case <-ctx.Done():
+			return u.stop()
+		case n := <-u.resized:
+			if err := u.dev.Resize(n); err != nil {
+				u.log.Warn("block device keeps its size", "device", u.dev.Path(), "reason", err)
+			}
+		case <-u.dev.Done():
+			err := u.dev.Err()
+			if u.keep {
+				return fmt.Errorf("%w; %s waits for the next server", err, u.dev.Path())
+			}
+			return errors.Join(err, u.stop())
+		}
+	}
+}
+
+func (u *ublkServer) stop() error {
+	u.stopped = true
+	s := u.dev.Stats()
+	u.log.Info("block device ends", "device", u.dev.Path(), "requests", s.Requests, "errors", s.Errors, "system-calls", s.Enters, "sleeps", s.Sleeps, "resets", s.Remade)
+	return u.dev.Stop()
+}
+
+// changed tells the block layer of a new size.
+func (u *ublkServer) changed(d disk, gone bool) {
+	if gone || d.nsid != u.disk.nsid {
+		return
+	}
+	select {
+	case <-u.resized:
+	default:
+	}
+	u.resized <- d.disk.Size()
+}
+
+// close gives up a device that was never served. One that was kept stays: the end of the process makes it wait.
+func (u *ublkServer) close() (err error) {
+	if u.dev != nil && !u.stopped && !u.dev.Started() && !u.dev.Recovered() {
+		err = u.stop()
+	}
+	err = errors.Join(err, u.backend.close())
+	if u.ctl != nil {
+		err = errors.Join(err, u.ctl.Close())
+	}
+	return err
+}
