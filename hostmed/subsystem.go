@@ -61,6 +61,9 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 	if err != nil {
 		return err
 	}
+	if spec.Faults != "" {
+		s.m.log.Warn("this namespace fails on purpose: nothing to keep data on", "nsid", n.NSID, "spec", spec.String())
+	}
 	s.AddNamespace(subsys.NamespaceConfig{
 		NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid, Spec: spec,
 	})

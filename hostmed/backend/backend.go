@@ -1,5 +1,5 @@
 // Package backend is where a namespace's bytes are: nowhere (null), in this
-// process's memory (mem), or in a file (file). It is what a worker of hostmed hands a
+// process's memory (mem), or in a file (file). For tests of drivers, faults may lie over any of them (faults.go). It is what a worker of hostmed hands a
 // batch of requests to, and what gives them back when they are done.
 //
 // A request comes with its range checked and its guest memory translated to host
@@ -118,4 +118,13 @@ type Queue interface {
 
 	// Close waits for what is in flight, drops the results, and gives the queue's resources back.
 	Close() error
+}
+
+// Keeper is a Queue that may keep a request back for long, or for ever: one with faults does so on purpose. The memory of such a request is
+// not touched any more.
+type Keeper interface {
+	Queue
+	// GiveUp makes Reap return, without waiting, those requests that which chooses of the ones that are kept back, and returns how many. aborted
+	// says that an Abort command asks for one; otherwise their queue, their medium or their memory is about to go.
+	GiveUp(aborted bool, which func(*Request) bool) int
 }

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 
@@ -28,7 +29,7 @@ func TestConformance(t *testing.T) {
 		{"several queues", queues},
 		{"wrong requests", wrongRequests},
 	}
-	for _, f := range flavours {
+	for _, f := range slices.Concat(flavours, spared) {
 		for _, lba := range []uint32{512, 4096, 65536} {
 			t.Run(fmt.Sprintf("%s/lba %d", f.name, lba), func(t *testing.T) {
 				for _, c := range cases {

@@ -78,6 +78,18 @@ var flavours = []flavour{
 	}},
 }
 
+// spared are media with faults that nobody meets.
+var spared = []flavour{
+	{"faulty mem", func(t testing.TB, size uint64, lba uint32) Backend {
+		return opened(t)(OpenSpec(Spec{Kind: KindMem, Size: size, LBA: lba, Faults: "drop@lba=0xffffffffffffffff"}))
+	}},
+	{"faulty file", func(t testing.TB, size uint64, lba uint32) Backend {
+		s := fileSpec(diskDir(t), size, lba)
+		s.Faults = "delay=1us" // which is no fault
+		return opened(t)(OpenSpec(s))
+	}},
+}
+
 func fileSpec(dir string, size uint64, lba uint32) Spec {
 	return Spec{Kind: KindFile, Path: filepath.Join(dir, "disk.img"), Size: size, LBA: lba}
 }

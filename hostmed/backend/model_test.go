@@ -2,6 +2,7 @@ package backend
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -12,7 +13,7 @@ import (
 // TestModel compares random sequences of operations with a byte slice.
 func TestModel(t *testing.T) {
 	const size, lba = 256 << 10, 512
-	for _, f := range flavours {
+	for _, f := range slices.Concat(flavours, spared) {
 		t.Run(f.name, func(t *testing.T) {
 			b := f.open(t, size, lba)
 			q := newQueue(t, b)

@@ -20,6 +20,9 @@ func Open(spec string) (Backend, error) {
 
 // OpenSpec is Open for a parsed spec.
 func OpenSpec(s Spec) (Backend, error) {
+	if s.Faults != "" {
+		return openFaulty(s)
+	}
 	switch s.Kind {
 	case KindNull:
 		return newNull(s), nil

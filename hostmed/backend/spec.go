@@ -22,8 +22,16 @@ const (
 const SpecHelp = `null:size=SIZE[,lba=N]                       answers at once and stores nothing
 mem:size=SIZE[,lba=N]                        this process's memory, gone when it ends
 file:PATH[,size=SIZE][,lba=N][,readonly]     a regular file; size= creates it, sparse, if it is missing
+fault:RULE[,RULE...][,seed=N],over=SPEC      another SPEC with faults, to test drivers: nothing to keep data on
 SIZE is in bytes or has a suffix KiB, MiB, GiB, TiB (or K, M, G, T). lba is a power of two from 512 to 65536
-bytes, 512 if not given. A comma in PATH is written twice.`
+bytes, 512 if not given. A comma in PATH is written twice.
+RULE is what happens, and @CONDITIONs, all of which must hold; of several rules the first one that holds counts:
+  status=STATUS[+dnr]  the command fails. STATUS is a name, as write-fault, or SCT/SC, as 2/80; +dnr: Do Not Retry
+  delay=TIME           it is done, and completed TIME later
+  drop                 it is never completed, until its queue goes; hold: or until it is aborted
+  torn                 of a write, the first half is done, and it fails with Write Fault
+  @read @write @flush @zeroes @discard  what is asked of the medium   @lba=A-B  a block of it is from A to B
+  @after=N  not the first N of those   @first=N  N of the rest   @rate=N/M  of those, N in M, by chance from seed`
 
 const (
 	defaultLBA = 512
@@ -38,6 +46,7 @@ type Spec struct {
 	Size     uint64 // bytes, a multiple of LBA; 0: not given (KindFile only)
 	LBA      uint32 // bytes
 	ReadOnly bool   // KindFile
+	Faults   string // rules of fault:, as written; empty: none
 }
 
 // options is what each kind takes.
@@ -50,10 +59,24 @@ var options = map[Kind]string{
 // ParseSpec parses a namespace specification (see SpecHelp). The error is one line that names what is
 // wrong and what would be right.
 func ParseSpec(s string) (Spec, error) {
+	rules, plain, faulty, err := splitFaults(s)
+	if err != nil {
+		return Spec{}, fmt.Errorf("namespace %q: %w", s, err)
+	}
+	spec, err := parsePlain(plain)
+	if faulty && err != nil {
+		return Spec{}, fmt.Errorf("namespace %q: over=: %w", s, err)
+	}
+	spec.Faults = rules
+	return spec, err
+}
+
+// parsePlain is ParseSpec for specs without faults.
+func parsePlain(s string) (Spec, error) {
 	kind, rest, ok := strings.Cut(s, ":")
 	takes, known := options[Kind(kind)]
 	if !ok || !known {
-		return Spec{}, fmt.Errorf("namespace %q: it must begin with null:, mem: or file:, as in mem:size=1GiB or file:/srv/disk.img", s)
+		return Spec{}, fmt.Errorf("namespace %q: it must begin with null:, mem: or file: (or, for tests, fault:), as in mem:size=1GiB or file:/srv/disk.img", s)
 	}
 	spec := Spec{Kind: Kind(kind), LBA: defaultLBA}
 	fields := splitCommas(rest)
@@ -179,6 +202,9 @@ func FormatSize(n uint64) string {
 // String returns the spec as ParseSpec takes it, without options that say the default.
 func (s Spec) String() string {
 	var b strings.Builder
+	if s.Faults != "" {
+		b.WriteString(faultKind + ":" + s.Faults + "," + faultOver)
+	}
 	b.WriteString(string(s.Kind) + ":")
 	sep := ""
 	if s.Kind == KindFile {

@@ -1,6 +1,7 @@
 package nvme
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 )
@@ -144,5 +145,25 @@ func TestNames(t *testing.T) {
 	e := MakeAsyncEvent(EventNotice, EventNoticeNamespace, LogChangedNamespaces)
 	if e != 0x040002 || e.Type() != EventNotice || e.Info() != 0 || e.Log() != LogChangedNamespaces {
 		t.Errorf("%#x: %v", uint32(e), e)
+	}
+}
+
+func TestParseStatus(t *testing.T) {
+	for s := range StatusCodeMask + 1 {
+		if statusNames[s] == "" {
+			continue
+		}
+		for _, in := range []string{
+			s.Name(), strings.ToLower(strings.ReplaceAll(s.Name(), " ", "-")), fmt.Sprintf("%d/%02Xh", s.SCT(), s.SC()), fmt.Sprintf("%d/%x", s.SCT(), s.SC()),
+		} {
+			if got, ok := ParseStatus(in); !ok || got != s && statusNames[got] != statusNames[s] {
+				t.Errorf("%q is %v, %v, want %v", in, got, ok, s)
+			}
+		}
+	}
+	for _, in := range []string{"", "bad luck", "8/00", "2/100", "2", "/", "x/1", "2/81hh", "-1/1"} {
+		if got, ok := ParseStatus(in); ok {
+			t.Errorf("%q is %v", in, got)
+		}
 	}
 }

@@ -1,5 +1,10 @@
 package nvme
 
+import (
+	"strconv"
+	"strings"
+)
+
 // Status is the 15-bit status field of a completion without the phase: SC in
 // bits 7:0, SCT in bits 10:8, CRD in bits 12:11, M in bit 13, DNR in bit 14. NVMe Base 2.0c 3.3.3.2.1.
 type Status uint16
@@ -83,4 +88,23 @@ func (s Status) AppendTo(b []byte) []byte {
 		b = append(b, ", DNR"...)
 	}
 	return append(b, ')')
+}
+
+// ParseStatus takes what Name prints, in any case and with dashes for spaces ("unrecovered-read-error"), or a status code type and a
+// status code in hexadecimal, as String has them ("2/81h", "2/81"). Fields beside those two are not set. It returns false if there is no such
+// status.
+func ParseStatus(s string) (Status, bool) {
+	name := strings.ReplaceAll(s, "-", " ")
+	for code, n := range statusNames {
+		if n != "" && strings.EqualFold(strings.ReplaceAll(n, "-", " "), name) {
+			return Status(code), true
+		}
+	}
+	sct, sc, _ := strings.Cut(s, "/")
+	t, err := strconv.ParseUint(sct, 10, 3)
+	c, err2 := strconv.ParseUint(strings.TrimSuffix(sc, "h"), 16, 8)
+	if err != nil || err2 != nil {
+		return 0, false
+	}
+	return Status(t<<sctShift | c), true
 }

@@ -7,7 +7,8 @@ import (
 )
 
 // Abort, NVMe Base 2.0c 5.1. What waits can be aborted: commands that were not fetched, because their CQ has no room, their queue or their
-// controller is paused, or nobody has come to it yet; and commands that are held back. What a backend has begun cannot.
+// controller is paused, or nobody has come to it yet; and commands that are held back. What a backend has begun cannot, unless it keeps it back
+// for just that.
 
 // toAbort is a command in an SQ that will be aborted when it is fetched.
 type toAbort struct {
@@ -35,6 +36,9 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 		w.abortHeld(r)
 		w.flushBatch()
 		w.postAll()
+		return true
+	}
+	if w.giveUp(true, func(r *request) bool { return r.sq == s && r.cmd.CID == cid }) > 0 {
 		return true
 	}
 	if s.state != Polling {

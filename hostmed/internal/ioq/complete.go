@@ -18,7 +18,8 @@ func (w *Worker) complete(r *request, st nvme.Status) {
 			dw0 = r.notCopied()
 		}
 	}
-	if g.state != Failed {
+	// What was given up for a reset ends without a word: a driver that is told so might take it for an answer.
+	if g.state != Failed && !(st == nvme.StatusAbortSQDeleted && g.ctl.stopping.Load()) {
 		if len(g.staged) == 0 {
 			w.touched = append(w.touched, g)
 		}

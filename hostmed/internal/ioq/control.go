@@ -67,6 +67,7 @@ type Controller struct {
 	away      bool        // the pages were taken off, and may come back
 	parked    bool        // some queue may be parked
 	held      bool        // nothing is fetched: no bus master, or not in D0
+	stopping  atomic.Bool // Stop is under way
 
 	sqs     []atomic.Pointer[sq] // by queue id, for doorbell messages
 	cqs     []atomic.Pointer[group]
@@ -245,7 +246,7 @@ func (c *Controller) DeleteSQ(qid uint16) {
 		s.state = Draining
 		w.dropHeld(func(r *request) bool { return r.sq == s })
 	})
-	w.until(func() bool { return s.inflight == 0 })
+	w.outlast(func(r *request) bool { return r.sq == s }, func() bool { return s.inflight == 0 })
 	w.Call(func() {
 		for i, x := range s.g.sqs {
 			if x == s {
@@ -344,7 +345,7 @@ func (c *Controller) pause() {
 		}
 	})
 	for _, w := range c.involved() {
-		w.until(func() bool {
+		w.outlast(func(r *request) bool { return r.sq.g.ctl == c }, func() bool {
 			for _, g := range c.groups {
 				if g.w == w && g.inflight > g.held {
 					return false
@@ -367,6 +368,8 @@ func (c *Controller) resume() {
 // Stop drains and removes every queue, drops the doorbell pages and clears the doorbell registers, so that the
 // next enable begins from zero (R21).
 func (c *Controller) Stop() {
+	c.stopping.Store(true)
+	defer c.stopping.Store(false)
 	c.pause()
 	c.each(func(w *Worker, g *group) { w.remove(g) })
 	c.forget(func(*group) bool { return true })

@@ -147,9 +147,9 @@ func (c *Controller) Flush() error {
 	return errors.Join(errs...)
 }
 
-// Flush makes what was written to b durable and returns when it is.
+// Flush makes what was written to b durable and returns when it is. Faults of b are for its guests and not for this.
 func Flush(b backend.Backend) error {
-	q, err := b.NewQueue()
+	q, err := backend.Plain(b).NewQueue()
 	if err != nil {
 		return err
 	}

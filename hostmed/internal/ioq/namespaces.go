@@ -113,7 +113,7 @@ var _ subsys.Workers = Pool(nil)
 // Drain returns when every command of n that was begun before is complete, except those that n's gate holds back.
 func (p Pool) Drain(n *subsys.Namespace) {
 	for _, w := range p {
-		w.until(func() bool {
+		w.outlast(func(r *request) bool { return r.ns != nil && r.ns.of == n }, func() bool {
 			for _, r := range w.reqs {
 				if r.ns != nil && r.ns.of == n && !r.held {
 					return false

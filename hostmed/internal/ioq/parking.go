@@ -40,7 +40,10 @@ func (c *Controller) Unmapped(gone []gmem.Range) {
 		if !wait {
 			continue
 		}
-		w.until(func() bool { return !w.uses(c, gone) })
+		w.outlast(func(r *request) bool {
+			return r.sq.g.ctl == c && (r.sq.g.parking || len(gone) > fewRanges || r.touches(gone))
+		},
+			func() bool { return !w.uses(c, gone) })
 		if parked {
 			w.Call(func() { w.parkDrained(c) })
 		}

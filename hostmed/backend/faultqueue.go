@@ -1,0 +1,303 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// faulty is a medium with faults over another, whose Info it has but for the name. hostmed's own flushes go past it, see Plain.
+type faulty struct {
+	Alterable
+	spec  Spec
+	rules *faultRules
+}
+
+// mappedFaulty is one over a Mapper.
+type mappedFaulty struct {
+	*faulty
+	Mapper
+}
+
+func (b mappedFaulty) Info() Info               { return b.faulty.Info() }
+func (b mappedFaulty) NewQueue() (Queue, error) { return b.faulty.NewQueue() }
+func (b mappedFaulty) Close() error             { return b.faulty.Close() }
+
+func openFaulty(s Spec) (Backend, error) {
+	rules, err := parseFaults(s.Faults)
+	if err != nil {
+		return nil, fmt.Errorf("namespace %s: %w", s, err)
+	}
+	plain := s
+	plain.Faults = ""
+	b, err := OpenSpec(plain)
+	if err != nil {
+		return nil, err
+	}
+	f := &faulty{Alterable: b.(Alterable), spec: s, rules: rules}
+	if m, ok := b.(Mapper); ok {
+		return mappedFaulty{f, m}, nil
+	}
+	return f, nil
+}
+
+// Plain is b without its faults: what is asked of it never fails or hangs on purpose.
+func Plain(b Backend) Backend {
+	switch f := b.(type) {
+	case *faulty:
+		return f.Alterable
+	case mappedFaulty:
+		return f.Alterable
+	}
+	return b
+}
+
+func (b *faulty) Info() Info {
+	i := b.Alterable.Info()
+	i.Name = b.spec.String()
+	return i
+}
+
+func (b *faulty) NewQueue() (Queue, error) {
+	inner, err := b.Alterable.NewQueue()
+	if err != nil {
+		return nil, err
+	}
+	q := &faultQueue{Queue: inner, b: b, shift: b.Alterable.Info().LBAShift, fd: inner.EventFD(), late: map[*Request]time.Duration{}, torn: map[*Request]whole{}}
+	if q.fd < 0 {
+		if q.fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+			return nil, errors.Join(fmt.Errorf("eventfd: %w", err), inner.Close())
+		}
+		q.ownFD = true
+	}
+	q.timer = time.AfterFunc(time.Hour, q.ring)
+	q.timer.Stop()
+	return q, nil
+}
+
+// faultQueue holds back what its rules say.
+type faultQueue struct {
+	Queue // of the medium
+	b     *faulty
+	shift uint8
+	fd    int // the medium's, or a queue's own
+	ownFD bool
+
+	pass    []*Request
+	late    map[*Request]time.Duration // with the medium, to be held back for that long
+	torn    map[*Request]whole         // with the medium, shortened
+	waiting []delayed                  // done, and held back
+	kept    []kept                     // never done
+	ready   []*Request                 // for Reap
+
+	timer *time.Timer
+	mu    sync.Mutex // guards closed, for the timer's goroutine
+	gone  bool       // fd may not be written any more
+}
+
+type whole struct {
+	len uint64
+	vec []Seg
+}
+
+type delayed struct {
+	r   *Request
+	due time.Time
+}
+
+type kept struct {
+	r     *Request
+	abort bool // Abort ends it
+}
+
+// Submit hands on what meets no fault, and what meets one that comes later.
+func (q *faultQueue) Submit(reqs, done []*Request) int {
+	q.pass = q.pass[:0]
+	n := 0
+	for _, r := range reqs {
+		rule := q.b.rules.find(r, q.shift)
+		if rule == nil {
+			q.pass = append(q.pass, r)
+			continue
+		}
+		switch rule.action {
+		case faultStatus:
+			r.Status = rule.status
+			done[n] = r
+			n++
+		case faultDrop, faultHold:
+			q.kept = append(q.kept, kept{r, rule.action == faultHold})
+		case faultDelay:
+			q.late[r] = rule.delay
+			q.pass = append(q.pass, r)
+		case faultTorn:
+			q.tear(r)
+			q.pass = append(q.pass, r)
+		}
+	}
+	if len(q.pass) == 0 {
+		return n
+	}
+	k := q.Queue.Submit(q.pass, done[n:])
+	return n + q.keepLate(done[n:n+k])
+}
+
+// tear leaves the first half of r's blocks in it.
+func (q *faultQueue) tear(r *Request) {
+	q.torn[r] = whole{r.Len, r.Vec}
+	r.Len = r.Len >> q.shift / 2 << q.shift
+	r.Vec = nil
+	for left, vec := r.Len, q.torn[r].vec; left > 0; vec = vec[1:] {
+		s := vec[0]
+		s.Len = min(s.Len, left)
+		left -= s.Len
+		r.Vec = append(r.Vec, s)
+	}
+}
+
+// keepLate takes those out of done that are to be late, and returns how many are left.
+func (q *faultQueue) keepLate(done []*Request) int {
+	n := 0
+	for _, r := range done {
+		if w, ok := q.torn[r]; ok {
+			delete(q.torn, r)
+			r.Len, r.Vec = w.len, w.vec
+			if r.Status.OK() {
+				r.Status = nvme.StatusWriteFault
+			}
+		}
+		if by, ok := q.late[r]; ok {
+			delete(q.late, r)
+			q.waiting = append(q.waiting, delayed{r, time.Now().Add(by)})
+			continue
+		}
+		done[n] = r
+		n++
+	}
+	if len(q.waiting) > 0 {
+		q.setTimer()
+	}
+	return n
+}
+
+// setTimer rings for the first of those that wait.
+func (q *faultQueue) setTimer() {
+	first := q.waiting[0].due
+	for _, d := range q.waiting[1:] {
+		if d.due.Before(first) {
+			first = d.due
+		}
+	}
+	q.timer.Reset(max(time.Until(first), 0))
+}
+
+// ring makes the worker call Reap. It runs on the timer's goroutine.
+func (q *faultQueue) ring() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.gone {
+		one := [8]byte{1}
+		_, _ = unix.Write(q.fd, one[:]) // full: it is readable already
+	}
+}
+
+func (q *faultQueue) Reap(done []*Request) int {
+	n := 0
+	if q.Queue.Inflight() > 0 {
+		n = q.keepLate(done[:q.Queue.Reap(done)])
+	}
+	if len(q.waiting) > 0 {
+		q.endWaiting(time.Now())
+	}
+	k := copy(done[n:], q.ready)
+	q.ready = append(q.ready[:0], q.ready[k:]...)
+	return n + k
+}
+
+// endWaiting makes those ready that are due at now.
+func (q *faultQueue) endWaiting(now time.Time) {
+	still := q.waiting[:0]
+	for _, d := range q.waiting {
+		if d.due.After(now) {
+			still = append(still, d)
+		} else {
+			q.ready = append(q.ready, d.r)
+		}
+	}
+	clear(q.waiting[len(still):])
+	q.waiting = still
+	if len(still) > 0 {
+		q.setTimer()
+	}
+}
+
+// GiveUp is Keeper's. What is late comes at once, as it is; what never comes, with StatusAbortRequested or StatusAbortSQDeleted.
+func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
+	keep := q.kept[:0]
+	for _, k := range q.kept {
+		switch {
+		case !which(k.r) || aborted && !k.abort:
+			keep = append(keep, k)
+			continue
+		case aborted:
+			k.r.Status = nvme.StatusAbortRequested
+		default:
+			k.r.Status = nvme.StatusAbortSQDeleted
+		}
+		q.ready = append(q.ready, k.r)
+		n++
+	}
+	clear(q.kept[len(keep):])
+	q.kept = keep
+	if aborted {
+		if n > 0 {
+			q.ring()
+		}
+		return n
+	}
+	for r := range q.late { // with the medium still
+		if which(r) {
+			delete(q.late, r)
+			n++
+		}
+	}
+	still := q.waiting[:0]
+	for _, d := range q.waiting {
+		if which(d.r) {
+			q.ready = append(q.ready, d.r)
+			n++
+		} else {
+			still = append(still, d)
+		}
+	}
+	clear(q.waiting[len(still):])
+	q.waiting = still
+	if n > 0 {
+		q.ring()
+	}
+	return n
+}
+
+func (q *faultQueue) Inflight() int {
+	return q.Queue.Inflight() + len(q.waiting) + len(q.kept) + len(q.ready)
+}
+
+func (q *faultQueue) EventFD() int { return q.fd }
+
+// Close drops what is held back.
+func (q *faultQueue) Close() error {
+	q.timer.Stop()
+	q.mu.Lock()
+	q.gone = true
+	q.mu.Unlock()
+	err := q.Queue.Close()
+	if q.ownFD {
+		err = errors.Join(err, unix.Close(q.fd))
+	}
+	return err
+}
