@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 	"syscall"
 	"time"
 
@@ -17,13 +16,21 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 
 const description = `guestdrv drives an NVMe controller from an unprivileged, locked-down process.
 
-DEVICE is vfio-user:PATH, where PATH is the socket of hostmed or of another vfio-user server, or a directory with a socket of the name cntrl in it.`
+DEVICE is one of
+
+  vfio-user:PATH  a vfio-user server, such as hostmed: its socket, or a directory with a socket cntrl in it
+  pci:ADDRESS     an NVMe controller of this machine, such as pci:0000:00:04.0, by vfio or sysfs
+  vfio:ADDRESS    by VFIO: behind an IOMMU, with interrupts (vfio:ADDRESS,noiommu: without an IOMMU)
+  sysfs:ADDRESS   by sysfs: polled, without an IOMMU, as root
+
+A controller of this machine must be taken from the kernel before, with guestdrv bind. guestdrv list shows which there are, and how each would be opened.`
 
 type grammar struct {
 	Identify identifyCmd        `cmd:"" help:"Show the controller and its namespaces, as nvme-cli does."`
@@ -31,12 +38,15 @@ type grammar struct {
 	Write    writeCmd           `cmd:"" help:"Copy a file or stdin to a namespace."`
 	Bench    benchCmd           `cmd:"" help:"Put a load on a namespace and measure it."`
 	Serve    serveCmd           `cmd:"" help:"Give namespaces to other programs as disks."`
+	List     listCmd            `cmd:"" help:"Show the NVMe controllers of this machine, and what drives them."`
+	Bind     bindCmd            `cmd:"" help:"Take a PCI function from the kernel's nvme driver."`
+	Unbind   unbindCmd          `cmd:"" help:"Give a PCI function back to the kernel."`
 	Version  cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
 // deviceFlags are those of every command that opens a device.
 type deviceFlags struct {
-	Device        string        `arg:"" help:"vfio-user:PATH"`
+	Device        string        `arg:"" help:"vfio-user:PATH, pci:ADDRESS, vfio:ADDRESS or sysfs:ADDRESS; see guestdrv --help."`
 	Timeout       time.Duration `default:"30s" placeholder:"TIME" help:"Longest time that one command may take (${default})."`
 	Sandbox       string        `default:"on" enum:"on,off" placeholder:"on|off" help:"off: do not lock the process up (${default}). For debugging: the device is not trusted."`
 	SandboxReport bool          `help:"Say on stderr which parts of the sandbox are in force."`
@@ -61,8 +71,9 @@ func (d *deviceFlags) separate(out *cli.Output) {
 	if d.Sandbox == "off" {
 		fmt.Fprintln(out.Stderr, "guestdrv: warning: no sandbox: the device's other side is not trusted, and this process is not locked up")
 	}
-	// Physical addresses are told to the real root only, and ublk devices made by it.
-	keep := d.privileged || !strings.HasPrefix(d.Device, "vfio-user:")
+	// Physical addresses are told to the real root only, and ublk devices made by it. An ordinary user, to whom a VFIO group may be given, has
+	// nothing to keep.
+	keep := d.privileged || devices.OnThisMachine(d.Device) && os.Geteuid() == 0
 	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off", KeepUser: keep})
 }
 
@@ -71,6 +82,8 @@ func (d *deviceFlags) open(ctx context.Context, out *cli.Output, o guestdrv.Opti
 	o.Timeout, o.Logger = d.Timeout, d.logger(out)
 	c, err := guestdrv.Open(ctx, d.Device, o)
 	switch {
+	case err != nil && devices.OnThisMachine(d.Device):
+		return nil, cli.UsageError{Err: err} // what it says of a function is the remedy too
 	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
 		return nil, cli.Usagef("%w; start the other side first: hostmed serve --socket PATH --namespace SPEC", err)
 	case errors.Is(err, fs.ErrPermission):

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/internal/load"
 	"github.com/shadowbell/shadowbell/tools/internal/size"
@@ -105,5 +106,45 @@ func TestIdentifyJSON(t *testing.T) {
 	}
 	if strings.Index(b.String(), `"vid"`) > strings.Index(b.String(), `"ssvid"`) {
 		t.Error("the fields are not in nvme-cli's order")
+	}
+}
+
+func TestListTable(t *testing.T) {
+	list := []listed{
+		howToOpen(pcifn.Function{
+			Address: "0000:00:03.0", Vendor: 0x1b36, Device: 0x10, Model: "QEMU NVMe Ctrl", Driver: "nvme", Group: "7", GroupType: "DMA-FQ",
+			Disks: []pcifn.Disk{{Name: "nvme0n1", NSID: 1, Bytes: 1 << 30, Uses: []string{"nvme0n1p1 is mounted at /srv"}}, {Name: "nvme0n2", NSID: 2, Bytes: 1 << 20}},
+		}),
+		howToOpen(pcifn.Function{Address: "0000:00:04.0", Vendor: 0x1b36, Device: 0x10, Driver: "nvme"}),
+		howToOpen(pcifn.Function{Address: "0000:01:00.0", Vendor: 0x1d1d, Device: 0x2807, Driver: "vfio-pci", Group: "8", GroupType: "unmanaged"}),
+		howToOpen(pcifn.Function{Address: "0000:02:00.0", Vendor: 0x1d1d, Device: 0x2807, Driver: "vfio-pci", Group: "9", Others: []pcifn.Member{{Address: "0000:02:00.1", Driver: "e1000"}}}),
+	}
+	const want = `0000:00:03.0  1b36:0010  QEMU NVMe Ctrl
+  driver     nvme
+  IOMMU      group 7, DMA-FQ
+  disk       nvme0n1, 1.0 GiB; nvme0n1p1 is mounted at /srv
+  disk       nvme0n2, 1.0 MiB
+  opened as  nothing: in use: nvme0n1p1 is mounted at /srv
+
+0000:00:04.0  1b36:0010
+  driver     nvme
+  IOMMU      no group
+  opened as  nothing: guestdrv bind 0000:00:04.0 first
+
+0000:01:00.0  1d1d:2807
+  driver     vfio-pci
+  IOMMU      group 8, unmanaged
+  opened as  vfio:0000:01:00.0: vfio-pci has it
+
+0000:02:00.0  1d1d:2807
+  driver     vfio-pci
+  IOMMU      group 9
+  opened as  nothing: the kernel still has others of its IOMMU group, which must be bound to vfio-pci or to nothing too: 0000:02:00.1 (e1000)
+`
+	if got := listTable(list); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	if got := listTable(nil); got == "" {
+		t.Error("nothing to show, and nothing said")
 	}
 }
