@@ -54,10 +54,12 @@ The table's lines, and the fields of --json
   IOPS            iops            commands completed in a second
   bandwidth       bw_mib          MiB of data in a second
   latency         lat_ns          {mean,p50,p99,p999,max} from Submit to Reap, each in ns
+    reads, writes ops             [{op,ios,errors,lat_ns}] the same for each kind of command
   MMIO writes     mmio_per_io     doorbell register writes: each is an exit, or a message
   wake-ups        wakeups_per_io  sleeps on the interrupt that ended
   CPU             cpu_s_per_mio   {guest,host} seconds for a million commands; host is the server's process
   errors          errors          commands that failed; verify_errors: blocks that were wrong
+  trouble         trouble         {timeouts,aborts,resets} of the controller, if there was any
                   doorbells       shadow, mmap or mmio: what was in use; and rw, bs, qd, jobs, seconds
 
 Exit codes: 0, 1 if a command failed or data was wrong, 2 if nothing could be done.`
@@ -215,8 +217,15 @@ func benchTable(device string, nsid uint32, sizes size.List, r *load.Result) str
 	t := text.Table{Left: map[int]bool{1: true}}
 	t.Add("IOPS", text.Count(r.IOPS))
 	t.Add("bandwidth", text.Count(r.BandwidthMiB)+" MiB/s")
-	t.Add("latency", fmt.Sprintf("mean %s   p50 %s   p99 %s   p99.9 %s   max %s",
-		ns(r.Latency.Mean), ns(r.Latency.P50), ns(r.Latency.P99), ns(r.Latency.P999), ns(r.Latency.Max)))
+	latency := func(name string, l load.Latency) {
+		t.Add(name, fmt.Sprintf("mean %s   p50 %s   p99 %s   p99.9 %s   max %s", ns(l.Mean), ns(l.P50), ns(l.P99), ns(l.P999), ns(l.Max)))
+	}
+	latency("latency", r.Latency)
+	if len(r.Ops) > 1 {
+		for _, o := range r.Ops {
+			latency("  "+o.Op+"s", o.Latency)
+		}
+	}
 	t.Add("MMIO writes", text.Ratio(r.MMIOPerIO)+" per I/O")
 	t.Add("wake-ups", text.Ratio(r.WakeupsPerIO)+" per I/O")
 	t.Add("CPU", fmt.Sprintf("guest %s   host %s   per million I/Os", seconds(r.CPU.Guest), seconds(r.CPU.Host)))
@@ -225,6 +234,9 @@ func benchTable(device string, nsid uint32, sizes size.List, r *load.Result) str
 		errors += fmt.Sprintf(", %s wrong blocks", text.Count(float64(r.VerifyErrors)))
 	}
 	t.Add("errors", errors)
+	if x := r.Trouble; x != nil {
+		t.Add("trouble", fmt.Sprintf("%d commands missed their deadline, %d aborts, %d controller resets", x.Timeouts, x.Aborts, x.Resets))
+	}
 	if i := r.Idle; i != nil {
 		host := "unknown"
 		if i.Host != nil {

@@ -35,9 +35,12 @@ vfio-user:/s, namespace 2, doorbells: shadow
 	}
 	r.Jobs, r.Errors, r.VerifyErrors, r.Interrupted, r.CPU.Host = 1, 3, 1000, true, nil
 	r.Problems = []string{"job 0: lba 0x1, generation 2: stale"}
+	r.Ops = []load.Op{{Op: "read", Latency: load.Latency{Mean: 1000}}, {Op: "write", Latency: load.Latency{Mean: 2000}}}
+	r.Trouble = &load.Trouble{Timeouts: 2, Aborts: 1, Resets: 1}
 	r.Idle = &load.Idle{Seconds: 5, Guest: 0.01, Host: &idle}
 	got := benchTable("vfio-user:/s", 2, size.List{512, 4096}, r)
 	for _, line := range []string{
+		"    reads      mean 1.00 us   p50 0 ns", "    writes     mean 2.00 us", "  trouble      2 commands missed their deadline, 1 aborts, 1 controller resets\n",
 		"randread of 512 B, 4 KiB, 1 job at queue depth 32, 10.0 s (interrupted)\n", "host unknown", "3, 1,000 wrong blocks\n",
 		"idle CPU     guest 0.0 %   host 0.0 %   of one core, in 5.0 s\n", "\n  job 0: lba 0x1, generation 2: stale\n",
 	} {

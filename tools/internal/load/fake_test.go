@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -52,6 +53,7 @@ type fakeQueue struct {
 	submitted []guestdrv.IO // not published yet
 	pending   []guestdrv.IO
 	mmio      uint64
+	ops       []guestdrv.OpStats
 	fail      error // of Reap
 	most      int   // commands that were under way at once
 }
@@ -82,6 +84,11 @@ func (q *fakeQueue) Reap(out []guestdrv.Result) (int, error) {
 		q.pending = q.pending[:len(q.pending)-1]
 		mem := q.mem[io.IOVA-q.base:][:io.Blocks*testBlock]
 		out[i] = guestdrv.Result{Tag: io.Tag, Status: q.disk.do(&io, mem), Latency: time.Duration(1000 + rand.IntN(1000))}
+		op := guestdrv.OpRead
+		if io.Op == nvme.IOWrite {
+			op = guestdrv.OpWrite
+		}
+		q.count(op, out[i].Latency, out[i].Status.OK())
 	}
 	return n, nil
 }
@@ -95,6 +102,21 @@ func (q *fakeQueue) Wait(context.Context) error {
 
 func (q *fakeQueue) Stats() guestdrv.QueueStats {
 	return guestdrv.QueueStats{MMIOWrites: q.mmio}
+}
+
+func (q *fakeQueue) Ops() []guestdrv.OpStats { return slices.Clone(q.ops) }
+
+// count does what a queue pair does.
+func (q *fakeQueue) count(op guestdrv.Op, latency time.Duration, ok bool) {
+	i := slices.IndexFunc(q.ops, func(o guestdrv.OpStats) bool { return o.Op == op })
+	if i < 0 {
+		i = len(q.ops)
+		q.ops = append(q.ops, guestdrv.OpStats{Op: op})
+	}
+	q.ops[i].Latency.Record(latency, 1)
+	if !ok {
+		q.ops[i].Errors++
+	}
 }
 
 // newTestLoad returns a load on d without a controller.

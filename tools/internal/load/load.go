@@ -216,4 +216,5 @@ type Queue interface {
 	Reap([]guestdrv.Result) (int, error)
 	Wait(context.Context) error
 	Stats() guestdrv.QueueStats
+	Ops() []guestdrv.OpStats
 }

@@ -17,9 +17,11 @@ type Result struct {
 	Jobs         int     `json:"jobs"`
 	Seconds      float64 `json:"seconds"`
 
+	Ops         []Op     `json:"ops,omitempty"`    // of each kind of command that was sent
 	BlockSizes  []uint64 `json:"bs_mix,omitempty"` // bytes, if there are several
 	Interrupted bool     `json:"interrupted,omitempty"`
 	Idle        *Idle    `json:"idle,omitempty"`
+	Trouble     *Trouble `json:"trouble,omitempty"`  // nil: there was none
 	Problems    []string `json:"problems,omitempty"` // the first errors, described
 	IOs         uint64   `json:"-"`
 }
@@ -31,6 +33,21 @@ type Latency struct {
 	P99  int64 `json:"p99"`
 	P999 int64 `json:"p999"`
 	Max  int64 `json:"max"`
+}
+
+// Op is one kind of command, as the driver counts them. A quantile is at most 1/16 too long.
+type Op struct {
+	Op      string  `json:"op"` // read, write
+	IOs     uint64  `json:"ios"`
+	Errors  uint64  `json:"errors"`
+	Latency Latency `json:"lat_ns"`
+}
+
+// Trouble is what the driver did about commands that missed their deadline, from Open on.
+type Trouble struct {
+	Timeouts uint64 `json:"timeouts"` // commands
+	Aborts   uint64 `json:"aborts"`
+	Resets   uint64 `json:"resets"` // of the controller
 }
 
 // CPU is user and system time in seconds for a million commands; nil: not known.

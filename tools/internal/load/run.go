@@ -1,6 +1,7 @@
 package load
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"github.com/HdrHistogram/hdrhistogram-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/tools/internal/cpus"
 )
 
@@ -181,6 +183,7 @@ func (l *Load) abreast(ctx context.Context, limit time.Duration) (time.Duration,
 // sample is a reading of everything that only grows.
 type sample struct {
 	mmio, wakeups uint64
+	ops           []guestdrv.OpStats
 	guest, host   time.Duration
 	hostKnown     bool
 }
@@ -190,10 +193,51 @@ func (l *Load) sample(o Observer) (s sample) {
 		st := j.q.Stats()
 		s.mmio += st.MMIOWrites
 		s.wakeups += st.Wakeups
+		s.addOps(j.q.Ops())
 	}
 	s.guest = ownCPU()
 	s.host, s.hostKnown = o.HostCPU()
 	return s
+}
+
+func (s *sample) addOps(ops []guestdrv.OpStats) {
+	for i := range ops {
+		k := slices.IndexFunc(s.ops, func(o guestdrv.OpStats) bool { return o.Op == ops[i].Op })
+		if k < 0 {
+			s.ops = append(s.ops, ops[i])
+			continue
+		}
+		s.ops[k].Errors += ops[i].Errors
+		s.ops[k].Latency.Merge(&ops[i].Latency)
+	}
+}
+
+// opsSince returns what each kind of command did between two samples.
+func (s *sample) opsSince(before *sample) []Op {
+	ops := []Op{}
+	was, is := guestdrv.Stats{Ops: before.ops}, guestdrv.Stats{Ops: s.ops}
+	d := is.Sub(&was)
+	for i := range d.Ops {
+		o := &d.Ops[i]
+		h := &o.Latency
+		ops = append(ops, Op{Op: o.Op.String(), IOs: h.Count(), Errors: o.Errors, Latency: Latency{
+			Mean: int64(h.Mean()), P50: int64(h.Quantile(0.5)), P99: int64(h.Quantile(0.99)), P999: int64(h.Quantile(0.999)), Max: int64(h.Max()),
+		}})
+	}
+	slices.SortFunc(ops, func(a, b Op) int { return cmp.Compare(a.Op, b.Op) })
+	return ops
+}
+
+// trouble returns what the controller has been through, or nil.
+func (l *Load) trouble() *Trouble {
+	if l.ctrl == nil {
+		return nil
+	}
+	s := l.ctrl.Stats()
+	if s.Timeouts+s.Aborts+s.Resets == 0 {
+		return nil
+	}
+	return &Trouble{Timeouts: s.Timeouts, Aborts: s.Aborts, Resets: s.Resets}
 }
 
 // ownCPU returns the user and system time of this process.
@@ -225,7 +269,7 @@ func (l *Load) result(elapsed time.Duration, a, b sample) *Result {
 			P999: latency.ValueAtQuantile(99.9), Max: latency.Max(),
 		},
 		MMIOPerIO: perIO(b.mmio-a.mmio, sum.ios), WakeupsPerIO: perIO(b.wakeups-a.wakeups, sum.ios),
-		Errors: sum.errors, VerifyErrors: sum.verifyErrors,
+		Errors: sum.errors, VerifyErrors: sum.verifyErrors, Ops: b.opsSince(&a), Trouble: l.trouble(),
 		Kind: l.cfg.Kind, BlockSize: uint64(l.cfg.Sizes.Max()), Depth: l.cfg.Depth, Jobs: l.cfg.Jobs, Seconds: seconds,
 	}
 	if len(l.cfg.Sizes) > 1 {

@@ -94,6 +94,31 @@ func TestBatchBoundsOneDoorbell(t *testing.T) {
 	}
 }
 
+func TestKindsOfCommandAreToldApart(t *testing.T) {
+	d := newDisk(1 << 20)
+	failures := uint64(0)
+	d.spoil = func(io *guestdrv.IO, _ []byte) (bool, nvme.Status) {
+		if io.Op == nvme.IOWrite && failures < 3 {
+			failures++
+			return true, nvme.StatusWriteFault
+		}
+		return false, 0
+	}
+	l := newTestLoad(t, Config{Kind: RandRW, Jobs: 2, Runtime: 20 * time.Millisecond}, d)
+	r, err := l.Run(context.Background(), Observer{})
+	if err != nil || len(r.Ops) != 2 || r.Ops[0].Op != "read" || r.Ops[1].Op != "write" {
+		t.Fatalf("%+v, %v", r.Ops, err)
+	}
+	if n := r.Ops[0].IOs + r.Ops[1].IOs; n != r.IOs || r.Ops[0].Errors != 0 || r.Ops[1].Errors != 3 {
+		t.Errorf("%d of %d commands: %+v", n, r.IOs, r.Ops)
+	}
+	for _, o := range r.Ops {
+		if l := o.Latency; l.P50 < 1000 || l.P50 > 2200 || l.Max > 2000 || l.Mean < 1000 || l.Mean > 2000 {
+			t.Errorf("%s: latencies from 1 to 2 us are %+v", o.Op, l)
+		}
+	}
+}
+
 func TestSequentialAddressesRiseAndWrap(t *testing.T) {
 	d := newDisk(64 << 10)
 	p, err := makePlan(Config{Kind: SeqRead, Jobs: 2}.Defaults(), geometry{blockSize: testBlock, size: uint64(len(d.data)), maxEntries: 64})
@@ -248,6 +273,7 @@ func (q *instantQueue) Reap(out []guestdrv.Result) (int, error) {
 
 func (q *instantQueue) Wait(context.Context) error { return nil }
 func (q *instantQueue) Stats() guestdrv.QueueStats { return guestdrv.QueueStats{} }
+func (q *instantQueue) Ops() []guestdrv.OpStats    { return nil }
 
 func instantJob(q *instantQueue) *job {
 	p, err := makePlan(Config{}.Defaults(), geometry{blockSize: 512, size: 1 << 30, maxEntries: 4096})
