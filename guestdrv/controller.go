@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -43,7 +42,10 @@ type Controller struct {
 
 	nextLane atomic.Uint32
 	watching sync.WaitGroup
-	stop     chan struct{}
+	life     context.Context // ends when the controller fails or is closed
+	end      context.CancelFunc
+	late     chan lateCommand // of pairs
+	progress atomic.Bool      // a command has succeeded since the last reset, as far as lanes do not count it
 
 	// mu guards what follows. Only Queue.Fail is called under it.
 	mu      sync.Mutex
@@ -51,9 +53,10 @@ type Controller struct {
 	pairs   map[*QueuePair]struct{}
 	vectors []int    // free interrupt vectors
 	qids    []uint16 // free queue identifiers
+	granted int      // the highest queue identifier that may be used
 	past    Stats    // of pairs that are closed
 	pastOps closedOps
-	err     error // why the controller failed, or ErrClosed
+	now     lifeState
 	closing bool
 }
 
@@ -172,12 +175,15 @@ func (b *Buffer) Free() {
 	}
 }
 
-// addPair makes p known to fail, or takes its queue away again if the controller has failed already.
+// addPair makes p known to fail, unless the controller has failed or been reset since p's queue was begun.
 func (c *Controller) addPair(p *QueuePair) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err != nil {
-		return c.err
+	if c.now.err != nil {
+		return c.now.err
+	}
+	if c.now.epoch != p.epoch {
+		return errStale
 	}
 	c.pairs[p] = struct{}{}
 	return nil
@@ -195,8 +201,8 @@ func (c *Controller) removePair(p *QueuePair) {
 func (c *Controller) takeQueue(interrupt bool) (qid uint16, vector int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err != nil {
-		return 0, 0, c.err
+	if c.now.err != nil {
+		return 0, 0, c.now.err
 	}
 	if len(c.qids) == 0 {
 		return 0, 0, errors.New("no queue pair is free: raise Options.MaxQueuePairs, if the controller has more queues")
@@ -215,90 +221,10 @@ func (c *Controller) takeQueue(interrupt bool) (qid uint16, vector int, err erro
 func (c *Controller) giveQueue(qid uint16, vector int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.qids = append(c.qids, qid)
+	if int(qid) <= c.granted {
+		c.qids = append(c.qids, qid)
+	}
 	if vector != noVector {
 		c.vectors = append(c.vectors, vector)
 	}
-}
-
-// Err returns why the controller failed, ErrClosed after Close, or nil.
-func (c *Controller) Err() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.err
-}
-
-// fail ends everything with err, unless it has ended before, and returns with what. Commands that are outstanding stay the controller's,
-// memory and all, until Close.
-func (c *Controller) fail(err error) error {
-	c.mu.Lock()
-	if c.err != nil {
-		defer c.mu.Unlock()
-		return c.err
-	}
-	c.err = err
-	for p := range c.pairs {
-		_ = p.q.Fail(err)
-	}
-	lanes, adm := c.lanes, c.adm
-	c.mu.Unlock()
-
-	for _, l := range lanes {
-		l.Fail(err)
-	}
-	if adm != nil {
-		adm.Lane().Fail(err)
-	}
-	if !errors.Is(err, ErrClosed) {
-		c.log.Error("controller failed", "error", err)
-	}
-	return err
-}
-
-const (
-	minTick = 5 * time.Millisecond
-	maxTick = time.Second
-)
-
-// watch looks after deadlines and the device's life until Close.
-func (c *Controller) watch() {
-	defer c.watching.Done()
-	ticker := time.NewTicker(min(max(c.opts.Timeout/8, minTick), maxTick))
-	defer ticker.Stop()
-	for {
-		select {
-		case <-c.stop:
-			return
-		case <-c.dev.Done():
-			c.fail(c.gone())
-			return
-		case <-ticker.C:
-			if err := c.checkLanes(); err != nil {
-				c.fail(fmt.Errorf("%w (%w)", err, c.adm.Diagnose()))
-				return
-			}
-		}
-	}
-}
-
-func (c *Controller) gone() error {
-	if err := c.dev.Err(); errors.Is(err, ErrGone) {
-		return err
-	}
-	return fmt.Errorf("%w: %w", ErrGone, c.dev.Err())
-}
-
-func (c *Controller) checkLanes() error {
-	if err := c.adm.Lane().Check(); err != nil {
-		return err
-	}
-	c.mu.Lock()
-	lanes := c.lanes
-	c.mu.Unlock()
-	for _, l := range lanes {
-		if err := l.Check(); err != nil {
-			return err
-		}
-	}
-	return nil
 }

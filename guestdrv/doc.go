@@ -24,10 +24,15 @@
 //
 // # A device that cannot be trusted
 //
-// Every wait has an end, and everything that comes from the device is checked before it is used. A command that misses its deadline, a completion that
-// nobody asked for or a lost connection fails the controller: each call then returns that first error at once, and there is nothing to
-// do but Close. Memory of commands that have not ended is not used for anything else until the controller is disabled.
+// Every wait has an end, and everything that comes from the device is checked before it is used. Memory of commands that have not ended is not
+// used for anything else until the controller is disabled.
 //
-// What this package does not do: it does not reconnect, reset a controller that has failed, follow namespaces that come or change after
+// A command that is late is aborted. If that does not end it, or the controller reports a fatal error, the controller is reset and set up
+// again as it was, while callers wait: commands that were outstanding fail with [ErrReset] or are sent once more, as [Options.OnReset] says.
+//
+// A completion that nobody asked for, a lost connection, or a controller that does not come back fails the controller: each call then
+// returns that first error at once, and there is nothing to do but Close.
+//
+// What this package does not do: it does not reconnect, follow namespaces that come or change after
 // Open, or use metadata, SGLs or several paths.
 package guestdrv

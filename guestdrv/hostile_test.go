@@ -255,7 +255,8 @@ func TestUnknownCompletions(t *testing.T) {
 	}
 }
 
-// TestSilentDevice stops answering commands: the deadline must end what waits, and say what the registers said.
+// TestSilentDevice stops answering commands for good: the deadline, or what the registers say before it, ends what waits, and as nothing
+// brings the controller back it fails.
 func TestSilentDevice(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -263,7 +264,7 @@ func TestSilentDevice(t *testing.T) {
 		is   error
 		says string
 	}{
-		{"alive", nil, guestdrv.ErrTimeout, "alive"},
+		{"alive", nil, guestdrv.ErrTimeout, "timed out after"},
 		{"fatal", func(v uint64) uint64 { return v | 2 }, guestdrv.ErrFatal, "CFS"},
 		{"all ones", func(v uint64) uint64 { return ^uint64(0) }, guestdrv.ErrGone, "all ones"},
 	} {
@@ -295,13 +296,18 @@ func TestSilentDevice(t *testing.T) {
 				silent.Store(true)
 				begin := time.Now()
 				_, err = ns.ReadAt(make([]byte, 300<<10), 0)
-				mustMention(t, err, guestdrv.ErrTimeout, "READ nsid=1", tc.says)
-				mustMention(t, err, tc.is)
+				mustMention(t, err, tc.is, "READ nsid=1", tc.says)
 				if d := time.Since(begin); d > 3*time.Second {
 					t.Errorf("took %v", d)
 				}
-				if _, err := p.Submit([]guestdrv.IO{{Op: nvme.IOFlush, NSID: 1}}); !errors.Is(err, guestdrv.ErrTimeout) {
+				_, err = p.Submit([]guestdrv.IO{{Op: nvme.IOFlush, NSID: 1}})
+				if !errors.Is(err, guestdrv.ErrReset) && !errors.Is(err, tc.is) {
 					t.Errorf("pair: %v", err)
+				}
+				eventually(t, "the controller fails", func() bool { return c.Err() != nil })
+				mustMention(t, c.Err(), tc.is)
+				if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, tc.is) {
+					t.Errorf("afterwards: %v", err)
 				}
 				if _, err := c.Alloc(4096); err != nil {
 					t.Errorf("alloc: %v", err)
@@ -311,7 +317,8 @@ func TestSilentDevice(t *testing.T) {
 	}
 }
 
-func TestSilentDeviceFailsPair(t *testing.T) {
+// TestSilentDeviceResetsPair drops I/O commands only, so that the controller can be brought back for a pair that is made anew.
+func TestSilentDeviceResetsPair(t *testing.T) {
 	cfg := nvmetest.Config{}
 	cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
 		if qid != 0 {
@@ -333,11 +340,16 @@ func TestSilentDeviceFailsPair(t *testing.T) {
 		if err := p.Publish(); err != nil {
 			t.Fatal(err)
 		}
-		if err := p.Wait(ctx); !errors.Is(err, guestdrv.ErrTimeout) {
-			t.Fatal(err)
+		mustMention(t, p.Wait(ctx), guestdrv.ErrTimeout, "queue pair 3", "reset")
+		mustMention(t, p.Publish(), guestdrv.ErrReset)
+		if err := p.Close(); err != nil {
+			t.Error(err)
 		}
-		if !errors.Is(c.Err(), guestdrv.ErrTimeout) {
-			t.Fatalf("the controller has not failed: %v", c.Err())
+		if err := c.Err(); err != nil {
+			t.Errorf("the controller has failed: %v", err)
+		}
+		if p, err = c.NewQueuePair(guestdrv.QueuePairOptions{Poll: poll}); err != nil {
+			t.Fatal(err)
 		}
 		p.Close()
 		c.Close()

@@ -2,10 +2,12 @@ package guestdrv
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -28,6 +30,7 @@ type ioQueue struct {
 	head   *dbbuf.Publisher
 	qid    uint16
 	vector int
+	size   uint32 // entries of each ring
 	rings  dma.Block
 
 	// lists is memory for PRP lists by slot, taken when a slot first needs it; listSize bytes each.
@@ -45,11 +48,17 @@ func (c *Controller) newIOQueue(ctx context.Context, qid uint16, depth uint32, v
 	if err != nil {
 		return nil, fmt.Errorf("rings of queue %d: %w", qid, err)
 	}
-	q := &ioQueue{c: c, qid: qid, vector: vector, rings: rings, lists: make([]prp.ListPage, size-1), listSize: listSize(c.maxTransfer)}
-	known, err := q.create(ctx, size, sqBytes, cqBytes, cfg)
+	q := &ioQueue{c: c, qid: qid, vector: vector, size: size, rings: rings, lists: make([]prp.ListPage, size-1), listSize: listSize(c.maxTransfer)}
+	epoch := c.epoch()
+	cfg.Generation = uint16(epoch)
+	known, err := q.create(ctx, sqBytes, cqBytes, cfg)
 	if err != nil {
-		if known {
+		// A controller that was reset has forgotten the queue, whatever became of the commands.
+		if known || errors.Is(err, ErrReset) || epoch != c.epoch() && c.adm.ForgetPair(ctx, qid) == nil {
 			c.pool.Give(rings)
+		}
+		if epoch != c.epoch() {
+			err = fmt.Errorf("%w: %w", errStale, err)
 		}
 		return nil, err
 	}
@@ -57,7 +66,7 @@ func (c *Controller) newIOQueue(ctx context.Context, qid uint16, depth uint32, v
 }
 
 // create tells the controller. known is false if the controller may use the memory despite the error.
-func (q *ioQueue) create(ctx context.Context, size uint32, sqBytes, cqBytes uint64, cfg queue.Config) (known bool, err error) {
+func (q *ioQueue) create(ctx context.Context, sqBytes, cqBytes uint64, cfg queue.Config) (known bool, err error) {
 	c := q.c
 	clear(c.pool.Bytes(q.rings))
 	sq, cq, err := splitRings(c.pool, q.rings, sqBytes, cqBytes)
@@ -69,15 +78,34 @@ func (q *ioQueue) create(ctx context.Context, size uint32, sqBytes, cqBytes uint
 		return true, err
 	}
 	q.head = head
-	cfg.QID, cfg.Size, cfg.SQ, cfg.CQ, cfg.Tail, cfg.Head = q.qid, size, sq, cq, tail, head
+	cfg.QID, cfg.Size, cfg.SQ, cfg.CQ, cfg.Tail, cfg.Head = q.qid, q.size, sq, cq, tail, head
 	if q.q, err = queue.New(cfg); err != nil {
 		return true, err
 	}
-	return c.adm.CreatePair(ctx, admin.Pair{
-		QID: q.qid, Size: size,
-		SQIOVA: c.pool.IOVA(q.rings.Off), CQIOVA: c.pool.IOVA(q.rings.Off + sqBytes),
+	return c.adm.CreatePair(ctx, q.pair())
+}
+
+// pair is what the controller is told.
+func (q *ioQueue) pair() admin.Pair {
+	return admin.Pair{
+		QID: q.qid, Size: q.size,
+		SQIOVA: q.c.pool.IOVA(q.rings.Off), CQIOVA: q.c.pool.IOVA(q.rings.Off + roundUp(uint64(q.size)*ring.SQESize)),
 		Vector: uint16(max(q.vector, 0)), Interrupts: q.vector != noVector,
-	})
+	}
+}
+
+// again creates the queue of a paused lane once more after a reset.
+func (q *ioQueue) again(ctx context.Context, l *lane.Lane) error {
+	clear(q.c.pool.Bytes(q.rings))
+	tail, head, err := q.c.adm.Publishers(q.qid)
+	if err != nil {
+		return err
+	}
+	if err := l.Renew(tail, head); err != nil {
+		return err
+	}
+	_, err = q.c.adm.CreatePair(ctx, q.pair())
+	return err
 }
 
 func splitRings(pool *dma.Pool, rings dma.Block, sqBytes, cqBytes uint64) (sq, cq *shm.Region, err error) {

@@ -49,8 +49,9 @@ func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller,
 	}
 	c := &Controller{
 		opts: o, log: o.Logger, dev: dev,
-		byID: map[uint32]*Namespace{}, unusable: map[uint32]error{}, pairs: map[*QueuePair]struct{}{}, stop: make(chan struct{}),
+		byID: map[uint32]*Namespace{}, unusable: map[uint32]error{}, pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64),
 	}
+	c.life, c.end = context.WithCancel(context.Background())
 	c.gate.init()
 	c.ops.New = c.newOp
 	c.refs.Store(1)
@@ -93,8 +94,9 @@ func (c *Controller) setup(ctx context.Context) error {
 	if err := c.openLanes(ctx); err != nil {
 		return err
 	}
-	c.adm.WatchEvents()
-	return nil
+	c.adm.WatchEvents(func(context.Context) {})
+	c.adm.RequestEvents(ctx)
+	return c.begin()
 }
 
 func (c *Controller) allocate() error {
@@ -157,15 +159,19 @@ func (c *Controller) enable(ctx context.Context) error {
 
 // limits works out what one command may move.
 func (c *Controller) limits() error {
-	n := c.adm.Identity().MaxTransfer(c.adm.Capabilities().MPSMIN())
-	if n == 0 {
-		n = maxTransfer
-	}
-	c.maxTransfer = uint32(min(n, maxTransfer))
+	c.maxTransfer = c.transferLimit()
 	if c.opts.SGL && c.adm.Identity().SGLS&(nvme.SGLSByteAligned|nvme.SGLSDwordAligned) == 0 {
 		return fmt.Errorf("its SGLs (SGLS %#x): %w", c.adm.Identity().SGLS, ErrUnsupported)
 	}
 	return nil
+}
+
+func (c *Controller) transferLimit() uint32 {
+	n := c.adm.Identity().MaxTransfer(c.adm.Capabilities().MPSMIN())
+	if n == 0 {
+		n = maxTransfer
+	}
+	return uint32(min(n, maxTransfer))
 }
 
 // chooseDoorbells shares the doorbell pages if they are wanted and offered. A controller that then refuses them is used
@@ -202,17 +208,11 @@ func (c *Controller) shareDoorbells(ctx context.Context) error {
 
 // openLanes asks for the queues and creates those of the plain API.
 func (c *Controller) openLanes(ctx context.Context) error {
-	granted, err := c.adm.QueueCount(ctx, min(c.opts.Queues+c.opts.MaxQueuePairs, 65535))
+	granted, err := c.grant(ctx)
 	if err != nil {
 		return err
 	}
-	granted = min(granted, int(c.adm.MaxQID()))
-	if granted < 1 {
-		return fmt.Errorf("the controller has no I/O queue whose doorbells can be reached: %v, BAR0 of %#x bytes", c.Capabilities(), c.dev.RegisterSpace())
-	}
-	for qid := 1; qid <= granted; qid++ {
-		c.qids = append(c.qids, uint16(qid))
-	}
+	c.regrant(granted)
 	// One queue always, more only with interrupts of their own.
 	n := max(min(c.opts.Queues, granted, len(c.vectors)), 1)
 	for range n {
@@ -221,6 +221,19 @@ func (c *Controller) openLanes(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// grant asks for as many queue pairs as there may ever be, and returns how many can be used.
+func (c *Controller) grant(ctx context.Context) (int, error) {
+	granted, err := c.adm.QueueCount(ctx, min(c.opts.Queues+c.opts.MaxQueuePairs, 65535))
+	if err != nil {
+		return 0, err
+	}
+	granted = min(granted, int(c.adm.MaxQID()))
+	if granted < 1 {
+		return 0, fmt.Errorf("the controller has no I/O queue whose doorbells can be reached: %v, BAR0 of %#x bytes", c.Capabilities(), c.dev.RegisterSpace())
+	}
+	return granted, nil
 }
 
 func (c *Controller) openLane(ctx context.Context) error {
@@ -250,10 +263,7 @@ func (c *Controller) openLane(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.lanes = append(c.lanes, &ioLane{Lane: l, io: q})
-	if c.err != nil {
-		return c.err
-	}
-	return nil
+	return c.now.err
 }
 
 // openNamespaces reads what namespaces there are. One that cannot be used is no reason to do without the others.
@@ -318,11 +328,10 @@ func (c *Controller) Close() error {
 	c.closing = true
 	c.mu.Unlock()
 
-	healthy := c.Err() == nil
+	healthy := c.healthy()
 	c.fail(ErrClosed)
 	c.markClosed()
 	c.gate.shut()
-	close(c.stop)
 	c.watching.Wait()
 
 	for _, l := range c.lanes {
@@ -344,13 +353,6 @@ func (c *Controller) Close() error {
 	}
 	c.release()
 	return err
-}
-
-// markClosed makes ErrClosed the error of calls that come later, also when the controller had failed before.
-func (c *Controller) markClosed() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.err = ErrClosed
 }
 
 // shutdown stops the controller, if it can still be reached. What a controller that has failed says to that is of no interest.

@@ -35,11 +35,34 @@ func (m DoorbellMode) String() string {
 	return fmt.Sprintf("DoorbellMode(%d)", uint8(m))
 }
 
+// ResetMode says what becomes of commands that are outstanding when the controller is reset.
+type ResetMode uint8
+
+const (
+	// ResetFail ends them with an error that wraps ErrReset.
+	ResetFail ResetMode = iota
+	// ResetReplay sends the commands of Namespace once more, in any order: they may have been executed before. One that meets a second reset
+	// fails with ErrReset. Admin commands and those of a QueuePair fail as with ResetFail.
+	ResetReplay
+)
+
+// String returns "fail" or "replay".
+func (m ResetMode) String() string {
+	switch m {
+	case ResetFail:
+		return "fail"
+	case ResetReplay:
+		return "replay"
+	}
+	return fmt.Sprintf("ResetMode(%d)", uint8(m))
+}
+
 // Defaults and limits of Options.
 const (
 	DefaultDMASize       = 64 << 20
 	DefaultQueueDepth    = 128
 	DefaultTimeout       = 30 * time.Second
+	DefaultResetTimeout  = 30 * time.Second
 	DefaultMaxQueuePairs = 16
 
 	// MaxQueueDepth is the most commands that one queue pair holds.
@@ -77,8 +100,19 @@ type Options struct {
 	// vector, that is a file descriptor, from Open on. There are fewer if the controller has fewer.
 	MaxQueuePairs int
 
-	// Timeout is the deadline of each command; 0: DefaultTimeout. A command that misses it fails the controller.
+	// Timeout is the deadline of each command; 0: DefaultTimeout. A command that misses it is aborted: if it ends then, within a quarter of
+	// Timeout and 2 s at the most, its error wraps ErrTimeout, and nothing else happens. Otherwise the controller is reset.
 	Timeout time.Duration
+
+	// OnReset is what becomes of commands that are outstanding when the controller is reset.
+	OnReset ResetMode
+
+	// ResetTimeout bounds one reset of the controller, until it is as it was before; 0: DefaultResetTimeout. A controller that takes longer
+	// fails for good, and so does one that was reset four times in a row without one command that succeeded.
+	//
+	// So each command ends after Timeout, its quarter and ResetTimeout at the latest, twice that with ResetReplay. A call that needs
+	// several commands one after the other, or waits until there is room for its own, takes that for each.
+	ResetTimeout time.Duration
 
 	// Logger is told of controller events and of what had to be done without; nil: nobody.
 	Logger hclog.Logger
@@ -88,6 +122,12 @@ type Options struct {
 func (o Options) withDefaults() (Options, error) {
 	if o.Doorbells > DoorbellsMMIO {
 		return o, fmt.Errorf("options: unknown doorbell mode %v", o.Doorbells)
+	}
+	if o.OnReset > ResetReplay {
+		return o, fmt.Errorf("options: unknown reset mode %v", o.OnReset)
+	}
+	if o.ResetTimeout < 0 {
+		return o, fmt.Errorf("options: ResetTimeout %v is negative", o.ResetTimeout)
 	}
 	if o.Queues < 0 || o.MaxQueuePairs < 0 || o.Timeout < 0 {
 		return o, fmt.Errorf("options: Queues %d, MaxQueuePairs %d, Timeout %v: none may be negative", o.Queues, o.MaxQueuePairs, o.Timeout)
@@ -109,6 +149,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.Timeout == 0 {
 		o.Timeout = DefaultTimeout
+	}
+	if o.ResetTimeout == 0 {
+		o.ResetTimeout = DefaultResetTimeout
 	}
 	if o.Logger == nil {
 		o.Logger = hclog.NewNullLogger()

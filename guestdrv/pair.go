@@ -50,6 +50,10 @@ type QueuePairOptions struct {
 //	n, err = p.Reap(results)
 //
 // It belongs to one goroutine at a time. Only Controller.Close may be called meanwhile.
+//
+// After a reset of the controller every call returns an error that wraps ErrReset: the owner closes the pair and makes another. What was
+// outstanding has no result, and the memory of it is the controller's until Close has returned. A command that is aborted because it
+// was late ends with nvme.StatusAbortRequested.
 type QueuePair struct {
 	io  *ioQueue
 	q   *queue.Queue
@@ -63,6 +67,8 @@ type QueuePair struct {
 	known bool
 
 	batch  [64]queue.Completion
+	epoch  uint64 // of the controller's resets
+	moved  bool   // a command has ended
 	closed bool
 
 	// What Controller.Stats sees; it is brought up to date now and then.
@@ -73,7 +79,8 @@ type QueuePair struct {
 // statsEvery is after how many commands Controller.Stats sees them.
 const statsEvery = 256
 
-// NewQueuePair creates a queue pair. It needs no system call that a sandbox forbids.
+// NewQueuePair creates a queue pair. It needs no system call that a sandbox forbids. While the controller is reset it waits for the
+// end of that.
 func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 	if o.Depth > MaxQueueDepth {
 		return nil, fmt.Errorf("queue pair of depth %d: at most %d", o.Depth, MaxQueueDepth)
@@ -85,6 +92,20 @@ func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 		return nil, ErrClosed
 	}
 	defer c.gate.leave()
+	for {
+		epoch, err := c.awaitLive(context.Background())
+		if err != nil {
+			return nil, err
+		}
+		p, err := c.newPair(o, epoch)
+		// Each further try needs a further reset, and those that do no good are counted.
+		if err == nil || !errors.Is(err, errStale) && !errors.Is(err, ErrReset) {
+			return p, err
+		}
+	}
+}
+
+func (c *Controller) newPair(o QueuePairOptions, epoch uint64) (*QueuePair, error) {
 	qid, vector, err := c.takeQueue(!o.Poll)
 	if err != nil {
 		return nil, err
@@ -93,16 +114,22 @@ func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 	if vector != noVector {
 		eventFD = c.eventFDs[vector]
 	}
-	io, err := c.newIOQueue(context.Background(), qid, o.Depth, vector, queue.Config{
-		EventFD: eventFD, Quiet: c.quiet, NoSpin: o.NoSpin, Timeout: c.opts.Timeout,
+	ctx := context.Background()
+	io, err := c.newIOQueue(ctx, qid, o.Depth, vector, queue.Config{
+		EventFD: eventFD, Quiet: c.quiet, NoSpin: o.NoSpin, Timeout: c.opts.Timeout, Late: c.lateness(epoch), Grace: c.opts.grace(),
 	})
 	if err != nil {
 		c.giveQueue(qid, vector)
-		return nil, err
+		return nil, c.explain(err)
 	}
-	p := &QueuePair{io: io, q: io.q, tally: tally.New(false)}
+	p := &QueuePair{io: io, q: io.q, epoch: epoch, tally: tally.New(false)}
 	c.refs.Add(1)
 	if err := c.addPair(p); err != nil {
+		// The memory is given back if the controller is known not to have it.
+		if errors.Is(err, errStale) && c.adm.ForgetPair(ctx, qid) == nil {
+			io.give()
+			c.giveQueue(qid, vector)
+		}
 		c.release()
 		return nil, err
 	}
@@ -291,11 +318,8 @@ func (p *QueuePair) Wait(ctx context.Context) error {
 // failed makes an error of the queue that is the controller's fault the controller's failure.
 func (p *QueuePair) failed(err error) error {
 	c := p.io.c
-	if p.q.Err() == nil {
+	if p.q.Err() == nil || errors.Is(err, ErrReset) || p.closed {
 		return err
-	}
-	if errors.Is(err, ErrTimeout) && c.Err() == nil {
-		err = fmt.Errorf("%w (%w)", err, c.adm.Diagnose())
 	}
 	return c.fail(err)
 }
@@ -303,6 +327,10 @@ func (p *QueuePair) failed(err error) error {
 // count adds n completions, and from time to time tells those who look from outside.
 func (p *QueuePair) count(n int) {
 	p.completed += uint64(n)
+	if !p.moved {
+		p.moved = true
+		p.io.c.progress.Store(true)
+	}
 	if p.completed-p.seen.commands.Load() >= statsEvery {
 		p.tell()
 	}
@@ -329,7 +357,7 @@ func (p *QueuePair) Close() error {
 		return nil // the controller is closed, and with it the queues
 	}
 	defer c.gate.leave()
-	if err := c.adm.DeletePair(context.Background(), p.io.qid); err != nil {
+	if err := p.delete(); err != nil {
 		if errors.Is(err, ErrClosed) {
 			return nil
 		}
@@ -339,4 +367,21 @@ func (p *QueuePair) Close() error {
 	p.io.give()
 	c.giveQueue(p.io.qid, p.io.vector)
 	return nil
+}
+
+// delete makes sure that the controller does not have the queues any more. After a reset it does not.
+func (p *QueuePair) delete() error {
+	c := p.io.c
+	epoch, err := c.awaitLive(context.Background())
+	if err != nil || epoch != p.epoch {
+		return err
+	}
+	err = c.adm.DeletePair(context.Background(), p.io.qid)
+	if err == nil {
+		return nil
+	}
+	if now, liveErr := c.awaitLive(context.Background()); liveErr == nil && now != p.epoch {
+		return nil
+	}
+	return c.explain(err)
 }

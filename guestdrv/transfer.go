@@ -78,6 +78,7 @@ type chunk struct {
 	flying bool
 	orphan bool // nobody waits for it
 	status nvme.Status
+	err    error // it was lost
 }
 
 const allGood = ^uint64(0)
@@ -167,7 +168,7 @@ func (o *op) idle() bool { return len(o.free) == window }
 // cut makes c the next chunk. It returns false if there is no memory for it, now or, with o.err set, at all.
 func (o *op) cut(ctx context.Context, c *chunk) bool {
 	r := &o.req
-	c.first, c.bytes, c.bounce, c.pin, c.orphan = o.next, 0, dma.Block{}, nil, false
+	c.first, c.bytes, c.bounce, c.pin, c.orphan, c.err = o.next, 0, dma.Block{}, nil, false, nil
 	c.blocks = min(r.blocks-o.next, o.mostBlocks())
 	var ok bool
 	switch {
@@ -324,8 +325,33 @@ func (c *chunk) String() string { return c.cmd.Describe(false) }
 
 // Complete takes the end of the command.
 func (c *chunk) Complete(status nvme.Status, _ uint32) {
+	c.status = status
+	c.land()
+}
+
+// Lost takes the end of a command that the controller has not executed as it should: it was aborted, or a reset went over it.
+func (c *chunk) Lost(err error) {
+	c.err = err
+	c.land()
+}
+
+// Again is for a chunk that is sent once more after a reset. Its memory is still its own.
+func (c *chunk) Again(slot uint16, cmd *nvme.Command) (bool, error) {
+	if c.orphan {
+		return false, nil
+	}
+	if c.bytes > 0 {
+		if err := c.op.lane.io.point(slot, &c.cmd, c.iova, c.bytes); err != nil {
+			return true, err
+		}
+	}
+	*cmd = c.cmd
+	return true, nil
+}
+
+func (c *chunk) land() {
 	o := c.op
-	c.status, c.flying = status, false
+	c.flying = false
 	if c.orphan {
 		o.giveMemory(c)
 		return
@@ -345,6 +371,8 @@ func (o *op) collect() {
 	})
 	for _, c := range ended[:n] {
 		switch {
+		case c.err != nil:
+			o.fail(c.first, c.lost(c.err))
 		case !c.status.OK():
 			o.fail(c.first, &StatusError{Command: c.cmd, Status: c.status})
 		case o.req.opcode == nvme.IORead && c.bounce.Len != 0:

@@ -9,6 +9,7 @@
 //	ShareDoorbells, Publishers                             doorbells.go
 //	CreatePair, DeletePair                                 queues.go
 //	WatchEvents                                            events.go
+//	Stop, Restart  a controller that has got stuck         reset.go
 //	Shutdown, Close                                        registers.go
 //
 // The controller is not trusted. What it says of itself bounds what this side does, never how much memory it takes or how long it
@@ -18,7 +19,7 @@ package admin
 import (
 	"context"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -59,20 +60,19 @@ type Admin struct {
 
 	cap nvme.CAP
 	vs  nvme.Version
-	id  nvme.IdentifyController
+	id  atomic.Pointer[nvme.IdentifyController]
 
 	lane *lane.Lane
 	mem  dma.Block
 
 	page pages // the shared doorbell pages
 
-	events sync.WaitGroup
-	stop   context.CancelFunc // of what WatchEvents started
+	events events
 }
 
 // Open resets and enables the controller. On an error it is left disabled, as far as it can be reached.
 func Open(ctx context.Context, cfg Config) (*Admin, error) {
-	a := &Admin{cfg: cfg, dev: cfg.Device, log: cfg.Logger, stop: func() {}}
+	a := &Admin{cfg: cfg, dev: cfg.Device, log: cfg.Logger}
 	if err := a.readCapabilities(); err != nil {
 		a.closeFD()
 		return nil, err
@@ -128,23 +128,23 @@ func (a *Admin) openQueue() error {
 	return err
 }
 
-// Capabilities returns CAP as it was read at Open.
+// Capabilities returns CAP as it was read at Open; Restart insists on it.
 func (a *Admin) Capabilities() nvme.CAP { return a.cap }
 
 // Version returns VS as it was read at Open.
 func (a *Admin) Version() nvme.Version { return a.vs }
 
-// Identity returns Identify Controller as it was read by Identify.
-func (a *Admin) Identity() *nvme.IdentifyController { return &a.id }
+// Identity returns Identify Controller as the last Identify has read it, or nil.
+func (a *Admin) Identity() *nvme.IdentifyController { return a.id.Load() }
 
 // Lane returns the admin queue, for its deadlines, its failure and its counts.
 func (a *Admin) Lane() *lane.Lane { return a.lane }
 
 // Close ends the goroutines and fails commands under way. The device is not told; see Shutdown.
 func (a *Admin) Close() {
-	a.stop()
+	a.events.end()
 	a.lane.Close()
-	a.events.Wait()
+	a.events.running.Wait()
 }
 
 // Drop gives the commands that were under way, and the queue's memory, back to the pool. The device can write none of it any

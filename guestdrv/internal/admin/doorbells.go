@@ -24,18 +24,23 @@ func (p *pages) give(pool *dma.Pool) {
 }
 
 // DoorbellsOffered says that the controller has Doorbell Buffer Config.
-func (a *Admin) DoorbellsOffered() bool { return a.id.OACS&nvme.OACSDoorbellBuf != 0 }
+func (a *Admin) DoorbellsOffered() bool { return a.Identity().OACS&nvme.OACSDoorbellBuf != 0 }
 
 // ShareDoorbells gives the controller the doorbell pages, with Doorbell Buffer Config or, with vendor2014, its forerunner. It is part of
-// every enable, and the pages are zeroed first (R28). Only after success are they in use (R26): after an error queues are
+// every enable, and the pages, which stay the same ones, are zeroed first (R28). Only after success are they in use (R26): after an error queues are
 // as they would be without.
 func (a *Admin) ShareDoorbells(ctx context.Context, vendor2014 bool) error {
 	if a.shadowQueues() == 0 {
 		return fmt.Errorf("doorbell stride %d: not even queue 1 has its slots in a page", nvme.DoorbellStride(a.cap.DSTRD()))
 	}
-	mem, err := a.cfg.Pool.Take(2 * pageSize)
-	if err != nil {
-		return err
+	mem := a.page.mem
+	a.page.shadow, a.page.ei = nil, nil
+	if mem.Len == 0 {
+		var err error
+		if mem, err = a.cfg.Pool.Take(2 * pageSize); err != nil {
+			return err
+		}
+		a.page.mem = mem
 	}
 	clear(a.cfg.Pool.Bytes(mem))
 	region, err := a.cfg.Pool.Region(mem)
@@ -58,12 +63,10 @@ func (a *Admin) ShareDoorbells(ctx context.Context, vendor2014 bool) error {
 	cmd.SetDoorbellBuffers(opcode, a.cfg.Pool.IOVA(mem.Off), a.cfg.Pool.IOVA(mem.Off+pageSize))
 	status, _, err := a.Exec(ctx, cmd, nil)
 	if err != nil {
-		// It may have been executed: the pages stay the device's until it is disabled.
-		a.page.mem = mem
-		return err
+		return err // it may have been executed: the pages stay the device's until it is disabled
 	}
 	if !status.OK() {
-		a.cfg.Pool.Give(mem)
+		a.page.give(a.cfg.Pool)
 		return a.cfg.Refused(cmd, status)
 	}
 	a.page = pages{mem: mem, shadow: shadow, ei: ei}

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
@@ -15,32 +16,54 @@ const (
 	eventPause = 100 * time.Millisecond
 )
 
-// WatchEvents keeps Asynchronous Event Requests outstanding and logs what comes, until Close. A device without interrupts is not asked:
-// requests that never end would keep the poller of the admin queue running.
-func (a *Admin) WatchEvents() {
-	if a.cfg.EventFD < 0 {
-		return
+// events are the Asynchronous Event Requests.
+type events struct {
+	running sync.WaitGroup
+	stop    context.CancelFunc
+	got     chan event
+
+	// mu guards what follows; the lane's lock is taken under it.
+	mu    sync.Mutex
+	epoch int // counts RequestEvents: what was asked before a reset is not asked again on its account
+}
+
+func (e *events) end() {
+	if e.stop != nil {
+		e.stop()
 	}
+}
+
+// WatchEvents logs events until Close, once RequestEvents asks for them. changed is told, by a goroutine of its own, that the namespaces
+// are not what they were.
+func (a *Admin) WatchEvents(changed func(ctx context.Context)) {
 	ctx, cancel := context.WithCancel(context.Background())
-	a.stop = cancel
-	n := min(int(a.id.AERL.Count()), maxEvents)
-	got := make(chan event, n)
-	for range n {
-		if !a.requestEvent(got) {
+	a.events.stop = cancel
+	// Room for those of two enables, so that Complete never waits.
+	a.events.got = make(chan event, 4*maxEvents)
+	a.events.running.Add(1)
+	go func() {
+		defer a.events.running.Done()
+		a.handleEvents(ctx, changed)
+	}()
+}
+
+// RequestEvents is part of every enable: it says which events are wanted, and keeps requests outstanding from then on.
+func (a *Admin) RequestEvents(ctx context.Context) {
+	a.configureEvents(ctx)
+	a.events.mu.Lock()
+	a.events.epoch++
+	epoch := a.events.epoch
+	a.events.mu.Unlock()
+	for range min(int(a.Identity().AERL.Count()), maxEvents) {
+		if !a.requestEvent(epoch) {
 			break
 		}
 	}
-	a.events.Add(1)
-	go func() {
-		defer a.events.Done()
-		a.configureEvents(ctx)
-		a.logEvents(ctx, got)
-	}()
 }
 
 // configureEvents asks for the notices about namespaces and firmware that the controller has. Errors come unasked.
 func (a *Admin) configureEvents(ctx context.Context) {
-	want := nvme.EventConfig(a.id.OAES) & (nvme.EventConfigNamespace | nvme.EventConfigFirmware)
+	want := nvme.EventConfig(a.Identity().OAES) & (nvme.EventConfigNamespace | nvme.EventConfigFirmware)
 	if want == 0 {
 		return
 	}
@@ -53,6 +76,7 @@ func (a *Admin) configureEvents(ctx context.Context) {
 
 // event is the end of an Asynchronous Event Request.
 type event struct {
+	epoch  int
 	status nvme.Status
 	what   nvme.AsyncEvent
 }
@@ -60,11 +84,17 @@ type event struct {
 // request is one Asynchronous Event Request.
 type request struct {
 	got   chan<- event
+	epoch int
 	asked bool
 }
 
-func (a *Admin) requestEvent(got chan<- event) bool {
-	n, err := a.lane.StartForever(&request{got: got})
+func (a *Admin) requestEvent(epoch int) bool {
+	a.events.mu.Lock()
+	defer a.events.mu.Unlock()
+	if epoch != a.events.epoch {
+		return false
+	}
+	n, err := a.lane.StartForever(&request{got: a.events.got, epoch: epoch})
 	return n == 1 && err == nil
 }
 
@@ -79,16 +109,22 @@ func (r *request) Next(_ uint16, cmd *nvme.Command) (lane.Sink, error) {
 
 func (r *request) String() string { return "ASYNCHRONOUS EVENT REQUEST" }
 
-// Complete never blocks: got has room for every request.
+// Complete never waits, also when requests of several enables end at once.
 func (r *request) Complete(status nvme.Status, result uint32) {
-	r.got <- event{status: status, what: nvme.AsyncEvent(result)}
+	select {
+	case r.got <- event{epoch: r.epoch, status: status, what: nvme.AsyncEvent(result)}:
+	default:
+	}
 }
 
-func (a *Admin) logEvents(ctx context.Context, got chan event) {
+// Lost is a reset: RequestEvents comes after it.
+func (r *request) Lost(error) {}
+
+func (a *Admin) handleEvents(ctx context.Context, changed func(context.Context)) {
 	for {
 		var e event
 		select {
-		case e = <-got:
+		case e = <-a.events.got:
 		case <-a.lane.Failed():
 			return
 		case <-ctx.Done():
@@ -101,16 +137,20 @@ func (a *Admin) logEvents(ctx context.Context, got chan event) {
 		}
 		a.log.Warn("controller event", "event", e.what)
 		a.readEventLog(ctx, e.what.Log())
+		if e.what.Type() == nvme.EventNotice && e.what.Info() == nvme.EventNoticeNamespace {
+			changed(ctx)
+		}
 		select {
 		case <-time.After(eventPause):
 		case <-ctx.Done():
 			return
 		}
-		a.requestEvent(got)
+		a.requestEvent(e.epoch)
 	}
 }
 
-// readEventLog reads the page that an event names, so that the next event of its kind may come. NVMe Base 2.0c 5.2.
+// readEventLog reads the page that an event names, so that the next event of its kind may come. NVMe Base 2.0c 5.2. What the Changed
+// Namespace List says is not believed: whoever is told of a change reads everything again.
 func (a *Admin) readEventLog(ctx context.Context, page nvme.LogPage) {
 	size := 4096
 	switch page {

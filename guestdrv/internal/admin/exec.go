@@ -2,10 +2,12 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 )
@@ -16,16 +18,27 @@ const MaxData = 1 << 20
 // Exec executes one admin command and returns its status and dword 0. data goes to the controller, comes from it, or both, as bits 1:0
 // of the opcode say (NVMe Base 2.0c figure 139); it is copied, so that the device never sees it.
 //
-// An error means that the command did not end: ctx's, or the queue's. After a cancellation the device may still execute it.
+// An error means that the command did not end: ctx's, or the queue's. After a cancellation the device may still execute it. While the
+// controller is reset commands that were not sent wait; those that were fail with queue.ErrReset: a Format or a Set Features is not sent twice
+// behind the caller's back.
 func (a *Admin) Exec(ctx context.Context, cmd nvme.Command, data []byte) (nvme.Status, uint32, error) {
 	if len(data) > MaxData {
 		return 0, 0, fmt.Errorf("%s: %d bytes of data, at most %d", cmd.Describe(true), len(data), MaxData)
 	}
-	c := &call{pool: a.cfg.Pool, cmd: cmd, w: lane.NewWaiter()}
+	c := &call{pool: a.cfg.Pool, cmd: cmd, w: lane.NewWaiter(), start: a.lane.Start}
 	if err := c.attach(data); err != nil {
 		return 0, 0, fmt.Errorf("%s: %w", cmd.Describe(true), err)
 	}
+	if private(ctx) {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, a.cfg.Timeout, fmt.Errorf("%w after %v", queue.ErrTimeout, a.cfg.Timeout))
+		defer cancel()
+		c.start = a.lane.StartPrivate
+	}
 	if err := c.run(ctx, a.lane); err != nil {
+		if private(ctx) && errors.Is(err, ctx.Err()) {
+			err = context.Cause(ctx)
+		}
 		return 0, 0, fmt.Errorf("%s: %w", cmd.Describe(true), err)
 	}
 	if cmd.Opcode&fromController != 0 && c.status.OK() {
@@ -44,13 +57,21 @@ func (a *Admin) exec(ctx context.Context, cmd nvme.Command, data []byte) (uint32
 	return result, err
 }
 
+type privateKey struct{}
+
+// Private returns a context for the commands of who sets the controller up after a reset, while all others wait. Each then has the
+// deadline Config.Timeout here, since who looks after deadlines is the one who waits.
+func Private(ctx context.Context) context.Context { return context.WithValue(ctx, privateKey{}, true) }
+
+func private(ctx context.Context) bool { return ctx.Value(privateKey{}) != nil }
+
 // Bits 1:0 of an opcode: where the data goes.
 const (
 	toController   = 1
 	fromController = 2
 )
 
-// call is one command on its way. Its last four fields are guarded by the lane's lock until it has ended.
+// call is one command on its way. Its last six fields are guarded by the lane's lock until it has ended.
 type call struct {
 	pool *dma.Pool
 	cmd  nvme.Command
@@ -58,9 +79,11 @@ type call struct {
 	data dma.Block
 	list dma.Block
 
+	start   func(lane.Source, *lane.Waiter) (int, error)
 	started bool
 	ended   bool
 	orphan  bool // nobody waits for it any more
+	lost    error
 	status  nvme.Status
 	result  uint32
 }
@@ -121,7 +144,18 @@ func (c *call) Next(_ uint16, cmd *nvme.Command) (lane.Sink, error) {
 }
 
 func (c *call) Complete(status nvme.Status, result uint32) {
-	c.status, c.result, c.ended = status, result, true
+	c.status, c.result = status, result
+	c.end()
+}
+
+// Lost is the end of a command that a reset went over.
+func (c *call) Lost(err error) {
+	c.lost = err
+	c.end()
+}
+
+func (c *call) end() {
+	c.ended = true
 	if c.orphan {
 		c.release()
 		return
@@ -135,7 +169,7 @@ func (c *call) String() string { return c.cmd.Describe(true) }
 // run starts the command and waits for its end. After an error its memory is no longer the caller's.
 func (c *call) run(ctx context.Context, l *lane.Lane) error {
 	for {
-		n, err := l.Start(c, c.w)
+		n, err := c.start(c, c.w)
 		if n > 0 {
 			break
 		}
@@ -154,6 +188,10 @@ func (c *call) run(ctx context.Context, l *lane.Lane) error {
 			ended = c.ended
 			c.orphan = err != nil && !ended
 		})
+		if ended && c.lost != nil {
+			c.release()
+			return c.lost
+		}
 		if ended {
 			return nil
 		}

@@ -12,17 +12,19 @@ const maxNamespaces = 4096
 
 // Identify reads Identify Controller and keeps it.
 func (a *Admin) Identify(ctx context.Context) error {
+	id := new(nvme.IdentifyController)
 	var cmd nvme.Command
 	cmd.SetIdentify(nvme.CNSController, 0, 0)
-	if _, err := a.exec(ctx, cmd, a.id.Bytes()[:]); err != nil {
+	if _, err := a.exec(ctx, cmd, id.Bytes()[:]); err != nil {
 		return err
 	}
-	if lo, hi := a.id.SQES&0xF, a.id.SQES>>4; lo > 6 || hi < 6 {
+	if lo, hi := id.SQES&0xF, id.SQES>>4; lo > 6 || hi < 6 {
 		return fmt.Errorf("the controller's SQEs have 2^%d to 2^%d bytes, this driver's have 64", lo, hi)
 	}
-	if lo, hi := a.id.CQES&0xF, a.id.CQES>>4; lo > 4 || hi < 4 {
+	if lo, hi := id.CQES&0xF, id.CQES>>4; lo > 4 || hi < 4 {
 		return fmt.Errorf("the controller's CQEs have 2^%d to 2^%d bytes, this driver's have 16", lo, hi)
 	}
+	a.id.Store(id)
 	return nil
 }
 
@@ -67,7 +69,7 @@ func (a *Admin) IdentifyNamespace(ctx context.Context, nsid uint32) (*nvme.Ident
 
 // QuietOffered says that the controller honours the quiet bit (nvme.FeatureQuiet).
 func (a *Admin) QuietOffered() bool {
-	s, ok := a.id.Shadowbell()
+	s, ok := a.Identity().Shadowbell()
 	return ok && s.Version == nvme.ShadowbellVersion && s.Caps&nvme.ShadowbellQuiet != 0
 }
 

@@ -65,6 +65,17 @@ func (a *Admin) DeletePair(ctx context.Context, qid uint16) error {
 	return nil
 }
 
+// ForgetPair deletes what there may be of a queue pair: it is for one whose creation was interrupted. After nil the controller has none of
+// its memory.
+func (a *Admin) ForgetPair(ctx context.Context, qid uint16) error {
+	for _, opcode := range []uint8{nvme.AdminDeleteSQ, nvme.AdminDeleteCQ} {
+		if known, err := a.try(ctx, nvme.Command{Opcode: opcode, CDW10: uint32(qid)}); !known {
+			return err
+		}
+	}
+	return nil
+}
+
 // try executes a command and says whether its outcome is known.
 func (a *Admin) try(ctx context.Context, cmd nvme.Command) (known bool, err error) {
 	status, _, err := a.Exec(ctx, cmd, nil)

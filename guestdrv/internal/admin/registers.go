@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -30,6 +31,15 @@ var ErrFatal = errors.New("the controller reports a fatal error (CSTS.CFS)")
 
 // errAllOnes is a device that is there and answers nothing: registers that read as all ones.
 var errAllOnes = fmt.Errorf("%w: its registers read as all ones", device.ErrGone)
+
+// registerTimeout is a controller whose registers do not become what they should: both a timeout and a deadline.
+type registerTimeout struct{ seen string }
+
+func (e *registerTimeout) Error() string { return e.seen }
+
+func (e *registerTimeout) Is(target error) bool {
+	return target == queue.ErrTimeout || target == context.DeadlineExceeded
+}
 
 func closeFD(fd int) {
 	if fd >= 0 {
@@ -64,14 +74,10 @@ func (a *Admin) readCapabilities() error {
 
 // disable brings the controller to CSTS.RDY = 0, whoever used it before. NVMe Base 2.0c 3.5.1.
 func (a *Admin) disable(ctx context.Context) error {
-	v, err := a.dev.Read32(nvme.RegCC)
+	cc, err := a.config()
 	if err != nil {
 		return err
 	}
-	if v == allOnes32 {
-		return fmt.Errorf("CC=%#x: %w", v, errAllOnes)
-	}
-	cc := nvme.CC(v)
 	if cc.EN() {
 		// A controller that is just becoming ready must get there first.
 		csts, err := a.status()
@@ -81,12 +87,31 @@ func (a *Admin) disable(ctx context.Context) error {
 		if !csts.RDY() && !csts.CFS() && csts.SHST() == nvme.SHSTNormal {
 			_ = a.waitStatus(ctx, "ready", a.cap.Timeout(), func(s nvme.CSTS) bool { return s.RDY() || s.CFS() })
 		}
+	}
+	return a.clearEnable(ctx, cc, a.cap.Timeout())
+}
+
+// clearEnable sets CC.EN to 0 and waits for CSTS.RDY to follow.
+func (a *Admin) clearEnable(ctx context.Context, cc nvme.CC, limit time.Duration) error {
+	if cc.EN() {
 		cc = cc.WithEN(false).WithSHN(nvme.SHNNone)
 		if err := a.dev.Write32(nvme.RegCC, uint32(cc)); err != nil {
 			return err
 		}
 	}
-	return a.waitStatus(ctx, "disabled", a.cap.Timeout(), func(s nvme.CSTS) bool { return !s.RDY() })
+	return a.waitStatus(ctx, "disabled", limit, func(s nvme.CSTS) bool { return !s.RDY() })
+}
+
+// config reads CC.
+func (a *Admin) config() (nvme.CC, error) {
+	v, err := a.dev.Read32(nvme.RegCC)
+	if err != nil {
+		return 0, err
+	}
+	if v == allOnes32 {
+		return 0, fmt.Errorf("CC=%#x: %w", v, errAllOnes)
+	}
+	return nvme.CC(v), nil
 }
 
 // enable writes the admin queue's place and CC, and waits for CSTS.RDY = 1.
@@ -145,13 +170,13 @@ func (a *Admin) waitStatus(ctx context.Context, what string, limit time.Duration
 		}
 		if spent := time.Since(begin); spent > limit {
 			cc, _ := a.dev.Read32(nvme.RegCC)
-			return fmt.Errorf("controller not %s: CSTS=%#x after %.1f s, CC=%#x: %w", what, uint32(csts), spent.Seconds(), cc, context.DeadlineExceeded)
+			return &registerTimeout{fmt.Sprintf("controller not %s: CSTS=%#x after %.1f s, CC=%#x", what, uint32(csts), spent.Seconds(), cc)}
 		}
 		timer.Reset(pause)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
-			return fmt.Errorf("waiting for the controller to be %s: CSTS=%#x: %w", what, uint32(csts), ctx.Err())
+			return fmt.Errorf("waiting for the controller to be %s: CSTS=%#x: %w", what, uint32(csts), context.Cause(ctx))
 		case <-a.dev.Done():
 			return a.dev.Err()
 		}
@@ -190,20 +215,19 @@ func (a *Admin) Diagnose() error {
 // Shutdown tells the controller to make everything durable (CC.SHN), then disables it. Each step has a limit of some seconds.
 // When it returns nil the controller touches memory no more.
 func (a *Admin) Shutdown() error {
-	v, err := a.dev.Read32(nvme.RegCC)
+	cc, err := a.config()
 	if err != nil {
 		return err
 	}
-	if v == allOnes32 {
-		return fmt.Errorf("CC=%#x: %w", v, errAllOnes)
-	}
-	cc := nvme.CC(v)
 	if cc.EN() {
 		cc = cc.WithSHN(nvme.SHNNormal)
 		if err := a.dev.Write32(nvme.RegCC, uint32(cc)); err != nil {
 			return err
 		}
-		limit := min(max(time.Duration(a.id.RTD3E)*time.Microsecond, minShutdown), maxShutdown)
+		limit := minShutdown
+		if id := a.Identity(); id != nil {
+			limit = min(max(time.Duration(id.RTD3E)*time.Microsecond, minShutdown), maxShutdown)
+		}
 		err = a.waitStatus(context.Background(), "shut down", limit, func(s nvme.CSTS) bool {
 			return s.SHST() == nvme.SHSTComplete || s.CFS()
 		})

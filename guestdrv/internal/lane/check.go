@@ -6,24 +6,60 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 )
 
-// Check looks for commands past their deadline and returns the first as an error that is queue.ErrTimeout. The lane does not fail by
-// it: the caller can first find out more. It reaps before, so that an interrupt which was lost costs time and no more.
-func (l *Lane) Check() error {
+// Rescue reaps, so that an interrupt which was lost costs time and no more, and reports whether commands with a deadline are
+// outstanding.
+func (l *Lane) Rescue() (busy bool) {
 	l.mu.Lock()
 	defer l.unlock()
-	if l.err != nil || l.q.Outstanding() == 0 {
-		return nil
+	if l.err != nil || l.mode == paused || l.q.Outstanding() == 0 {
+		return false
 	}
-	l.rescued += uint64(l.reap())
+	n := l.reap()
+	if l.file != nil {
+		l.rescued += uint64(n)
+	}
+	return l.busy()
+}
+
+// Late returns the commands that have passed their deadline since the last call.
+func (l *Lane) Late() []queue.Late {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var late []queue.Late
+	l.eachLate(func(slot uint16, o *owner) {
+		if !o.late {
+			o.late = true
+			late = append(late, queue.Late{QID: l.cfg.QID, CID: l.q.CID(slot), Err: l.tooLate(o)})
+		}
+	})
+	return late
+}
+
+// Overdue returns an error about a command that Late has told of and that is still outstanding, or nil.
+func (l *Lane) Overdue() (err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.eachLate(func(_ uint16, o *owner) {
+		if o.late && err == nil {
+			err = l.tooLate(o)
+		}
+	})
+	return err
+}
+
+func (l *Lane) eachLate(f func(uint16, *owner)) {
 	limit := int64(l.cfg.Timeout)
-	if limit <= 0 || l.err != nil {
-		return nil
+	if l.cfg.Timeout <= 0 || l.err != nil || l.mode == paused || l.q.Outstanding() == 0 {
+		return
 	}
 	now := l.q.Stamp()
 	for slot := range l.owners {
 		if o := &l.owners[slot]; o.sink != nil && !o.forever && now-o.started > limit {
-			return fmt.Errorf("%v on queue %d: %w after %.1f s", o.sink, l.cfg.QID, queue.ErrTimeout, float64(now-o.started)/1e9)
+			f(uint16(slot), o)
 		}
 	}
-	return nil
+}
+
+func (l *Lane) tooLate(o *owner) error {
+	return fmt.Errorf("%v on queue %d: %w after %.1f s", o.sink, l.cfg.QID, queue.ErrTimeout, float64(l.q.Stamp()-o.started)/1e9)
 }

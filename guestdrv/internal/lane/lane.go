@@ -7,7 +7,8 @@
 //	reap    by whoever holds the lock; each completion goes to its Sink
 //	Wait    poll for everybody, then sleep                                 wait.go
 //	listen  one goroutine for each lane sleeps on the interrupt            listen.go
-//	Check   deadlines; the controller's watchdog calls it                  check.go
+//	Rescue, Late  deadlines; the controller's watchdog calls them          check.go
+//	Pause, Lose, Renew, Resume  the controller is reset                    reset.go
 //
 // No wake-up is lost: whenever the lock is free and commands are outstanding, either a goroutine polls, or the interrupt is on
 // and the CQ was looked at after it was turned on (rule R12: the sleep transition always arms).
@@ -31,12 +32,13 @@ import (
 	"github.com/shadowbell/shadowbell/shared/spin"
 )
 
-// Sink gets the end of one command. Complete is called under the lane's lock: it is quick and calls nothing of the lane.
-// A command that the device never ended, and can no longer touch memory for, ends with nvme.StatusAbortSQDeleted.
-// String names the command in errors; it is called under the lock too.
+// Sink gets the end of one command: Complete, or Lost when the device has not ended it as it should and can no longer touch its
+// memory. Both are called under the lane's lock: they are quick and call nothing of the lane. String names the command in errors; it is
+// called under the lock too.
 type Sink interface {
 	String() string
 	Complete(status nvme.Status, result uint32)
+	Lost(err error)
 }
 
 // Source gives commands to Start, which calls Next under the lane's lock, once for each slot. Next fills in cmd, which is all zero,
@@ -54,7 +56,7 @@ type Config struct {
 	Quiet   bool // the device honours dbbuf.QuietBit
 	Timeout time.Duration
 
-	// Failed is told, once and not under the lock, why the lane failed by itself.
+	// Failed is told, once and not under the lock, why the lane failed by itself. A command past its deadline is no such failure.
 	Failed func(error)
 }
 
@@ -66,7 +68,11 @@ type Lane struct {
 	// mu guards what follows. The only lock taken under it is the DMA pool's.
 	mu       sync.Mutex
 	q        *queue.Queue
+	head     *dbbuf.Publisher
+	mode     mode
 	owners   []owner // by slot
+	forever  int     // how many of them have no deadline
+	again    []owner // commands that Resume sends once more
 	budget   spin.Budget
 	polling  bool // some goroutine polls in Wait
 	room     fifo // who waits for a slot
@@ -74,6 +80,7 @@ type Lane struct {
 	batch    [32]queue.Completion
 	err      error // why the lane failed
 	commands uint64
+	good     uint64 // of them, those that ended with success
 	wakeups  uint64
 	rescued  uint64
 
@@ -90,6 +97,8 @@ type owner struct {
 	sink    Sink // nil: the slot is free
 	started int64
 	forever bool // no deadline
+	late    bool // Late has told of it
+	second  bool // it was sent once more after a reset
 }
 
 // Waiter is a goroutine that waits for its commands. It belongs to one goroutine and one lane at a time, and can be used again.
@@ -117,7 +126,7 @@ func (w *Waiter) Signal() {
 // New returns a lane over an empty queue that is known to the device, and starts its goroutine.
 func New(cfg Config) (*Lane, error) {
 	l := &Lane{
-		cfg: cfg, tally: tally.New(cfg.QID == 0), q: cfg.Queue, owners: make([]owner, cfg.Queue.Free()),
+		cfg: cfg, tally: tally.New(cfg.QID == 0), q: cfg.Queue, head: cfg.Head, owners: make([]owner, cfg.Queue.Free()),
 		failed: make(chan struct{}), work: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if cfg.EventFD < 0 {
@@ -141,18 +150,23 @@ func New(cfg Config) (*Lane, error) {
 var ErrClosed = errors.New("queue is closed")
 
 // Start puts commands from src into the queue until src has no more or there is no free slot, and publishes them together. It returns
-// how many. If there was no slot for even one, and w is not nil, w is signalled when there may be one. An error of src ends the
-// batch, and is returned after what came before it was published.
+// how many. If there was no slot for even one, or the lane is paused, and w is not nil, w is signalled when it is worth another try. An
+// error of src ends the batch, and is returned after what came before it was published.
 func (l *Lane) Start(src Source, w *Waiter) (int, error) {
-	return l.start(src, w, false)
+	return l.start(src, w, false, false)
 }
 
-// StartForever is Start for commands that have no deadline.
+// StartPrivate is Start for who sets the controller up, while others wait.
+func (l *Lane) StartPrivate(src Source, w *Waiter) (int, error) {
+	return l.start(src, w, false, true)
+}
+
+// StartForever is StartPrivate for commands that have no deadline.
 func (l *Lane) StartForever(src Source) (int, error) {
-	return l.start(src, nil, true)
+	return l.start(src, nil, true, true)
 }
 
-func (l *Lane) start(src Source, w *Waiter, forever bool) (n int, err error) {
+func (l *Lane) start(src Source, w *Waiter, forever, private bool) (n int, err error) {
 	l.mu.Lock()
 	defer l.unlock()
 	if w != nil {
@@ -161,6 +175,12 @@ func (l *Lane) start(src Source, w *Waiter, forever bool) (n int, err error) {
 	defer l.offer()
 	if l.err != nil {
 		return 0, l.err
+	}
+	if !l.open(private) {
+		if w != nil {
+			l.room.push(w)
+		}
+		return 0, nil
 	}
 	if l.q.Free() == 0 {
 		l.reap()
@@ -182,21 +202,31 @@ func (l *Lane) start(src Source, w *Waiter, forever bool) (n int, err error) {
 		l.q.Push(slot, &l.cmd)
 		n++
 	}
+	if forever {
+		l.forever += n
+	}
 	if n == 0 {
 		if w != nil && err == nil && l.q.Free() == 0 {
 			l.room.push(w)
 		}
 		return 0, err
 	}
-	if pubErr := l.q.Publish(); pubErr != nil {
-		l.fail(pubErr)
+	if pubErr := l.publish(); pubErr != nil {
 		return n, pubErr
+	}
+	return n, err
+}
+
+func (l *Lane) publish() error {
+	if err := l.q.Publish(); err != nil {
+		l.fail(err)
+		return err
 	}
 	select {
 	case l.work <- struct{}{}:
 	default:
 	}
-	return n, err
+	return nil
 }
 
 // unlock gives the lock back. A failure that came up under it is reported afterwards.
@@ -214,7 +244,7 @@ func (l *Lane) unlock() {
 
 // reap hands out all completions there are. Each frees a slot that only Start fills again, so it ends whatever the device posts.
 func (l *Lane) reap() int {
-	if l.err != nil {
+	if l.err != nil || l.mode == paused {
 		return 0
 	}
 	total := 0
@@ -227,7 +257,7 @@ func (l *Lane) reap() int {
 			c := &l.batch[i]
 			o := l.owners[c.Slot]
 			l.owners[c.Slot] = owner{}
-			o.sink.Complete(c.Status, c.Result)
+			l.end(o, c)
 			l.offer()
 		}
 		total += n
@@ -257,7 +287,7 @@ func (l *Lane) count(batch []queue.Completion) {
 // offer tells one of those who wait for a slot that there is one. Whoever is told either takes it, by Start, or leaves; both offer
 // again, so no free slot is forgotten.
 func (l *Lane) offer() {
-	if l.room.first != nil && l.q.Free() > 0 {
+	if l.mode == running && l.room.first != nil && l.q.Free() > 0 {
 		l.room.pop().Signal()
 	}
 }
@@ -314,32 +344,20 @@ func (l *Lane) Close() {
 	<-l.done
 }
 
-// Drop ends all outstanding commands. It is for a closed lane whose memory the device can no longer write.
-func (l *Lane) Drop() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for i := range l.owners {
-		if o := l.owners[i]; o.sink != nil {
-			l.owners[i] = owner{}
-			l.q.Cancel(uint16(i))
-			o.sink.Complete(nvme.StatusAbortSQDeleted, 0)
-		}
-	}
-}
-
 // Stats is what a lane has counted.
 type Stats struct {
 	Commands   uint64 // completed
+	Good       uint64 // of them, those that ended with success
 	MMIOWrites uint64 // doorbells rung
 	Wakeups    uint64 // interrupts that woke the lane's goroutine
-	Rescued    uint64 // completions that Check found before an interrupt came
+	Rescued    uint64 // completions that Rescue found before an interrupt came
 }
 
 // Stats returns the counts so far.
 func (l *Lane) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return Stats{Commands: l.commands, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued}
+	return Stats{Commands: l.commands, Good: l.good, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued}
 }
 
 // Tally returns the counts of commands by kind.

@@ -180,6 +180,12 @@ func (j *job) Complete(status nvme.Status, result uint32) {
 	j.w.Signal()
 }
 
+func (j *job) Lost(err error) {
+	j.err = err
+	j.flying--
+	j.w.Signal()
+}
+
 func (j *job) run(ctx context.Context, l *Lane) error {
 	for {
 		busy := 0
@@ -310,7 +316,7 @@ func TestDropEndsWhatIsLeft(t *testing.T) {
 		t.Fatalf("Close ended commands that the device still has: %d left", j.flying)
 	}
 	b.Drop()
-	if j.flying != 0 || nvme.StatusOf(j.err) != nvme.StatusAbortSQDeleted {
+	if j.flying != 0 || !errors.Is(j.err, ErrClosed) {
 		t.Fatalf("%d left, %v", j.flying, j.err)
 	}
 }
@@ -334,32 +340,45 @@ func TestDeviceErrorIsReportedOnce(t *testing.T) {
 	}
 }
 
-func TestCheckFindsOverdueCommands(t *testing.T) {
+func TestOverdueCommandsAreFound(t *testing.T) {
 	b := newBench(t, setup{size: 64, timeout: 10 * time.Millisecond})
-	if err := b.Check(); err != nil {
-		t.Fatal(err)
+	nothing := func(why string) {
+		t.Helper()
+		if late, err := b.Late(), b.Overdue(); len(late) != 0 || err != nil {
+			t.Fatalf("%s: %v, %v", why, late, err)
+		}
 	}
+	nothing("idle")
 	b.mute.Store(true)
 	if n, err := b.StartForever(&job{w: NewWaiter(), id: 1, left: 1}); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
 	time.Sleep(15 * time.Millisecond)
-	if err := b.Check(); err != nil {
-		t.Fatalf("a command without a deadline: %v", err)
+	nothing("a command without a deadline")
+	if b.Rescue() {
+		t.Fatal("busy with a command without a deadline")
 	}
 	if n, err := b.Start(&job{w: NewWaiter(), id: 2, left: 1}, nil); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
-	if err := b.Check(); err != nil {
-		t.Fatal(err)
-	}
+	nothing("a fresh command")
 	time.Sleep(15 * time.Millisecond)
-	if err := b.Check(); !errors.Is(err, queue.ErrTimeout) || err.Error()[:5] != "JOB 2" {
+	if !b.Rescue() {
+		t.Fatal("not busy")
+	}
+	late := b.Late()
+	if len(late) != 1 || late[0].QID != 1 || !errors.Is(late[0].Err, queue.ErrTimeout) || late[0].Err.Error()[:5] != "JOB 2" {
+		t.Fatalf("got %v", late)
+	}
+	if err := b.Overdue(); !errors.Is(err, queue.ErrTimeout) {
 		t.Fatalf("got %v", err)
+	}
+	if late := b.Late(); len(late) != 0 {
+		t.Fatalf("told twice: %v", late)
 	}
 }
 
-// TestLostInterrupt is a device that forgets to interrupt: Check finds the completion.
+// TestLostInterrupt is a device that forgets to interrupt: Rescue finds the completion.
 func TestLostInterrupt(t *testing.T) {
 	b := newBench(t, setup{size: 64, timeout: time.Minute})
 	b.silent.Store(true)
@@ -374,9 +393,7 @@ func TestLostInterrupt(t *testing.T) {
 		done <- nil
 	}()
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		if err := b.Check(); err != nil {
-			t.Fatal(err)
-		}
+		b.Rescue()
 		select {
 		case err := <-done:
 			if err != nil {
@@ -390,7 +407,7 @@ func TestLostInterrupt(t *testing.T) {
 }
 
 // TestRule34_NeverReadsEventFD makes the descriptors blocking and empties them all the time, so that interrupts are stolen: nobody hangs
-// in a read, and Check finds what the interrupts should have told.
+// in a read, and Rescue finds what the interrupts should have told.
 func TestRule34_NeverReadsEventFD(t *testing.T) {
 	b := newBench(t, setup{size: 64})
 	if err := unix.SetNonblock(b.fd, false); err != nil {
@@ -406,7 +423,7 @@ func TestRule34_NeverReadsEventFD(t *testing.T) {
 				var buf [8]byte
 				_, _ = unix.Read(b.fd, buf[:])
 			}
-			_ = b.Check()
+			b.Rescue()
 		}
 	}()
 	for i := range 200 {

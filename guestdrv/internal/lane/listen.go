@@ -40,7 +40,8 @@ func (l *Lane) pollLoop() {
 	}
 }
 
-// look reaps, and reports whether commands are left.
+// look reaps, and reports whether commands are left that it is worth looking for. Events of the controller come when they come: Rescue
+// finds them.
 func (l *Lane) look(nap *time.Duration) bool {
 	l.mu.Lock()
 	defer l.unlock()
@@ -48,5 +49,5 @@ func (l *Lane) look(nap *time.Duration) bool {
 		*nap = minNap
 		l.wakeups++
 	}
-	return l.err == nil && l.q.Outstanding() > 0
+	return l.err == nil && l.mode != paused && l.busy()
 }

@@ -25,7 +25,7 @@ func (l *Lane) Wait(ctx context.Context, w *Waiter) error {
 		l.unlock()
 		return err
 	}
-	if !l.polling {
+	if !l.polling && l.mode != paused {
 		if limit := l.budget.Limit(); limit > 0 {
 			l.poll(w, limit)
 			if done, err := l.ended(w); done {
@@ -80,12 +80,12 @@ func (l *Lane) giveUp(w *Waiter, err error) error {
 	return err
 }
 
-// poll reaps for everybody until w is signalled, limit has passed or the lane has failed. It is called under the lock, holds it only
+// poll reaps for everybody until w is signalled, limit has passed or the lane has failed or is paused. It is called under the lock, holds it only
 // for each look so that others can start commands, and returns with it. Afterwards the interrupt is on if anything is outstanding.
 func (l *Lane) poll(w *Waiter, limit time.Duration) {
 	l.polling = true
 	if l.cfg.Quiet {
-		l.cfg.Head.SetQuiet(true)
+		l.head.SetQuiet(true)
 	}
 	l.mu.Unlock()
 	begin := time.Now()
@@ -95,6 +95,9 @@ func (l *Lane) poll(w *Waiter, limit time.Duration) {
 	}
 	l.mu.Lock()
 	l.polling = false
+	if l.mode == paused {
+		return
+	}
 	if w.ready.Load() {
 		l.budget.Earned(spent)
 	} else {
@@ -105,7 +108,7 @@ func (l *Lane) poll(w *Waiter, limit time.Duration) {
 	}
 }
 
-// lookOften takes some looks at the CQ, with longer pauses in between, unless w is signalled. It reports whether the lane has failed.
+// lookOften takes some looks at the CQ, with longer pauses in between, unless w is signalled. It reports whether there is no point in more.
 func (l *Lane) lookOften(w *Waiter) (failed bool) {
 	for range looksPerClock {
 		for range pause {
@@ -117,7 +120,7 @@ func (l *Lane) lookOften(w *Waiter) (failed bool) {
 			continue // whoever has it reaps, or starts something
 		}
 		l.reap()
-		failed = l.err != nil
+		failed = l.err != nil || l.mode == paused
 		l.unlock()
 		if failed {
 			return true
@@ -132,6 +135,9 @@ func (l *Lane) lookOften(w *Waiter) (failed bool) {
 // arm turns the interrupt on and looks at the CQ once more. The device posts and then looks for the quiet bit; one of the two sees the
 // other. It is called under the lock.
 func (l *Lane) arm() {
-	l.cfg.Head.SetQuiet(false)
+	if l.mode == paused {
+		return // the doorbells may be another queue's by now
+	}
+	l.head.SetQuiet(false)
 	l.reap()
 }

@@ -14,7 +14,9 @@ func (d *Device) admin(cmd *nvme.Command) (nvme.Status, uint32) {
 		return d.identify(cmd), 0
 	case nvme.AdminSetFeatures:
 		return d.setFeature(cmd)
-	case nvme.AdminGetFeatures, nvme.AdminAbort:
+	case nvme.AdminAbort:
+		return nvme.StatusSuccess, d.abort(uint16(cmd.CDW10), uint16(cmd.CDW10>>16))
+	case nvme.AdminGetFeatures:
 		return nvme.StatusSuccess, 0
 	case nvme.AdminGetLogPage:
 		return d.toDriver(cmd, make([]byte, min(cmd.LogBytes(), 4096))), 0

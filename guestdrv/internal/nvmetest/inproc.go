@@ -133,7 +133,7 @@ func (p *inProc) Interrupts(n int) ([]int, error) {
 	return fds, nil
 }
 
-func (p *inProc) Reset() error          { return nil }
+func (p *inProc) Reset() error          { return p.d.resetFunction() }
 func (p *inProc) Done() <-chan struct{} { return p.done }
 func (p *inProc) Err() error            { return p.check() }
 func (p *inProc) PeerPID() int          { return 0 }

@@ -54,6 +54,8 @@ type Hooks struct {
 	Command func(qid uint16, cmd *nvme.Command) Verdict
 	// Identify may change what Identify returns, 4096 bytes.
 	Identify func(cmd *nvme.Command, data []byte)
+	// Reset sees a reset of the function; an error makes it fail.
+	Reset func() error
 	// Post may change a CQE of queue qid before it is posted.
 	Post func(qid uint16, e *ring.Entry)
 }
@@ -112,6 +114,7 @@ type Device struct {
 	Configs    atomic.Uint64 // Doorbell Buffer Configs that were accepted
 	Shutdowns  atomic.Uint64
 	Resets     atomic.Uint64 // of the controller, by CC.EN
+	FLRs       atomic.Uint64 // resets of the function
 }
 
 type mapping struct {
@@ -304,6 +307,33 @@ func (d *Device) wake() {
 	case d.kick <- struct{}{}:
 	default:
 	}
+}
+
+// resetFunction is what an FLR does.
+func (d *Device) resetFunction() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.FLRs.Add(1)
+	if d.cfg.Reset != nil {
+		if err := d.cfg.Reset(); err != nil {
+			return err
+		}
+	}
+	d.cc = 0
+	d.reset()
+	return nil
+}
+
+// abort ends a command that is held. Dword 0 says whether there was one.
+func (d *Device) abort(sqid, cid uint16) uint32 {
+	for i, h := range d.held {
+		if h.sq.qid == sqid && h.cmd.CID == cid {
+			d.held = append(d.held[:i:i], d.held[i+1:]...)
+			d.complete(h.sq, &h.cmd, nvme.StatusAbortRequested, 0)
+			return 0
+		}
+	}
+	return 1
 }
 
 // Fault makes the controller report CSTS.CFS and stop.

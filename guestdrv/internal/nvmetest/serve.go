@@ -266,13 +266,7 @@ func (f *function) RegionWrite(i uint32, off uint64, p []byte) error {
 	return nil
 }
 
-func (f *function) Reset() error {
-	f.d.mu.Lock()
-	defer f.d.mu.Unlock()
-	f.d.cc = 0
-	f.d.reset()
-	return nil
-}
+func (f *function) Reset() error { return f.d.resetFunction() }
 
 // TempSocket returns a path for a socket in a new directory, short enough for one, and what removes it.
 func TempSocket() (path string, remove func(), err error) {

@@ -51,7 +51,27 @@ type Config struct {
 	Quiet   bool          // the device honours dbbuf.QuietBit
 	NoSpin  bool          // Wait sleeps at once
 	Timeout time.Duration // of each command; 0: none
+
+	// Generation is where command identifiers begin: a queue that takes the place of another begins elsewhere, so that a
+	// completion which was meant for that one matches nothing.
+	Generation uint16
+
+	// Late is told of a command past its deadline, and again, as an old one, each time that Grace has passed and it is still outstanding. It
+	// is called by who waits or reaps, and returns at once. nil: the first such command fails the queue.
+	Late  func(l Late, old bool)
+	Grace time.Duration
 }
+
+// Late is a command that is past its deadline, as an error.
+type Late struct {
+	QID, CID uint16
+	Err      error // wraps ErrTimeout and says which command, for how long
+}
+
+func (l *Late) Error() string { return l.Err.Error() }
+
+// Unwrap returns l.Err.
+func (l *Late) Unwrap() error { return l.Err }
 
 // MaxSize is the deepest queue, in entries: 12 bits of a command identifier name the
 // slot, the rest are its generation.
@@ -63,6 +83,9 @@ type Queue struct {
 	cq   *ring.CQConsumer
 	tail *dbbuf.Publisher
 	head *dbbuf.Publisher
+
+	sqMem, cqMem *shm.Region
+	rung         uint64 // by the Publishers before Renew
 
 	slots    []slot
 	free     []uint16 // stack of free slots
@@ -76,6 +99,8 @@ type Queue struct {
 
 	clock   int64 // ns since start, as last read
 	timeout int64 // ns
+	grace   int64 // ns
+	late    func(Late, bool)
 	idle    uint32
 
 	budget  spin.Budget
@@ -95,6 +120,7 @@ type slot struct {
 	started int64
 	cid     uint16
 	busy    bool
+	late    uint8 // how often Late was told, at the most 255
 	opcode  uint8
 }
 
@@ -117,21 +143,41 @@ func New(c Config) (*Queue, error) {
 	n := c.Size - 1
 	slotBits := bits.Len32(n)
 	q := &Queue{
-		sq: sq, cq: cq, tail: c.Tail, head: c.Head,
+		sq: sq, cq: cq, tail: c.Tail, head: c.Head, sqMem: c.SQ, cqMem: c.CQ,
 		slots: make([]slot, n), free: make([]uint16, n),
 		slotMask: 1<<slotBits - 1, genUnit: 1 << slotBits, qid: c.QID,
 		size: c.Size, lazy: max(c.Size/4, 1),
-		timeout: int64(c.Timeout), noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
+		timeout: int64(c.Timeout), grace: int64(c.Grace), late: c.Late, noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
 	}
 	for i := range q.free {
 		// The stack's top is the lowest slot: a shallow load stays in few cache lines.
 		s := uint16(len(q.free) - 1 - i)
 		q.free[i] = s
-		q.slots[s].cid = s
+		q.slots[s].cid = s + c.Generation*q.genUnit
 	}
 	q.Stamp()
 	return q, nil
 }
+
+// Renew begins anew over the same rings, which the caller has zeroed, and with other doorbells: the controller was reset. No command
+// is outstanding. Command identifiers go on where they were, so what the controller owed before matches nothing now.
+func (q *Queue) Renew(tail, head *dbbuf.Publisher) error {
+	sq, err := ring.NewSQProducer(q.sqMem, q.size)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.qid, err)
+	}
+	cq, err := ring.NewCQConsumer(q.cqMem, q.size)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.qid, err)
+	}
+	q.rung = q.Rings()
+	q.sq, q.cq, q.tail, q.head = sq, cq, tail, head
+	q.unpublished, q.idle = 0, 0
+	return nil
+}
+
+// CID returns the command identifier of a slot that is taken.
+func (q *Queue) CID(slot uint16) uint16 { return q.slots[slot].cid }
 
 // Stamp reads the clock. Commands taken after it are timed from it, so the caller stamps
 // once before each batch. It returns ns since an arbitrary start.
@@ -159,7 +205,7 @@ func (q *Queue) Take(tag uint64) (uint16, bool) {
 	i := q.free[n]
 	q.free = q.free[:n]
 	s := &q.slots[i]
-	s.tag, s.started, s.busy = tag, q.clock, true
+	s.tag, s.started, s.busy, s.late = tag, q.clock, true, 0
 	return i, true
 }
 
@@ -235,4 +281,4 @@ func (q *Queue) Drop(f func(tag uint64)) {
 }
 
 // Rings returns the MMIO doorbell writes of the queue so far.
-func (q *Queue) Rings() uint64 { return q.tail.Rings + q.head.Rings }
+func (q *Queue) Rings() uint64 { return q.rung + q.tail.Rings + q.head.Rings }

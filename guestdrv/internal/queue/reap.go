@@ -72,7 +72,7 @@ func (q *Queue) lookIdle() error {
 	return q.Check()
 }
 
-// Check reports the failure of the queue, or fails it when a command is past its deadline.
+// Check reports the failure of the queue, and tells Late of commands past their deadline, or fails the queue if there is no Late.
 func (q *Queue) Check() error {
 	if p := q.failed.Load(); p != nil {
 		return *p
@@ -82,10 +82,21 @@ func (q *Queue) Check() error {
 		return nil
 	}
 	for i := range q.slots {
-		if s := &q.slots[i]; s.busy && q.clock-s.started > q.timeout {
-			return q.Fail(fmt.Errorf("%w: queue %d, command identifier %#x, after %.1f s",
-				ErrTimeout, q.qid, s.cid, float64(q.clock-s.started)/1e9))
+		s := &q.slots[i]
+		if !s.busy || q.clock-s.started <= q.timeout {
+			continue
+		}
+		if q.late == nil {
+			return q.Fail(q.tooLate(s))
+		}
+		if q.clock-s.started > q.timeout+int64(s.late)*q.grace {
+			q.late(Late{QID: q.qid, CID: s.cid, Err: q.tooLate(s)}, s.late > 0)
+			s.late = max(s.late, s.late+1)
 		}
 	}
 	return nil
+}
+
+func (q *Queue) tooLate(s *slot) error {
+	return fmt.Errorf("queue %d, command identifier %#x: %w after %.1f s", q.qid, s.cid, ErrTimeout, float64(q.clock-s.started)/1e9)
 }

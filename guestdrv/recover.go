@@ -1,0 +1,232 @@
+package guestdrv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+)
+
+// How a controller that does not answer, or reports a fatal error, is brought back:
+//
+//  1. beginRecovery: live -> recovering. Pairs fail with ErrReset: their owners close them and make others.
+//  2. Lanes are paused: callers wait, pollers stop, nothing is reaped.
+//  3. The controller is stopped: CC.EN = 0, or else a reset of the function. From here on it writes no memory.
+//  4. Only now are outstanding commands lost, and their memory given back; or kept, to be sent once more (ResetReplay).
+//  5. restart: everything that Open set up is set up again.
+//  6. finishRecovery: recovering -> live. Lanes go on, what was kept first.
+//
+// A step that fails is tried again from 2 on, within Options.ResetTimeout. When that does not help the controller fails for good.
+
+const (
+	// maxAttempts is how often one recovery stops and restarts the controller.
+	maxAttempts = 3
+	// maxFutile is how many recoveries in a row may pass without one command that succeeds.
+	maxFutile = 4
+)
+
+// recover resets the controller because of cause. It is called by heal only.
+func (c *Controller) recover(cause error) {
+	if !c.beginRecovery(cause) {
+		return
+	}
+	begin := time.Now()
+	c.log.Warn("resetting the controller", "reason", cause)
+	limit := fmt.Errorf("%w: not recovered after %v", ErrTimeout, c.opts.ResetTimeout)
+	ctx, cancel := context.WithTimeoutCause(c.life, c.opts.ResetTimeout, limit)
+	defer cancel()
+	var err error
+	for attempt := 1; ; attempt++ {
+		c.pause()
+		if err = c.adm.Stop(ctx); err != nil {
+			break
+		}
+		c.lose(cause)
+		if err = c.restart(admin.Private(ctx)); err == nil || attempt == maxAttempts || ctx.Err() != nil || !passing(err) {
+			break
+		}
+		c.log.Warn("the controller does not come back, trying again", "error", err)
+	}
+	if err != nil {
+		c.fail(fmt.Errorf("resetting the controller failed: %w (it was reset because of: %w)", err, cause))
+		return
+	}
+	if c.finishRecovery() == nil {
+		c.log.Info("controller recovered", "after", time.Since(begin).Round(time.Microsecond))
+	}
+}
+
+// passing reports whether another attempt may end better.
+func passing(err error) bool { return errors.Is(err, ErrTimeout) || errors.Is(err, ErrFatal) }
+
+// beginRecovery makes a live controller recovering, and fails its pairs. It returns false for one that is not live, which fails if Open is
+// under way.
+func (c *Controller) beginRecovery(cause error) bool {
+	good := c.succeeded()
+	c.mu.Lock()
+	now := &c.now
+	if now.state == opening {
+		c.mu.Unlock()
+		c.fail(fmt.Errorf("%w (%w)", cause, c.adm.Diagnose()))
+		return false
+	}
+	if now.state != live {
+		c.mu.Unlock()
+		return false
+	}
+	if c.progress.Swap(false) || good != now.good {
+		now.futile = 0
+	}
+	if now.futile++; now.futile > maxFutile {
+		c.mu.Unlock()
+		c.fail(fmt.Errorf("%w; and %d resets in a row have not made one command succeed", cause, maxFutile))
+		return false
+	}
+	now.good = good
+	now.epoch++
+	c.trouble.resets.Add(1)
+	c.enter(recovering)
+	var late *queue.Late
+	_ = errors.As(cause, &late)
+	for p := range c.pairs {
+		why := cause
+		if late == nil || late.QID != p.io.qid {
+			why = hideTimeout(cause)
+		}
+		_ = p.q.Fail(fmt.Errorf("queue pair %d: %w: %w", p.io.qid, ErrReset, why))
+	}
+	c.mu.Unlock()
+	return true
+}
+
+// succeeded counts the commands of lanes that have ended well.
+func (c *Controller) succeeded() (n uint64) {
+	for _, l := range c.allLanes() {
+		n += l.Stats().Good
+	}
+	return n
+}
+
+// finishRecovery makes the controller live and lets everybody go on.
+func (c *Controller) finishRecovery() error {
+	c.mu.Lock()
+	if c.now.err == nil {
+		c.enter(live)
+	}
+	err := c.now.err
+	c.mu.Unlock()
+	c.adm.Lane().Resume()
+	for _, l := range c.allLanes() {
+		l.Resume()
+	}
+	return err
+}
+
+func (c *Controller) pause() {
+	c.adm.Lane().Pause()
+	for _, l := range c.allLanes() {
+		l.Pause()
+	}
+}
+
+// lose ends what was outstanding. The controller is stopped.
+func (c *Controller) lose(cause error) {
+	cause = hideTimeout(cause)
+	c.adm.Lane().Lose(cause, false)
+	for _, l := range c.allLanes() {
+		l.Lose(cause, c.opts.OnReset == ResetReplay)
+	}
+}
+
+// hideTimeout makes of an error that is about one command's deadline one that says so, and is not: other commands were not late.
+func hideTimeout(err error) error {
+	if errors.Is(err, ErrTimeout) {
+		return &toldError{err}
+	}
+	return err
+}
+
+// toldError is an error that was about another command.
+type toldError struct{ error }
+
+func (e *toldError) Is(target error) bool { return target != ErrTimeout && errors.Is(e.error, target) }
+
+// restart sets up again what Open has set up, in the same order, and insists that it can be as it was.
+func (c *Controller) restart(ctx context.Context) error {
+	if err := c.adm.Restart(ctx); err != nil {
+		return err
+	}
+	if limit := c.transferLimit(); limit < c.maxTransfer {
+		return fmt.Errorf("%w: commands move at most %d bytes, and before %d", admin.ErrChanged, limit, c.maxTransfer)
+	}
+	if err := c.shareAgain(ctx); err != nil {
+		return err
+	}
+	if err := c.queuesAgain(ctx); err != nil {
+		return err
+	}
+	c.adm.RequestEvents(ctx)
+	return nil
+}
+
+// shareAgain shares the doorbell pages if they were shared before (R28), and turns quiet polling on again.
+func (c *Controller) shareAgain(ctx context.Context) error {
+	if c.adm.Shared() {
+		if err := c.adm.ShareDoorbells(ctx, c.opts.Vendor2014); err != nil {
+			return fmt.Errorf("shared doorbell pages: %w", err)
+		}
+	}
+	if c.quiet {
+		return c.adm.EnableQuiet(ctx)
+	}
+	return nil
+}
+
+// queuesAgain creates the queues of the lanes, with the identifiers and vectors that they had.
+func (c *Controller) queuesAgain(ctx context.Context) error {
+	granted, err := c.grant(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range c.allLanes() {
+		if int(l.io.qid) > granted {
+			return fmt.Errorf("%w: %d I/O queues, and before %d at least", admin.ErrChanged, granted, l.io.qid)
+		}
+	}
+	c.regrant(granted)
+	for _, l := range c.allLanes() {
+		if err := l.io.again(ctx, l.Lane); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// regrant changes how many queue identifiers there are. Those that pairs have come back, or not, with giveQueue.
+func (c *Controller) regrant(granted int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var free []uint16
+	for _, qid := range c.qids {
+		if int(qid) <= granted {
+			free = append(free, qid)
+		}
+	}
+	for qid := c.granted + 1; qid <= granted; qid++ {
+		free = append(free, uint16(qid))
+	}
+	c.qids, c.granted = free, granted
+}
+
+// lateness is what a pair tells of a command past its deadline. It is called by the pair's owner.
+func (c *Controller) lateness(epoch uint64) func(queue.Late, bool) {
+	return func(l queue.Late, old bool) {
+		select {
+		case c.late <- lateCommand{Late: l, old: old, epoch: epoch}:
+		default: // it tells again
+		}
+	}
+}
