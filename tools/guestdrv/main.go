@@ -67,14 +67,17 @@ func main() {
 //	files; lock; work
 //
 // separate does nothing but return when the process is the second one.
-func (d *deviceFlags) separate(out *cli.Output) {
+func (d *deviceFlags) separate(out *cli.Output) { d.separateUntil(out, nil) }
+
+// separateUntil is separate; atEnd runs in the first process when the second one has ended.
+func (d *deviceFlags) separateUntil(out *cli.Output, atEnd func()) {
 	if d.Sandbox == "off" {
 		fmt.Fprintln(out.Stderr, "guestdrv: warning: no sandbox: the device's other side is not trusted, and this process is not locked up")
 	}
 	// Physical addresses are told to the real root only, and ublk devices made by it. An ordinary user, to whom a VFIO group may be given, has
 	// nothing to keep.
 	keep := d.privileged || devices.OnThisMachine(d.Device) && os.Geteuid() == 0
-	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off", KeepUser: keep})
+	sandbox.Reexec(sandbox.Options{Name: "guestdrv", Disable: d.Sandbox == "off", KeepUser: keep, AtEnd: atEnd})
 }
 
 // open opens the device. o's Timeout and Logger are filled in.

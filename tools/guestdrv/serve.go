@@ -87,7 +87,7 @@ func (s *serveCmd) Validate() error {
 // Run serves until a signal.
 func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	s.privileged = s.Ublk
-	s.separate(out)
+	s.separateUntil(out, s.removeSocket)
 	ctrl, err := s.open(ctx, out, s.ublkFlags.options(guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1}, s.Queues))
 	if err != nil {
 		return err

@@ -2,14 +2,11 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/seccomp"
 
 	"github.com/shadowbell/shadowbell/guestdrv/export/nbd"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
@@ -32,13 +29,15 @@ func (f *nbdFlags) check() error {
 	return nil
 }
 
+func (f *nbdFlags) path() string { return strings.TrimPrefix(f.NBD, "unix:") }
+
 // nbdServer is the NBD server of serve.
 type nbdServer struct {
 	flags    *nbdFlags
 	readOnly bool
 	listener *nbd.Listener
 	server   *nbd.Server
-	locked   bool // files cannot be removed
+	locked   bool // nothing can be removed from inside; removeSocket does it
 	log      hclog.Logger
 }
 
@@ -53,7 +52,7 @@ func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger) (server
 	if s.server, err = nbd.New(c); err != nil {
 		return nil, err
 	}
-	if s.listener, err = nbd.Listen(strings.TrimPrefix(f.NBD, "unix:")); err != nil {
+	if s.listener, err = nbd.Listen(f.path()); err != nil {
 		s.server.Close()
 		return nil, err
 	}
@@ -64,15 +63,17 @@ func (s *nbdServer) export(d disk) nbd.Export {
 	return nbd.Export{Name: strconv.Itoa(int(d.nsid)), Description: d.name, Disk: d.disk, ReadOnly: s.readOnly}
 }
 
+// policy lets one client more in than there may be, so that it can be told that there are too many.
 func (s *nbdServer) policy(p *sandbox.Policy) {
 	s.locked = true
-	p.Extra = append(p.Extra, sandbox.Rule{
-		Name: "accept4", Nr: unix.SYS_ACCEPT4,
-		Args: seccomp.PerArg{seccomp.EqualTo(s.listener.FD()), seccomp.AnyValue{}, seccomp.AnyValue{}, seccomp.EqualTo(unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK)},
-		Why:  "NBD clients: from the socket of --nbd only",
-	})
-	// One more than there may be clients: it is told that there are too many.
-	p.MaxFD = max(p.MaxFD, s.listener.FD()+1) + s.flags.Connections + 1
+	p.Uses = append(p.Uses, sandbox.Listener(s.listener.FD(), s.flags.Connections+1))
+}
+
+// removeSocket removes the socket's file from outside the box.
+func (f *nbdFlags) removeSocket() {
+	if f.NBD != "" {
+		nbd.RemoveStale(f.path())
+	}
 }
 
 func (s *nbdServer) serve(ctx context.Context) error {
@@ -94,5 +95,5 @@ func (s *nbdServer) close() error {
 	if s.locked {
 		return nil
 	}
-	return errors.Join(s.listener.Remove())
+	return s.listener.Remove()
 }

@@ -72,6 +72,21 @@ func (l *Listener) bind(fd int) error {
 	return err
 }
 
+// RemoveStale removes the socket at path if nobody listens on it: for who outlives a server that could not do it.
+func RemoveStale(path string) {
+	st, err := os.Lstat(path)
+	if err != nil || st.Mode()&fs.ModeSocket == 0 {
+		return
+	}
+	c, err := net.DialTimeout("unix", path, time.Second)
+	if err == nil {
+		c.Close()
+	}
+	if errors.Is(err, unix.ECONNREFUSED) {
+		_ = os.Remove(path) // if not, Listen does
+	}
+}
+
 func makeRoom(path string) error {
 	if path == "" {
 		return errors.New("empty socket path: write it as unix:PATH")
