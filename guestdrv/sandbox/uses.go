@@ -72,14 +72,13 @@ func FileWrites(fds ...int) Use {
 }
 
 // Listener is for a server on a socket that listens already. At most conns connections are open at a time; accept4 then fails with EMFILE, which
-// a server has to take as "later". The socket's file cannot be removed from inside (net.UnixListener.SetUnlinkOnClose(false)): Options.AtEnd can.
+// a server has to take as "later". Connections are read, written and closed; package net asks for more on some. The socket's file cannot be
+// removed from inside: Options.AtEnd can.
 func Listener(listener, conns int) Use {
 	fds := []int{listener}
 	return Use{Name: "server", FDs: fds, NewFDs: conns, Rules: []Rule{
-		{Name: "accept4", Nr: unix.SYS_ACCEPT4, Args: on(0, fds, args{3: is(acceptFlags)}), Limit: "the listening socket, close-on-exec and non-blocking",
-			Why: "net.Listener.Accept; the number of fds is bounded by RLIMIT_NOFILE"},
-		{Name: "getsockname", Nr: unix.SYS_GETSOCKNAME, Why: "net: the local address of each accepted connection"},
-		{Name: "shutdown", Nr: unix.SYS_SHUTDOWN, Why: "wakes the reader of a connection at its end"},
+		{Name: "accept4", Nr: unix.SYS_ACCEPT4, Args: on(0, fds, args{3: is(acceptFlags)}), Limit: "the listening socket; close-on-exec and non-blocking",
+			Why: "clients; how many there can be at a time is bounded by RLIMIT_NOFILE"},
 	}}
 }
 
