@@ -28,6 +28,7 @@ type Controller struct {
 	// Fixed after Open.
 	eventFDs    []int  // by vector
 	maxTransfer uint32 // bytes of one command
+	shared      bool   // it has the doorbell pages
 	quiet       bool   // the controller honours the quiet bit
 	namespaces  []*Namespace
 	byID        map[uint32]*Namespace
@@ -93,7 +94,7 @@ func (c *Controller) Namespace(nsid uint32) (*Namespace, error) {
 // (a message for each).
 func (c *Controller) Doorbells() string {
 	switch {
-	case c.adm.Shared():
+	case c.shared:
 		return "shadow"
 	case c.adm.Mapped():
 		return "mmap"

@@ -185,6 +185,7 @@ func (c *Controller) chooseDoorbells(ctx context.Context) error {
 			c.log.Info("no shared doorbell pages", "reason", err, "doorbells", c.Doorbells())
 		}
 	}
+	c.shared = c.adm.Shared()
 	if !c.adm.QuietOffered() || c.Doorbells() == "mmio" {
 		return nil
 	}

@@ -174,7 +174,7 @@ func (c *Controller) restart(ctx context.Context) error {
 
 // shareAgain shares the doorbell pages if they were shared before (R28), and turns quiet polling on again.
 func (c *Controller) shareAgain(ctx context.Context) error {
-	if c.adm.Shared() {
+	if c.shared {
 		if err := c.adm.ShareDoorbells(ctx, c.opts.Vendor2014); err != nil {
 			return fmt.Errorf("shared doorbell pages: %w", err)
 		}

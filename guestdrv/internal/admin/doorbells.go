@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
@@ -12,15 +13,20 @@ import (
 
 // pages are the shared doorbell page and the page of event indices, one page each whatever the number of queues (R29).
 type pages struct {
-	mem        dma.Block
-	shadow, ei *shm.Region // nil: not configured
+	mem dma.Block // the configuring goroutine's
+
+	// in is what is in use. Pairs look at it while a reset changes it; such a pair is made anew.
+	in atomic.Pointer[views]
 }
+
+type views struct{ shadow, ei *shm.Region }
 
 func (p *pages) give(pool *dma.Pool) {
 	if p.mem.Len != 0 {
 		pool.Give(p.mem)
 	}
-	*p = pages{}
+	p.mem = dma.Block{}
+	p.in.Store(nil)
 }
 
 // DoorbellsOffered says that the controller has Doorbell Buffer Config.
@@ -34,7 +40,7 @@ func (a *Admin) ShareDoorbells(ctx context.Context, vendor2014 bool) error {
 		return fmt.Errorf("doorbell stride %d: not even queue 1 has its slots in a page", nvme.DoorbellStride(a.cap.DSTRD()))
 	}
 	mem := a.page.mem
-	a.page.shadow, a.page.ei = nil, nil
+	a.page.in.Store(nil)
 	if mem.Len == 0 {
 		var err error
 		if mem, err = a.cfg.Pool.Take(2 * pageSize); err != nil {
@@ -69,12 +75,12 @@ func (a *Admin) ShareDoorbells(ctx context.Context, vendor2014 bool) error {
 		a.page.give(a.cfg.Pool)
 		return a.cfg.Refused(cmd, status)
 	}
-	a.page = pages{mem: mem, shadow: shadow, ei: ei}
+	a.page.in.Store(&views{shadow: shadow, ei: ei})
 	return nil
 }
 
 // Shared says that the doorbell pages are in use.
-func (a *Admin) Shared() bool { return a.page.shadow != nil }
+func (a *Admin) Shared() bool { return a.page.in.Load() != nil }
 
 // Mapped says that the doorbells are mapped and polled by the device.
 func (a *Admin) Mapped() bool {
@@ -100,15 +106,16 @@ func (a *Admin) shadowQueues() uint32 {
 // Publishers returns the doorbells of queue qid, 1 or above, both at 0. In the shared pages the slots are zeroed first, since a
 // queue that had the id before may have left something (R22). That must be before the queue is created.
 func (a *Admin) Publishers(qid uint16) (tail, head *dbbuf.Publisher, err error) {
-	if !a.Shared() {
+	in := a.page.in.Load()
+	if in == nil {
 		tail, head = a.registerPublishers(qid)
 		return tail, head, nil
 	}
-	sqWord, cqWord, err := dbbuf.Slots(a.page.shadow, qid, a.cap.DSTRD())
+	sqWord, cqWord, err := dbbuf.Slots(in.shadow, qid, a.cap.DSTRD())
 	if err != nil {
 		return nil, nil, err
 	}
-	sqIdx, cqIdx, err := dbbuf.Slots(a.page.ei, qid, a.cap.DSTRD())
+	sqIdx, cqIdx, err := dbbuf.Slots(in.ei, qid, a.cap.DSTRD())
 	if err != nil {
 		return nil, nil, err
 	}

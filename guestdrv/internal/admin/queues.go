@@ -2,8 +2,10 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -69,7 +71,11 @@ func (a *Admin) DeletePair(ctx context.Context, qid uint16) error {
 // its memory.
 func (a *Admin) ForgetPair(ctx context.Context, qid uint16) error {
 	for _, opcode := range []uint8{nvme.AdminDeleteSQ, nvme.AdminDeleteCQ} {
-		if known, err := a.try(ctx, nvme.Command{Opcode: opcode, CDW10: uint32(qid)}); !known {
+		known, err := a.try(ctx, nvme.Command{Opcode: opcode, CDW10: uint32(qid)})
+		if errors.Is(err, queue.ErrReset) {
+			return nil // that has made it forget
+		}
+		if !known {
 			return err
 		}
 	}

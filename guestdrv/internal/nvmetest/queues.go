@@ -165,6 +165,19 @@ func (d *Device) openAdmin() bool {
 	return d.openCQ(0, d.aqa.ACQS().Count(), d.acq, 0, true) && d.openSQ(0, 0, d.aqa.ASQS().Count(), d.asq)
 }
 
+// clearDoorbell makes a doorbell begin at 0 with its queue, whatever was written to it while there was none.
+func (d *Device) clearDoorbell(off uint32) {
+	i := (off - nvme.DoorbellBase) / 4
+	if int(i) < len(d.mmio) {
+		d.mmio[i].Store(0)
+	}
+	if d.page != nil {
+		if w, err := d.page.Word32(uint64(i) * 4); err == nil {
+			w.Store(0)
+		}
+	}
+}
+
 // poller returns the device's side of the doorbell of queue qid. Queue 0 is never in the shared pages (R16).
 func (d *Device) poller(qid uint16, head bool, size uint32) *dbbuf.Poller {
 	dstrd := d.cfg.CAP.DSTRD()
@@ -203,6 +216,7 @@ func (d *Device) openCQ(qid uint16, size uint32, iova uint64, vector uint16, ien
 	if err != nil {
 		return false
 	}
+	d.clearDoorbell(nvme.CQHeadDoorbell(qid, d.cfg.CAP.DSTRD()))
 	d.cqs[qid] = &cq{qid: qid, ring: r, head: d.poller(qid, true, size), vector: vector, ien: ien}
 	return true
 }
@@ -216,6 +230,7 @@ func (d *Device) openSQ(qid, cqid uint16, size uint32, iova uint64) bool {
 	if err != nil || d.cqs[cqid] == nil {
 		return false
 	}
+	d.clearDoorbell(nvme.SQTailDoorbell(qid, d.cfg.CAP.DSTRD()))
 	d.sqs[qid] = &sq{qid: qid, ring: r, tail: d.poller(qid, false, size), cq: d.cqs[cqid]}
 	return true
 }
