@@ -45,6 +45,10 @@ doorbells: build ## what doorbells cost in a stock guest, as a table and docs/do
 bench: ## the benchmark table and its JSON (ARGS=… for tools/bench)
 	@$(GO) run ./tools/bench $(ARGS)
 
+.PHONY: guestbench
+guestbench: ## the same load in one guest on the kernel's driver, guestdrv with ublk and with NBD, and the library (ARGS='--rounds 5 --json')
+	@$(GO) run ./tools/vmlab/cmd guestbench $(ARGS)
+
 ##@ Check
 .PHONY: check
 check: fmt vet ## quick, under 2 minutes: gofmt, vet, build, short tests

@@ -25,7 +25,8 @@ type grammar struct {
 	Env   envCmd   `cmd:"" help:"Print where everything is."`
 	Clean cleanCmd `cmd:"" help:"Remove everything that setup made."`
 
-	Doorbells doorbellsCmd `cmd:"" help:"Measure what doorbells cost in a guest: MMIO writes per I/O and IOPS by queue depth, with and without shadow doorbells and on QEMU's own NVMe device."`
+	Doorbells  doorbellsCmd  `cmd:"" help:"Measure what doorbells cost in a guest: MMIO writes per I/O and IOPS by queue depth, with and without shadow doorbells and on QEMU's own NVMe device."`
+	Guestbench guestbenchCmd `cmd:"" help:"Measure in one guest what the ways to a disk cost: the kernel's nvme driver, guestdrv with ublk, guestdrv with NBD, guestdrv as a library."`
 
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }
