@@ -73,7 +73,7 @@ type Files struct {
 	VFIODevice int
 	// Write are files that are read and written by pread64 and pwrite64: a function's configuration space, and its reset in sysfs.
 	Write []int
-	// Sockets are those that messages go over (sendmsg, recvmsg) and that are shut down at Close.
+	// Sockets are those that messages go over (sendmsg, recvmsg).
 	Sockets []int
 }
 

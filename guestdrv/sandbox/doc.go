@@ -30,7 +30,7 @@
 //   - reach a network, an abstract unix socket, SysV IPC or a POSIX queue: no socket or connect, empty namespaces, Landlock;
 //   - start, see or trace a process, signal another one, or gain privileges: no execve, no clone but for threads, no ptrace, kill only
 //     of itself, a PID namespace of its own, no_new_privs, no capabilities;
-//   - make memory executable: mmap and mprotect never take PROT_EXEC;
+//   - make memory executable: mmap never takes PROT_EXEC, and there is no mprotect;
 //   - reach the wide kernel interfaces: io_uring, bpf, userfaultfd, keyctl, perf_event_open, PI futexes, most of ioctl and prctl.
 //
 // # What this package does not do

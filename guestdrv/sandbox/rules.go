@@ -1,6 +1,9 @@
 package sandbox
 
 import (
+	"cmp"
+	"slices"
+
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/seccomp"
 )
@@ -57,16 +60,12 @@ func baseRules(pid int) []Rule {
 		{Name: "clone", Nr: unix.SYS_CLONE, Args: args{seccomp.MaskedEqual(^uintptr(optionalThreadFlags), threadFlags)},
 			Limit: "the flags of a thread, and no others", Why: "runtime: threads of this process; a process or a namespace never"},
 		{Name: "close", Nr: unix.SYS_CLOSE, Why: "files, sockets"},
-		{Name: "copy_file_range", Nr: unix.SYS_COPY_FILE_RANGE, Errno: unix.ENOSYS, Why: "io.Copy between files tries it first, then reads and writes"},
 		{Name: "epoll_ctl", Nr: unix.SYS_EPOLL_CTL, Why: "runtime: network poller"},
 		{Name: "epoll_pwait", Nr: unix.SYS_EPOLL_PWAIT, Why: "runtime: network poller"},
 		{Name: "exit", Nr: unix.SYS_EXIT, Why: "runtime: end of a locked thread"},
 		{Name: "exit_group", Nr: unix.SYS_EXIT_GROUP, Why: "os.Exit"},
 		{Name: "fcntl", Nr: unix.SYS_FCNTL, Args: oneOf(1, unix.F_GETFL, unix.F_SETFL),
 			Limit: "F_GETFL, F_SETFL", Why: "os.NewFile, nonblocking mode; F_DUPFD would make an fd, F_SETOWN send signals"},
-		{Name: "fdatasync", Nr: unix.SYS_FDATASYNC, Why: "the file being copied"},
-		{Name: "fstat", Nr: unix.SYS_FSTAT, Why: "the file being copied"},
-		{Name: "fsync", Nr: unix.SYS_FSYNC, Why: "os.File.Sync of the file being copied"},
 		{Name: "futex", Nr: unix.SYS_FUTEX, Args: oneOf(1, futexWait, futexWake, futexWait|futexPrivate, futexWake|futexPrivate),
 			Limit: "WAIT and WAKE, private or not", Why: "runtime: private; shared pages: not private; requeue and priority inheritance have a history of holes"},
 		{Name: "getpid", Nr: unix.SYS_GETPID, Why: "runtime: first argument of tgkill"},
@@ -76,24 +75,21 @@ func baseRules(pid int) []Rule {
 		{Name: "ioctl", Nr: unix.SYS_IOCTL, Args: oneOf(1, unix.TCGETS, unix.TIOCGWINSZ),
 			Limit: "TCGETS, TIOCGWINSZ", Why: "progress bar: is it a terminal, how wide; TIOCSTI would type into the user's shell"},
 		{Name: "kill", Nr: unix.SYS_KILL, Args: args{self}, Limit: "this process", Why: "runtime: a crash raises a signal; own process only"},
-		{Name: "lseek", Nr: unix.SYS_LSEEK, Why: "the file being copied"},
 		{Name: "madvise", Nr: unix.SYS_MADVISE,
 			Args:  oneOf(2, unix.MADV_DONTNEED, unix.MADV_FREE, unix.MADV_HUGEPAGE, unix.MADV_NOHUGEPAGE, unix.MADV_COLLAPSE),
 			Limit: "DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, COLLAPSE", Why: "runtime: heap; MADV_REMOVE would cut holes into DMA memory"},
 		{Name: "mmap", Nr: unix.SYS_MMAP,
 			Args:  args{anything{}, anything{}, seccomp.BitsAllowlist(unix.PROT_READ | unix.PROT_WRITE), seccomp.MaskedEqual(^uintptr(anonFlags), unix.MAP_ANONYMOUS)},
 			Limit: "anonymous and private; PROT_READ, PROT_WRITE", Why: "runtime: heap and stacks; anonymous, private, never executable"},
-		{Name: "mprotect", Nr: unix.SYS_MPROTECT, Args: args{anything{}, anything{}, is(unix.PROT_NONE)}, Limit: "PROT_NONE", Why: "runtime: memory that must fault; takes access away, never gives it"},
 		{Name: "munmap", Nr: unix.SYS_MUNMAP, Why: "runtime: heap; DMA memory"},
 		{Name: "nanosleep", Nr: unix.SYS_NANOSLEEP, Why: "runtime: usleep of the monitor thread"},
 		{Name: "ppoll", Nr: unix.SYS_PPOLL, Why: "waiting for an event fd or a socket with a deadline"},
 		{Name: "prctl", Nr: unix.SYS_PRCTL,
 			Args:  seccomp.Or{args{is(unix.PR_SET_VMA), is(unix.PR_SET_VMA_ANON_NAME)}, args{is(unix.PR_GET_NO_NEW_PRIVS)}, args{is(unix.PR_GET_SECCOMP)}},
 			Limit: "PR_SET_VMA for names, PR_GET_NO_NEW_PRIVS, PR_GET_SECCOMP", Why: "runtime: names its memory; Enter: looks whether the box is shut"},
-		{Name: "pread64", Nr: unix.SYS_PREAD64, Why: "the file being copied; runtime: the cgroup's CPU limit; statistics by an fd opened before"},
+		{Name: "pread64", Nr: unix.SYS_PREAD64, Why: "runtime: the cgroup's CPU limit; statistics by an fd opened before"},
 		{Name: "preadv2", Nr: unix.SYS_PREADV2, Args: args{anything{}, anything{}, anything{}, anything{}, anything{}, is(unix.RWF_NOWAIT)}, Limit: "RWF_NOWAIT", Why: "interrupts: reads an event fd without waiting, whatever flags the device has set on it"},
 		{Name: "read", Nr: unix.SYS_READ, Why: "sockets, event fds, files, stdin"},
-		{Name: "readv", Nr: unix.SYS_READV, Why: "sockets, files"},
 		{Name: "restart_syscall", Nr: unix.SYS_RESTART_SYSCALL, Why: "kernel: goes on with a sleep after SIGCONT"},
 		{Name: "rt_sigaction", Nr: unix.SYS_RT_SIGACTION, Why: "signal.Notify; runtime: dying of a signal"},
 		{Name: "rt_sigprocmask", Nr: unix.SYS_RT_SIGPROCMASK, Why: "runtime: start of a thread"},
@@ -101,10 +97,8 @@ func baseRules(pid int) []Rule {
 		{Name: "sched_getaffinity", Nr: unix.SYS_SCHED_GETAFFINITY, Why: "runtime: follows the number of CPUs; pinning"},
 		{Name: "sched_setaffinity", Nr: unix.SYS_SCHED_SETAFFINITY, Args: args{is(0)}, Limit: "the calling thread", Why: "pinning; the calling thread only"},
 		{Name: "sched_yield", Nr: unix.SYS_SCHED_YIELD, Why: "runtime: spinning"},
-		{Name: "sendfile", Nr: unix.SYS_SENDFILE, Errno: unix.ENOSYS, Why: "io.Copy from a file to a socket tries it first, then reads and writes"},
 		{Name: "sigaltstack", Nr: unix.SYS_SIGALTSTACK, Why: "runtime: start and end of a thread"},
 		{Name: "tgkill", Nr: unix.SYS_TGKILL, Args: args{self}, Limit: "this process", Why: "runtime: preemption; own threads only"},
-		{Name: "uname", Nr: unix.SYS_UNAME, Why: "os, internal/poll: the kernel's version, before a newer call is tried"},
 		{Name: "write", Nr: unix.SYS_WRITE, Why: "sockets, event fds, files, stdout, stderr"},
 		{Name: "writev", Nr: unix.SYS_WRITEV, Why: "sockets, files"},
 	}
@@ -124,12 +118,38 @@ func libcRules() []Rule {
 
 // mapRules lets the fds in p.MapFDs be mapped, and no other.
 func mapRules(fds []int) []Rule {
-	var rules []Rule
-	for _, fd := range fds {
-		rules = append(rules, Rule{Name: "mmap", Nr: unix.SYS_MMAP,
-			Args:  args{anything{}, anything{}, seccomp.BitsAllowlist(unix.PROT_READ | unix.PROT_WRITE), is(unix.MAP_SHARED), is(uintptr(fd))},
-			Limit: "Policy.MapFDs; shared; PROT_READ, PROT_WRITE",
-			Why:   "Policy.MapFDs: DMA memory of an fd that was open before"})
+	if len(fds) == 0 {
+		return nil
 	}
-	return rules
+	return []Rule{{Name: "mmap", Nr: unix.SYS_MMAP,
+		Args:  on(4, fds, args{2: seccomp.BitsAllowlist(unix.PROT_READ | unix.PROT_WRITE), 3: is(unix.MAP_SHARED)}),
+		Limit: "Policy.MapFDs; shared; PROT_READ, PROT_WRITE",
+		Why:   "DMA memory of an fd that was open before"}}
+}
+
+// Table is a set of rules that are in force together.
+type Table struct {
+	Name  string
+	What  string // when they are in force
+	Rules []Rule
+}
+
+// Tables are all rules there are, with AnyFD where a rule is for certain fds, for documents and tests. kill and tgkill are shown for process 1,
+// which a program is in its PID namespace.
+func Tables() []Table {
+	list := []Table{
+		{"always", "in force in every box", baseRules(1)},
+		{"libc", "on top of that in a binary that is linked with cgo or the race detector", libcRules()},
+		{"mapping", "Policy.MapFDs: files that may be mapped later", mapRules([]int{AnyFD})},
+	}
+	for _, u := range Uses() {
+		list = append(list, Table{u.Name, u.What, u.Rules})
+	}
+	return list
+}
+
+func sortedRules(lists ...[]Rule) []Rule {
+	all := slices.Concat(lists...)
+	slices.SortStableFunc(all, func(a, b Rule) int { return cmp.Compare(a.Name, b.Name) })
+	return all
 }

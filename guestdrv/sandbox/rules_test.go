@@ -10,7 +10,7 @@ import (
 )
 
 func tables() map[string][]Rule {
-	m := map[string][]Rule{"base": baseRules(1), "arch": archRules(), "libc": libcRules()}
+	m := map[string][]Rule{"base": baseRules(1), "libc": libcRules()}
 	for _, u := range Uses() {
 		m[u.Name] = u.Rules
 	}
@@ -61,7 +61,7 @@ func TestRulesNeverAllow(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"clone", "fcntl", "futex", "ioctl", "kill", "madvise", "mmap", "mprotect", "prctl", "sched_setaffinity", "tgkill"} {
+	for _, name := range []string{"clone", "fcntl", "futex", "ioctl", "kill", "madvise", "mmap", "prctl", "sched_setaffinity", "tgkill"} {
 		i := slices.IndexFunc(baseRules(1), func(r Rule) bool { return r.Name == name })
 		if i < 0 || baseRules(1)[i].Args == nil {
 			t.Errorf("%s is let through with any arguments", name)
@@ -81,7 +81,7 @@ func TestFilterCompiles(t *testing.T) {
 				t.Error(err)
 			}
 			n := 0
-			for _, r := range slices.Concat(baseRules(1), archRules()) {
+			for _, r := range baseRules(1) {
 				if r.Errno == 0 {
 					n++
 				}

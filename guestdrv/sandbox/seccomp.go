@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -55,17 +54,16 @@ type filter struct {
 
 // rules is the whole table of a policy.
 func (p *Policy) rules(pid int, cgo bool) []Rule {
-	all := slices.Concat(baseRules(pid), archRules(), mapRules(p.MapFDs), p.Extra)
+	all := [][]Rule{baseRules(pid), mapRules(p.MapFDs), p.Extra}
 	for _, u := range p.Uses {
 		if len(u.FDs) > 0 {
-			all = append(all, u.Rules...)
+			all = append(all, u.Rules)
 		}
 	}
 	if cgo {
-		all = append(all, libcRules()...)
+		all = append(all, libcRules())
 	}
-	slices.SortStableFunc(all, func(a, b Rule) int { return cmp.Compare(a.Name, b.Name) })
-	return all
+	return sortedRules(all...)
 }
 
 func (p *Policy) compile(pid int, cgo bool) (*filter, error) {

@@ -11,6 +11,7 @@ import (
 // give a Use for each; Policy.Uses puts those together that a program needs.
 type Use struct {
 	Name   string
+	What   string // when a program has it
 	Rules  []Rule
 	FDs    []int // what the rules are for; Enter demands that they are open. Without any the rules do not count
 	NewFDs int   // so many fds more may be open at a time than at Enter
@@ -47,17 +48,16 @@ const (
 // VFIOUser is for a device behind a unix socket: messages go over this socket and no other.
 func VFIOUser(socket int) Use {
 	fds := []int{socket}
-	return Use{Name: "vfio-user", FDs: fds, Rules: []Rule{
+	return Use{Name: "vfio-user", What: "DEVICE is vfio-user:PATH", FDs: fds, Rules: []Rule{
 		{Name: "recvmsg", Nr: unix.SYS_RECVMSG, Args: on(0, fds, args{}), Limit: "the device's socket", Why: "replies and interrupts; an fd that comes with a message finds no number free, unless another use has some"},
 		{Name: "sendmsg", Nr: unix.SYS_SENDMSG, Args: on(0, fds, args{}), Limit: "the device's socket", Why: "requests, and the doorbells that are messages"},
-		{Name: "shutdown", Nr: unix.SYS_SHUTDOWN, Args: on(0, fds, args{}), Limit: "the device's socket", Why: "wakes the reader of the socket at Close"},
 	}}
 }
 
 // VFIODevice is for a device behind VFIO: its file takes a reset and no other ioctl; regions are mapped before, or read and written at an offset.
 func VFIODevice(device int) Use {
 	fds := []int{device}
-	return Use{Name: "vfio", FDs: fds, Rules: []Rule{
+	return Use{Name: "vfio", What: "DEVICE is vfio:FUNCTION", FDs: fds, Rules: []Rule{
 		{Name: "ioctl", Nr: unix.SYS_IOCTL, Args: on(0, fds, args{1: is(vfioDeviceReset)}), Limit: "VFIO_DEVICE_RESET on the device",
 			Why: "function reset after a controller that does not come back; interrupts, regions and migration are not touched any more"},
 		{Name: "pwrite64", Nr: unix.SYS_PWRITE64, Args: on(0, fds, args{}), Limit: "the device", Why: "bus mastering is switched off at Close by its config space"},
@@ -66,7 +66,7 @@ func VFIODevice(device int) Use {
 
 // FileWrites is for files that are written to at an offset: a PCI function's config and reset in sysfs, or a file that is being copied to.
 func FileWrites(fds ...int) Use {
-	return Use{Name: "file writes", FDs: fds, Rules: []Rule{
+	return Use{Name: "file writes", What: "DEVICE is sysfs:FUNCTION; or a file is written to at an offset", FDs: fds, Rules: []Rule{
 		{Name: "pwrite64", Nr: unix.SYS_PWRITE64, Args: on(0, fds, args{}), Limit: "the given files", Why: "a PCI function's config and reset in sysfs: bus mastering off, function reset; a file that is copied to"},
 	}}
 }
@@ -76,7 +76,7 @@ func FileWrites(fds ...int) Use {
 // removed from inside: Options.AtEnd can.
 func Listener(listener, conns int) Use {
 	fds := []int{listener}
-	return Use{Name: "server", FDs: fds, NewFDs: conns, Rules: []Rule{
+	return Use{Name: "server", What: "guestdrv serve --nbd", FDs: fds, NewFDs: conns, Rules: []Rule{
 		{Name: "accept4", Nr: unix.SYS_ACCEPT4, Args: on(0, fds, args{3: is(acceptFlags)}), Limit: "the listening socket; close-on-exec and non-blocking",
 			Why: "clients; how many there can be at a time is bounded by RLIMIT_NOFILE"},
 	}}
@@ -84,7 +84,7 @@ func Listener(listener, conns int) Use {
 
 // Uring is for io_uring instances that were restricted before (IORING_REGISTER_RESTRICTIONS, io_uring_register(2)).
 func Uring(rings ...int) Use {
-	return Use{Name: "io_uring", FDs: rings, Rings: rings, Rules: []Rule{
+	return Use{Name: "io_uring", What: "guestdrv serve --ublk", FDs: rings, Rings: rings, Rules: []Rule{
 		{Name: "io_uring_enter", Nr: unix.SYS_IO_URING_ENTER,
 			Args:  on(0, rings, args{3: seccomp.BitsAllowlist(uringEnterGetEvents | uringEnterSQWakeup | uringEnterSQWait | uringEnterExtArg)}),
 			Limit: "the given rings, by fd and not by a registered index; GETEVENTS, SQ_WAKEUP, SQ_WAIT, EXT_ARG",
