@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"strconv"
 	"strings"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv/export/nbd"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 
 // nbdFlags are those of serve that are about NBD.
@@ -31,6 +33,12 @@ func (f *nbdFlags) check() error {
 
 func (f *nbdFlags) path() string { return strings.TrimPrefix(f.NBD, "unix:") }
 
+// uri is what clients take to get the default export. Others have their number after the third slash.
+func (f *nbdFlags) uri() string {
+	// Slashes need no escape in a query, and people read this.
+	return "nbd+unix:///?socket=" + strings.ReplaceAll(url.QueryEscape(f.path()), "%2F", "/")
+}
+
 // nbdServer is the NBD server of serve.
 type nbdServer struct {
 	flags    *nbdFlags
@@ -39,11 +47,12 @@ type nbdServer struct {
 	server   *nbd.Server
 	locked   bool // nothing can be removed from inside; removeSocket does it
 	log      hclog.Logger
+	out      *cli.Output
 }
 
 // openNBD makes the socket.
-func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger) (server, error) {
-	s := &nbdServer{flags: f, readOnly: readOnly, log: log.Named("nbd")}
+func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger, out *cli.Output) (server, error) {
+	s := &nbdServer{flags: f, readOnly: readOnly, log: log.Named("nbd"), out: out}
 	c := nbd.Config{Connections: f.Connections, AnyBlockSize: f.AnySize, Logger: s.log}
 	for _, d := range disks {
 		c.Exports = append(c.Exports, s.export(d))
@@ -78,6 +87,7 @@ func (f *nbdFlags) removeSocket() {
 
 func (s *nbdServer) serve(ctx context.Context) error {
 	s.log.Info("listening", "socket", s.flags.NBD)
+	fmt.Fprintln(s.out.Stdout, s.flags.uri())
 	return s.server.Serve(ctx, s.listener)
 }
 

@@ -23,8 +23,9 @@ const (
 	tailLines   = 20
 )
 
-// Daemon is a `hostmed serve` that runs as a process of its own.
+// Daemon is a `hostmed serve` or a `guestdrv serve` that runs as a process of its own.
 type Daemon struct {
+	name string
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the process has ended
 	err  error         // of Wait; valid after done
@@ -37,13 +38,22 @@ type Daemon struct {
 // StartHostmed starts bin with "serve" and args and returns when it listens on all of its sockets, or with the last
 // thing it said. The process is killed if this one is. log, which may be nil, gets its log too.
 func StartHostmed(ctx context.Context, bin string, log io.Writer, args ...string) (*Daemon, error) {
-	d := &Daemon{cmd: exec.Command(bin, append([]string{"serve"}, args...)...), done: make(chan struct{}), log: log}
 	sockets := 0
 	for _, a := range args {
 		if a == "--socket" || strings.HasPrefix(a, "--socket=") {
 			sockets++
 		}
 	}
+	return start(ctx, "hostmed", bin, log, sockets, args)
+}
+
+// StartGuestdrv is StartHostmed for the other program, with --nbd or --ublk among args: one of them, since it returns when one server listens.
+func StartGuestdrv(ctx context.Context, bin string, log io.Writer, args ...string) (*Daemon, error) {
+	return start(ctx, "guestdrv", bin, log, 1, append(args, "--verbose"))
+}
+
+func start(ctx context.Context, name, bin string, log io.Writer, sockets int, args []string) (*Daemon, error) {
+	d := &Daemon{name: name, cmd: exec.Command(bin, append([]string{"serve"}, args...)...), done: make(chan struct{}), log: log}
 	// A group of its own: Ctrl-C is for the tool, which then ends its daemon in order.
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	stderr, err := d.cmd.StderrPipe()
@@ -59,11 +69,11 @@ func StartHostmed(ctx context.Context, bin string, log io.Writer, args ...string
 	case <-ready:
 		return d, nil
 	case <-d.done:
-		return nil, fmt.Errorf("hostmed did not start: %s", d.lastWords())
+		return nil, fmt.Errorf("%s did not start: %s", name, d.lastWords())
 	case <-ctx.Done():
 		err = ctx.Err()
 	case <-time.After(readyWithin):
-		err = fmt.Errorf("hostmed does not listen after %v: %s", readyWithin, d.lastWords())
+		err = fmt.Errorf("%s does not listen after %v: %s", name, readyWithin, d.lastWords())
 	}
 	return nil, errors.Join(err, d.Stop())
 }
@@ -130,10 +140,10 @@ func (d *Daemon) Stop() error {
 	case <-time.After(stopWithin):
 		_ = d.cmd.Process.Kill()
 		<-d.done
-		return fmt.Errorf("hostmed (pid %d) did not end within %v of SIGTERM and was killed: %s", d.PID(), stopWithin, d.lastWords())
+		return fmt.Errorf("%s (pid %d) did not end within %v of SIGTERM and was killed: %s", d.name, d.PID(), stopWithin, d.lastWords())
 	}
 	if d.err != nil {
-		return fmt.Errorf("hostmed (pid %d): %w: %s", d.PID(), d.err, d.lastWords())
+		return fmt.Errorf("%s (pid %d): %w: %s", d.name, d.PID(), d.err, d.lastWords())
 	}
 	return nil
 }
