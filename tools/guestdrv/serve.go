@@ -71,6 +71,21 @@ func (s *serveCmd) openServers(c *guestdrv.Controller, disks []disk, log hclog.L
 	return servers, nil
 }
 
+// Help is what stands below the arguments.
+func (serveCmd) Help() string {
+	return `Serves until SIGTERM or Ctrl-C, then ends what is under way and shuts the controller down. A line on stdout says when it is ready: the URI for NBD clients, or the block device.
+
+Examples
+
+  guestdrv serve vfio-user:/run/disk0 --nbd unix:/run/disk0.nbd
+    nbdinfo --list 'nbd+unix:///?socket=/run/disk0.nbd'
+    nbdcopy --flush disk.img 'nbd+unix:///1?socket=/run/disk0.nbd'
+    qemu-img convert -n -O raw disk.qcow2 nbd:unix:/run/disk0.nbd:exportname=1
+    nbd-client -unix /run/disk0.nbd -N 1 -C 4 /dev/nbd0
+
+docs/export.md has more, and what clients find.`
+}
+
 // Validate is called by kong.
 func (s *serveCmd) Validate() error {
 	if s.NBD == "" && !s.Ublk {
