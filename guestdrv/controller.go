@@ -3,7 +3,6 @@ package guestdrv
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -26,20 +25,20 @@ type Controller struct {
 	adm  *admin.Admin
 
 	// Fixed after Open.
-	eventFDs    []int  // by vector
-	maxTransfer uint32 // bytes of one command
-	shared      bool   // it has the doorbell pages
-	quiet       bool   // the controller honours the quiet bit
-	namespaces  []*Namespace
-	byID        map[uint32]*Namespace
-	unusable    map[uint32]error // active namespaces that are not in namespaces, and why
-	ops         sync.Pool        // of *op
+	eventFDs    []int     // by vector
+	maxTransfer uint32    // bytes of one command
+	shared      bool      // it has the doorbell pages
+	quiet       bool      // the controller honours the quiet bit
+	ops         sync.Pool // of *op
 
 	gate gate         // what touches memory is inside; Close waits for it
 	refs atomic.Int64 // the controller itself, pairs and buffers: who keeps the memory mapped
 
 	// trouble is what Stats says of it.
 	trouble struct{ timeouts, aborts, resets atomic.Uint64 }
+
+	spaces  atomic.Pointer[spaces] // replaced as a whole, under mu
+	changed chan struct{}          // cap 1: it may be another
 
 	nextLane atomic.Uint32
 	watching sync.WaitGroup
@@ -58,6 +57,7 @@ type Controller struct {
 	past    Stats    // of pairs that are closed
 	pastOps closedOps
 	now     lifeState
+	reads   struct{ begun, applied uint64 } // of the namespaces
 	closing bool
 }
 
@@ -67,7 +67,7 @@ type ioLane struct {
 	io *ioQueue
 }
 
-// Identify returns the Identify Controller data as it was at Open. It must not be changed.
+// Identify returns the Identify Controller data as it was at Open, or after the last reset. It must not be changed.
 func (c *Controller) Identify() *nvme.IdentifyController { return c.adm.Identity() }
 
 // Capabilities returns the register CAP.
@@ -75,20 +75,6 @@ func (c *Controller) Capabilities() nvme.CAP { return c.adm.Capabilities() }
 
 // Version returns the register VS.
 func (c *Controller) Version() nvme.Version { return c.adm.Version() }
-
-// Namespaces returns the active namespaces that can be used, by rising NSID.
-func (c *Controller) Namespaces() []*Namespace { return append([]*Namespace(nil), c.namespaces...) }
-
-// Namespace returns the namespace nsid. The error wraps ErrNoNamespace, and says why if there is one that cannot be used.
-func (c *Controller) Namespace(nsid uint32) (*Namespace, error) {
-	if ns, ok := c.byID[nsid]; ok {
-		return ns, nil
-	}
-	if why, ok := c.unusable[nsid]; ok {
-		return nil, fmt.Errorf("namespace %d: %w: %w", nsid, ErrNoNamespace, why)
-	}
-	return nil, fmt.Errorf("namespace %d: %w", nsid, ErrNoNamespace)
-}
 
 // Doorbells returns how the controller is told of new commands: "shadow" (shared pages), "mmap" (the registers are mapped) or "mmio"
 // (a message for each).

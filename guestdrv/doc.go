@@ -33,6 +33,11 @@
 // A completion that nobody asked for, a lost connection, or a controller that does not come back fails the controller: each call then
 // returns that first error at once, and there is nothing to do but Close.
 //
-// What this package does not do: it does not reconnect, follow namespaces that come or change after
-// Open, or use metadata, SGLs or several paths.
+// # Namespaces that change
+//
+// Namespaces come, go and change their size while the controller is open. [Controller.Namespaces] says what there is now, [Namespace.Size] follows,
+// and [Options.OnChange] is told.
+//
+// What this package does not do: it does not connect again to a device that is gone, or use metadata, SGLs of more than one descriptor, or
+// several paths.
 package guestdrv

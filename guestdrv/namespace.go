@@ -18,12 +18,16 @@ import (
 //
 // When a context ends, a call returns at once; the controller may still execute its commands, and a Buffer stays theirs until
 // they have ended.
+//
+// The size follows the controller's. After the namespace has vanished, or has got blocks of another size, calls return an error that wraps
+// ErrNoNamespace and says which; Controller.Namespace then returns another object, if there is one again. See Options.OnChange.
 type Namespace struct {
 	c      *Controller
 	nsid   uint32
-	shift  uint8  // log2 of the block size
-	blocks uint64 // size
-	id     *nvme.IdentifyNamespace
+	shift  uint8         // log2 of the block size
+	blocks atomic.Uint64 // size
+	id     atomic.Pointer[nvme.IdentifyNamespace]
+	gone   atomic.Pointer[error] // why it cannot be used any more
 
 	unmapped atomic.Bool // the controller was asked what is allocated, and cannot tell
 }
@@ -39,13 +43,13 @@ var (
 func (ns *Namespace) NSID() uint32 { return ns.nsid }
 
 // Size returns the size in bytes.
-func (ns *Namespace) Size() int64 { return int64(ns.blocks << ns.shift) }
+func (ns *Namespace) Size() int64 { return int64(ns.blocks.Load() << ns.shift) }
 
 // BlockSize returns the size of a logical block in bytes.
 func (ns *Namespace) BlockSize() int { return 1 << ns.shift }
 
-// Identify returns the Identify Namespace data as it was at Open. It must not be changed.
-func (ns *Namespace) Identify() *nvme.IdentifyNamespace { return ns.id }
+// Identify returns the Identify Namespace data as it was read last: at Open, or when the namespace changed. It must not be changed.
+func (ns *Namespace) Identify() *nvme.IdentifyNamespace { return ns.id.Load() }
 
 // ReadAt reads len(p) bytes from byte offset off. At the end of the namespace it returns fewer, and io.EOF. After any other error
 // the first n bytes have been read.
@@ -60,6 +64,9 @@ func (ns *Namespace) ReadAtContext(ctx context.Context, p []byte, off int64) (n 
 	}
 	if len(p) == 0 {
 		return 0, nil
+	}
+	if err := ns.Err(); err != nil {
+		return 0, err
 	}
 	left := ns.Size() - off
 	if left <= 0 {
@@ -139,6 +146,9 @@ func (ns *Namespace) offered(what string, bit uint16) error {
 // check is checkAligned, and that the range is inside the namespace.
 func (ns *Namespace) check(what string, off, length int64) error {
 	if err := ns.checkAligned(what, off, length); err != nil {
+		return err
+	}
+	if err := ns.Err(); err != nil {
 		return err
 	}
 	if size := ns.Size(); off > size || length > size-off {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 
 	"golang.org/x/sys/unix"
 
@@ -49,8 +48,9 @@ func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller,
 	}
 	c := &Controller{
 		opts: o, log: o.Logger, dev: dev,
-		byID: map[uint32]*Namespace{}, unusable: map[uint32]error{}, pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64),
+		pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64), changed: make(chan struct{}, 1),
 	}
+	c.spaces.Store(&spaces{})
 	c.life, c.end = context.WithCancel(context.Background())
 	c.gate.init()
 	c.ops.New = c.newOp
@@ -88,13 +88,15 @@ func (c *Controller) setup(ctx context.Context) error {
 	if err := c.chooseDoorbells(ctx); err != nil {
 		return err
 	}
-	if err := c.openNamespaces(ctx); err != nil {
+	if err := c.readNamespaces(ctx); err != nil {
 		return err
 	}
 	if err := c.openLanes(ctx); err != nil {
 		return err
 	}
-	c.adm.WatchEvents(func(context.Context) {})
+	c.watching.Add(1)
+	go c.tellChanges(c.sizes())
+	c.adm.WatchEvents(c.namespacesChanged)
 	c.adm.RequestEvents(ctx)
 	return c.begin()
 }
@@ -265,56 +267,6 @@ func (c *Controller) openLane(ctx context.Context) error {
 	defer c.mu.Unlock()
 	c.lanes = append(c.lanes, &ioLane{Lane: l, io: q})
 	return c.now.err
-}
-
-// openNamespaces reads what namespaces there are. One that cannot be used is no reason to do without the others.
-func (c *Controller) openNamespaces(ctx context.Context) error {
-	ids, err := c.adm.ActiveNamespaces(ctx)
-	if err != nil {
-		return err
-	}
-	for _, nsid := range ids {
-		id, err := c.adm.IdentifyNamespace(ctx, nsid)
-		if err != nil {
-			if ctx.Err() != nil || c.Err() != nil {
-				return err
-			}
-			c.skipNamespace(nsid, err)
-			continue
-		}
-		ns, err := c.newNamespace(nsid, id)
-		if err != nil {
-			c.skipNamespace(nsid, err)
-			continue
-		}
-		c.namespaces = append(c.namespaces, ns)
-		c.byID[nsid] = ns
-	}
-	return nil
-}
-
-func (c *Controller) skipNamespace(nsid uint32, why error) {
-	c.unusable[nsid] = why
-	c.log.Warn("namespace cannot be used", "nsid", nsid, "reason", why)
-}
-
-// newNamespace checks what the controller says of a namespace.
-func (c *Controller) newNamespace(nsid uint32, id *nvme.IdentifyNamespace) (*Namespace, error) {
-	size, ok := id.BlockSize()
-	f := id.Format()
-	switch {
-	case id.NSZE == 0:
-		return nil, errors.New("it has no blocks")
-	case !ok:
-		return nil, fmt.Errorf("block size of 2^%d bytes", f.LBADS)
-	case size > c.maxTransfer:
-		return nil, fmt.Errorf("blocks of %d bytes, commands of at most %d", size, c.maxTransfer)
-	case f.MS != 0:
-		return nil, fmt.Errorf("%d bytes of metadata per block", f.MS)
-	case id.NSZE > math.MaxInt64>>f.LBADS:
-		return nil, fmt.Errorf("%d blocks of %d bytes are more than 2^63 bytes", id.NSZE, size)
-	}
-	return &Namespace{c: c, nsid: nsid, shift: f.LBADS, blocks: id.NSZE, id: id}, nil
 }
 
 // Close ends the controller in order: whoever waits for I/O gets ErrClosed, the controller is told to shut down and is disabled, each

@@ -114,6 +114,10 @@ type Options struct {
 	// several commands one after the other, or waits until there is room for its own, takes that for each.
 	ResetTimeout time.Duration
 
+	// OnChange is told of namespaces that appear, vanish or are resized after Open, by one goroutine, one after the other. It may do I/O and
+	// take its time, but Close waits for it, so it does not call Close itself. nil: nobody is told.
+	OnChange func(Change)
+
 	// Logger is told of controller events and of what had to be done without; nil: nobody.
 	Logger hclog.Logger
 }

@@ -61,10 +61,11 @@ type QueuePair struct {
 
 	tally *tally.Tally
 
-	// The namespace of the last command.
-	nsid  uint32
-	shift uint8
-	known bool
+	// The namespace of the last command, in the table of that time.
+	spaces *spaces
+	nsid   uint32
+	shift  uint8
+	known  bool
 
 	batch  [64]queue.Completion
 	epoch  uint64 // of the controller's resets
@@ -156,6 +157,9 @@ func (p *QueuePair) Submit(ios []IO) (int, error) {
 		return 0, err
 	}
 	q.Stamp()
+	if now := p.io.c.spaces.Load(); now != p.spaces {
+		p.spaces, p.known = now, false
+	}
 	for i := range ios {
 		slot, ok := q.Take(ios[i].Tag)
 		if !ok {

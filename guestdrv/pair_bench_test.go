@@ -36,8 +36,10 @@ func newLoopback(tb testing.TB, size uint32) *loopback {
 	region := shm.NewHeap(16 << 20)
 	pool, err := dma.NewPool(device.NewDMARegion(region, 1<<32, nil))
 	must(err)
-	c := &Controller{pool: pool, maxTransfer: maxTransfer, byID: map[uint32]*Namespace{}}
-	c.byID[1] = &Namespace{c: c, nsid: 1, shift: 9, blocks: 1 << 30}
+	c := &Controller{pool: pool, maxTransfer: maxTransfer}
+	ns := &Namespace{c: c, nsid: 1, shift: 9}
+	ns.blocks.Store(1 << 30)
+	c.spaces.Store(&spaces{byID: map[uint32]*Namespace{1: ns}})
 	sqMem, cqMem, page := shm.NewHeap(int(size)*64), shm.NewHeap(int(size)*16), shm.NewHeap(8192)
 	ei, err := page.View(4096, 4096)
 	must(err)

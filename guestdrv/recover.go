@@ -168,6 +168,9 @@ func (c *Controller) restart(ctx context.Context) error {
 	if err := c.queuesAgain(ctx); err != nil {
 		return err
 	}
+	if err := c.readNamespaces(ctx); err != nil {
+		return err
+	}
 	c.adm.RequestEvents(ctx)
 	return nil
 }

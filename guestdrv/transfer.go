@@ -101,6 +101,9 @@ func (c *Controller) run(ctx context.Context, ns *Namespace, r request) (int, er
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
+	if err := ns.Err(); err != nil {
+		return 0, err
+	}
 	if !c.gate.enter() {
 		return 0, ErrClosed
 	}

@@ -104,20 +104,23 @@ func (d *Device) identify(cmd *nvme.Command) nvme.Status {
 	case nvme.CNSActiveNamespaces:
 		var list nvme.NamespaceList
 		n := 0
-		for i := range d.cfg.Namespaces {
-			if id := uint32(i + 1); id > cmd.NSID && n < len(list.ID) {
+		for i, ns := range d.cfg.Namespaces {
+			if id := uint32(i + 1); !ns.Absent && id > cmd.NSID && n < len(list.ID) {
 				list.ID[n] = id
 				n++
 			}
 		}
 		copy(data, list.Bytes()[:])
 	case nvme.CNSNamespace:
-		if cmd.NSID == 0 || int(cmd.NSID) > len(d.cfg.Namespaces) {
+		if !d.active(cmd.NSID) {
 			return nvme.StatusInvalidNamespace.WithDNR()
 		}
 		ns := d.cfg.Namespaces[cmd.NSID-1]
 		id := nvme.IdentifyNamespace{NSZE: ns.Blocks, NCAP: ns.Blocks, NUSE: ns.Blocks, DLFEAT: nvme.DLFEATReadZeroes}
-		id.LBAF[0].LBADS = ns.LBADS
+		id.LBAF[0].LBADS, id.LBAF[0].MS = ns.LBADS, ns.MS
+		for i := range id.NGUID {
+			id.NGUID[i] = ns.GUID
+		}
 		copy(data, id.Bytes()[:])
 	default:
 		return nvme.StatusInvalidField.WithDNR()
@@ -147,12 +150,16 @@ func (d *Device) identity() *nvme.IdentifyController {
 	return id
 }
 
+func (d *Device) active(nsid uint32) bool {
+	return nsid != 0 && int(nsid) <= len(d.disks) && !d.cfg.Namespaces[nsid-1].Absent
+}
+
 // io executes an I/O command.
 func (d *Device) io(cmd *nvme.Command) nvme.Status {
 	if cmd.Opcode == nvme.IOFlush {
 		return nvme.StatusSuccess
 	}
-	if cmd.NSID == 0 || int(cmd.NSID) > len(d.disks) {
+	if !d.active(cmd.NSID) {
 		return nvme.StatusInvalidNamespace.WithDNR()
 	}
 	disk, shift := d.disks[cmd.NSID-1], d.cfg.Namespaces[cmd.NSID-1].LBADS

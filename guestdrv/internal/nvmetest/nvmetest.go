@@ -42,6 +42,9 @@ const barSize = 0x4000
 type Namespace struct {
 	Blocks uint64
 	LBADS  uint8
+	MS     uint16 // bytes of metadata
+	GUID   byte   // all bytes of its NGUID
+	Absent bool   // not active
 }
 
 // Hooks change what the controller does. They run under its lock: they call nothing of the Device but ReadIOVA and WriteIOVA.
@@ -148,16 +151,35 @@ func New(cfg Config) *Device {
 	for i := range d.vectors {
 		d.vectors[i] = -1
 	}
-	for _, ns := range cfg.Namespaces {
+	d.resize()
+	d.reset()
+	go d.work()
+	return d
+}
+
+// resize gives each namespace memory of its size, with what it had before.
+func (d *Device) resize() {
+	for i, ns := range d.cfg.Namespaces {
 		n := uint64(0)
 		if ns.LBADS < 24 && ns.Blocks<<ns.LBADS <= 1<<30 {
 			n = ns.Blocks << ns.LBADS
 		}
-		d.disks = append(d.disks, make([]byte, n))
+		disk := make([]byte, n)
+		if i < len(d.disks) {
+			copy(disk, d.disks[i])
+			d.disks[i] = disk
+		} else {
+			d.disks = append(d.disks, disk)
+		}
 	}
-	d.reset()
-	go d.work()
-	return d
+}
+
+// SetNamespaces changes the namespaces, of which there are as many as before or more. The driver is not told, see Event.
+func (d *Device) SetNamespaces(all ...Namespace) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.cfg.Namespaces = all
+	d.resize()
 }
 
 // Close ends the controller's goroutine.
