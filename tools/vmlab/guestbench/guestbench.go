@@ -119,7 +119,7 @@ func Measure(ctx context.Context, lab *vmlab.Lab, cfg Config, say func(string)) 
 	if err := r.open(ctx, say); err != nil {
 		return nil, err
 	}
-	report := &Report{Accel: accel, CPUs: cfg.CPUs, Rounds: cfg.Rounds, Seconds: cfg.Runtime.Seconds(), Doorbells: string(hostmed.Shadow), Poll: c.Poll.String()}
+	report := &Report{Accel: accel, CPUs: cfg.CPUs, Rounds: cfg.Rounds, Seconds: cfg.Runtime.Seconds(), Doorbells: hostmed.Shadow.String(), Poll: c.Poll.String()}
 	return report, r.measure(ctx, report, say)
 }
 

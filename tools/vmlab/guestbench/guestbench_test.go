@@ -34,7 +34,7 @@ func TestEveryWayMeasures(t *testing.T) {
 			t.Errorf("%s, %s: %+v", r.Job.Name(), r.Way, r)
 		}
 	}
-	if b, err := json.Marshal(report); err != nil || !strings.Contains(string(b), `"mmio_per_io"`) {
+	if b, err := json.Marshal(report); err != nil || !strings.Contains(string(b), `"mmio_per_io"`) || !strings.Contains(string(b), `"doorbells":"shadow"`) {
 		t.Errorf("%s, %v", b, err)
 	}
 }
