@@ -62,6 +62,8 @@ type Config struct {
 	Programs []string
 	// Files are put into a Direct guest: path in the guest to path here.
 	Files map[string]string
+	// Initramfs is what a Direct guest boots instead of the lab's own. There is no agent in it, so NoAgent goes with it.
+	Initramfs *Initramfs
 	// Reboot lets the guest restart; otherwise a restart ends the machine.
 	Reboot bool
 	// NoAgent is for guests without one: Start does not wait, and only the console and QMP work.
@@ -124,6 +126,12 @@ func (c *Config) check() error {
 	}
 	if c.Within == 0 {
 		c.Within = defaultWithin
+	}
+	if c.Initramfs != nil {
+		c.NoAgent = true
+		if c.Boot != Direct || c.Programs != nil || c.Files != nil {
+			return fmt.Errorf("a guest with an initramfs of its own is booted directly, and has its programs and files in that")
+		}
 	}
 	switch c.Machine {
 	case Q35:

@@ -365,6 +365,9 @@ func (l *Lab) prepare(ctx context.Context, c *Config, dir string) error {
 		return err
 	}
 	defer f.Close()
+	if c.Initramfs != nil {
+		return errors.Join(c.Initramfs.write(ctx, l, f), f.Close())
+	}
 	base, err := os.Open(filepath.Join(l.dir, "initramfs"))
 	if err != nil {
 		return err
