@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -41,6 +42,7 @@ type grammar struct {
 	List     listCmd            `cmd:"" help:"Show the NVMe controllers of this machine, and what drives them."`
 	Bind     bindCmd            `cmd:"" help:"Take a PCI function from the kernel's nvme driver."`
 	Unbind   unbindCmd          `cmd:"" help:"Give a PCI function back to the kernel."`
+	Init     initCmd            `cmd:"" help:"Be the first process of a microVM whose only disk is an NVMe controller (docs/microvm.md)."`
 	Version  cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
@@ -58,6 +60,9 @@ type deviceFlags struct {
 
 func main() {
 	p := cli.Program{Name: "guestdrv", Description: description, Grammar: &grammar{}, Commands: true}
+	if isInit() {
+		runInit(p, p.Grammar.(*grammar))
+	}
 	os.Exit(p.Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr}))
 }
 
@@ -73,6 +78,18 @@ func (d *deviceFlags) separate(out *cli.Output) { d.separateUntil(out, nil) }
 func (d *deviceFlags) separateUntil(out *cli.Output, atEnd func()) {
 	if d.Sandbox == "off" {
 		fmt.Fprintln(out.Stderr, "guestdrv: warning: no sandbox: the device's other side is not trusted, and this process is not locked up")
+	}
+	if strings.HasPrefix(d.Device, "sysfs:") || strings.HasPrefix(d.Device, "pci:") {
+		// The kernel does for VFIO what this does when the driver was killed: the function still had its memory, which is somebody else's now.
+		then := atEnd
+		atEnd = func() {
+			if err := stopDMA(d.Device); err != nil {
+				fmt.Fprintf(out.Stderr, "guestdrv: warning: %v\n", err)
+			}
+			if then != nil {
+				then()
+			}
+		}
 	}
 	// Physical addresses are told to the real root only, and ublk devices made by it. An ordinary user, to whom a VFIO group may be given, has
 	// nothing to keep.

@@ -8,9 +8,9 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/export/ublk"
@@ -30,8 +30,9 @@ type ublkFlags struct {
 }
 
 const (
-	ublkMaxIO = 1 << 20
-	ublkPage  = 4096
+	ublkMaxIO     = 1 << 20
+	ublkDefaultIO = 128 << 10
+	ublkPage      = 4096
 	// ublkDriverShare is DMA memory for the driver's own queues and lists.
 	ublkDriverShare = 2 << 20
 )
@@ -61,10 +62,14 @@ func (f *ublkFlags) options(o guestdrv.Options, queues int) guestdrv.Options {
 		return o
 	}
 	n := ublkQueues(queues)
-	perQueue := uint64(f.UblkDepth)*uint64(f.MaxIO) + uint64(f.UblkDepth)*ublkPage + 1<<18
 	o.Queues, o.MaxQueuePairs = 1, n
-	o.DMASize = uint64(n)*perQueue + ublkDriverShare
+	o.DMASize = ublkDMA(n, f.UblkDepth, int(f.MaxIO))
 	return o
+}
+
+// ublkDMA is how much DMA memory queues of a depth take: buffers, PRP lists, rings, and what the driver needs itself.
+func ublkDMA(queues, depth, maxIO int) uint64 {
+	return uint64(queues)*(uint64(depth)*uint64(maxIO+ublkPage)+1<<18) + ublkDriverShare
 }
 
 func ublkQueues(n int) int {
@@ -141,6 +146,9 @@ func (u *ublkServer) make(f *ublkFlags, cfg ublk.Config) (err error) {
 	return err
 }
 
+// dyingWithin is how long a device of ours may still count as served: the kernel cleans up after a process for a while.
+const dyingWithin = 3 * time.Second
+
 // waiting looks for a device whose server has died and that is the namespace's: id, or any if id is -1.
 func waiting(ctl *ublk.Control, id int, identity uint64) (int, bool) {
 	ids := []int{id}
@@ -154,13 +162,18 @@ func waiting(ctl *ublk.Control, id int, identity uint64) (int, bool) {
 		}
 	}
 	for _, n := range ids {
-		// What the kernel is not done with yet is live, and its server is not.
-		info, err := ctl.Info(uint32(n))
-		if err != nil || info.Identity != identity {
-			continue
-		}
-		if info.State == ublk.Quiesced || info.State == ublk.Live && unix.Kill(info.PID, 0) == unix.ESRCH {
-			return n, true
+		for deadline := time.Now().Add(dyingWithin); ; time.Sleep(dyingWithin / 100) {
+			info, err := ctl.Info(uint32(n))
+			if err != nil || info.Identity != identity {
+				break
+			}
+			if info.State == ublk.Quiesced {
+				return n, true
+			}
+			// One that goes on living is served through another controller of the namespace.
+			if info.State != ublk.Live || time.Now().After(deadline) {
+				break
+			}
 		}
 	}
 	return 0, false

@@ -238,7 +238,9 @@ func (q *queue) drive() (worked bool, err error) {
 		for i := range q.results[:n] {
 			q.finish(&q.results[i])
 		}
-		worked = worked || n > 0
+		if n > 0 {
+			worked, q.naps = true, 0
+		}
 		if err != nil || n < len(q.results) {
 			return worked, err
 		}
