@@ -1,0 +1,64 @@
+package ublk
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+)
+
+// TestBlockDevice is what programs make of /dev/ublkbN, on hostmed's disks and on QEMU's own.
+func TestBlockDevice(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 96<<20); err != nil {
+		t.Fatal(err)
+	}
+	g := boot(t, bySysfs,
+		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB"),
+		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB,lba=4096"),
+		vmlab.QEMUNVMe(image, "qemu"))
+	for i, c := range []struct {
+		name  string
+		block int
+	}{{"512 bytes", 512}, {"4096 bytes", 4096}, {"QEMU", 512}} {
+		t.Run(c.name, func(t *testing.T) {
+			disk := g.serve(t, i, "--depth 32")
+			if got, want := g.Run(t, "blockdev --getss --getsize64 --getra "+disk), fmt.Sprintf("%d\n%d\n", c.block, 96<<20); !strings.HasPrefix(got, want) {
+				t.Errorf("block size and size are %q, want %q", got, want)
+			}
+			r := g.long(t, 2*time.Minute, fmt.Sprintf("fio --name=v --filename=%s --rw=randrw --bsrange=4k-256k --size=16M --numjobs=2 --offset_increment=32M --iodepth=32 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting", disk))
+			if r.Exit != 0 {
+				t.Fatalf("fio: exit %d\n%s%s", r.Exit, r.Stdout, r.Stderr)
+			}
+			g.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mount %s /mnt && cp -r /usr/bin /mnt/ && sync && umount /mnt && e2fsck -fn %s && mount %s /mnt && diff -r /usr/bin /mnt/bin && umount /mnt", disk, disk, disk, disk))
+			g.Run(t, fmt.Sprintf("dd if=/dev/urandom of=%s bs=1M count=8 oflag=direct && blkdiscard -o 4194304 -l 4194304 %s && blkdiscard -z -o 1048576 -l 1048576 %s && dd if=%s bs=1M skip=1 count=1 iflag=direct | cmp -n 1048576 - /dev/zero && ! dd if=%s bs=1M count=1 iflag=direct | cmp -s -n 1048576 - /dev/zero",
+				disk, disk, disk, disk, disk))
+			g.end(t, "TERM")
+			if r := g.Try(t, "ls "+disk); r.Exit == 0 {
+				t.Errorf("%s is still there after SIGTERM", disk)
+			}
+		})
+	}
+	t.Run("SIGTERM while mounted", func(t *testing.T) {
+		// What was written is on the disk; the file system is lost to those who use it, and guestdrv ends all the same.
+		disk := g.serve(t, 0, "")
+		g.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mount %s /mnt && dd if=/dev/urandom of=/mnt/file bs=1M count=4 && md5sum < /mnt/file > /tmp/sum", disk, disk))
+		g.end(t, "TERM")
+		if r := g.Try(t, "echo more > /mnt/more && sync -f /mnt/more"); r.Exit == 0 {
+			t.Error("a file system whose disk is gone takes writes")
+		}
+		g.Run(t, "umount /mnt")
+		disk = g.serve(t, 0, "")
+		g.Run(t, fmt.Sprintf("e2fsck -fy %s; mount %s /mnt && md5sum < /mnt/file | cmp - /tmp/sum && umount /mnt", disk, disk))
+		g.end(t, "TERM")
+	})
+	g.CheckDmesg(t, `EXT4-fs|I/O error|JBD2|ublkb`)
+}

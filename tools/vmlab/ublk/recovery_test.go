@@ -1,0 +1,57 @@
+package ublk
+
+import (
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+)
+
+// TestKilledServerLeavesAPauseAndNoError kills guestdrv several times under a load that checks every block, and starts it again.
+func TestKilledServerLeavesAPauseAndNoError(t *testing.T) {
+	dir := t.TempDir()
+	g := boot(t, byVFIO,
+		vmlab.Controller(t, hostmed.Shadow, "file:"+filepath.Join(dir, "a")+",size=128MiB"),
+		vmlab.Controller(t, hostmed.Shadow, "file:"+filepath.Join(dir, "b")+",size=128MiB"))
+	disk := g.serve(t, 0, "--id 3")
+	if disk != "/dev/ublkb3" {
+		t.Fatalf("serves %s", disk)
+	}
+	g.Run(t, fmt.Sprintf(`(fio --name=v --filename=%s --rw=randwrite --bs=4k --size=12M --numjobs=2 --offset_increment=64M --iodepth=32 --ioengine=libaio \
+		--direct=1 --verify=crc32c --verify_fatal=1 --rate_iops=250,250 --group_reporting > /tmp/fio 2>&1; echo "fio ended: $?" >> /tmp/fio) < /dev/null > /dev/null 2>&1 &`, disk))
+	const kills = 4
+	for n := range kills {
+		time.Sleep(2 * time.Second)
+		g.Run(t, "kill -9 $(pidof guestdrv); for n in $(seq 100); do pidof guestdrv > /dev/null || exit 0; sleep 0.05; done; exit 1")
+		if n == 0 {
+			// Another namespace is not let near it, whatever is asked for, and the device waits on.
+			for flags, want := range map[string]string{"--recover 3": "another namespace", "--id 3": "there is a ublk device 3", "--recover 4": "no such device"} {
+				r := g.Try(t, "guestdrv serve "+g.devices[1]+" --ublk "+flags)
+				if r.Exit == 0 || !strings.Contains(r.Stderr, want) {
+					t.Errorf("%s by the wrong namespace: exit %d, %s", flags, r.Exit, r.Stderr)
+				}
+			}
+		}
+		flags := []string{"--recover 3", "--id 3", ""}[n%3]
+		if again := g.serve(t, 0, flags); again != disk {
+			t.Fatalf("serve %s came back as %s, not %s", flags, again, disk)
+		}
+	}
+	r := g.long(t, 3*time.Minute, `until grep "fio ended" /tmp/fio; do sleep 0.5; done; cat /tmp/fio`)
+	if !strings.Contains(r.Stdout, "fio ended: 0") || !regexp.MustCompile(`err= *0`).MatchString(r.Stdout) {
+		t.Fatalf("fio under %d kills:\n%s", kills, r.Stdout)
+	}
+	for _, line := range regexp.MustCompile(`(?m)^ *(lat|clat) \(.*max=.*$|^.*issued rwts.*$`).FindAllString(r.Stdout, -1) {
+		t.Log(strings.TrimSpace(line))
+	}
+	g.end(t, "TERM")
+	if r := g.Try(t, "ls "+disk); r.Exit == 0 {
+		t.Errorf("after SIGTERM the device is still there:\n%s", g.Run(t, "cat /tmp/serve.0"))
+	}
+	g.CheckDmesg(t)
+}
