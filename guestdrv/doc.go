@@ -4,7 +4,9 @@
 // # Opening
 //
 // [Open] connects to a device, enables the controller and creates its queues. From then on it opens nothing: the process can enter
-// a sandbox (package sandbox) and go on.
+// a sandbox (package sandbox) and go on. The device is named: vfio-user:PATH for a server such as hostmed, pci:0000:00:03.0 for a function
+// of this machine that guestdrv bind has taken from the kernel's driver (package device/devices has all forms). [OpenDevice] takes a
+// device that the caller has made, for instance one that wraps another for tests.
 //
 // # Two ways to do I/O
 //
@@ -15,6 +17,9 @@
 // allocated and no data is copied.
 //
 // Data in a [Buffer], memory that the controller can reach, is never copied. Other memory is, through the same pool.
+//
+// Offsets and lengths of a Namespace are bytes, and whole blocks ([Namespace.BlockSize]); those of a QueuePair are blocks. To
+// programs that know nothing of this, package export gives a namespace as a block device of the kernel (ublk), or by NBD.
 //
 // # Doorbells
 //
@@ -32,6 +37,24 @@
 //
 // A completion that nobody asked for, a lost connection, or a controller that does not come back fails the controller: each call then
 // returns that first error at once, and there is nothing to do but Close.
+//
+// # Errors
+//
+// A command that the controller refused is a [*StatusError], with SCT, SC and DNR. What else can happen is one of the variables
+// [ErrTimeout], [ErrReset] and so on: errors.Is finds them, and their documentation says which are for good. [Controller.Err] says whether
+// the controller has failed.
+//
+// # Waiting
+//
+// What waits takes a context, or ends by itself: a command by [Options.Timeout], a reset by [Options.ResetTimeout], a register access within some
+// seconds. When a context ends the call returns, but the command may still be executed: its memory stays the controller's until it has
+// ended, also if that is a Buffer that was freed meanwhile.
+//
+// # Counters
+//
+// [Controller.Stats] tells commands apart by kind, with a latency histogram for each, and counts doorbell writes, wake-ups, timeouts, aborts
+// and resets. [Stats.Sub] is for intervals, [Stats.Metrics] for Prometheus and the like. Counting costs some nanoseconds for a command
+// and cannot be turned off.
 //
 // # Namespaces that change
 //

@@ -20,7 +20,8 @@ import (
 // call, which was refused before anything was sent. ErrNoMemory ends as soon as a Buffer or a QueuePair is given back. The errors of
 // a context (context.Canceled, context.DeadlineExceeded) are about the wait: the command itself may still be executed.
 var (
-	// ErrTimeout is a command that did not end within Options.Timeout.
+	// ErrTimeout is a command that did not end within Options.Timeout. It was aborted, or lost by the reset that followed: then the error
+	// wraps ErrReset too.
 	ErrTimeout = queue.ErrTimeout
 	// ErrProtocol is a device that does what no conforming one does, for instance completes a command that nobody sent.
 	ErrProtocol = queue.ErrProtocol
@@ -29,7 +30,7 @@ var (
 	// ErrFatal is a controller that reports a fatal error (CSTS.CFS, NVMe Base 2.0c 3.1.3.6).
 	ErrFatal = admin.ErrFatal
 	// ErrReset is a command that was outstanding when the controller was reset. Whether it was executed is not known: a write may have
-	// happened, or a part of it. It can be sent again if that does no harm.
+	// happened, or a part of it. It can be sent again if that does no harm. A QueuePair returns it from its reset on: Close it and make another.
 	ErrReset = queue.ErrReset
 
 	// ErrClosed is a call after, or during, Close.
