@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sync/errgroup"
@@ -103,11 +105,13 @@ func (s *serveCmd) Validate() error {
 func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	s.privileged = s.Ublk
 	s.separateUntil(out, s.removeSocket)
-	ctrl, err := s.open(ctx, out, s.ublkFlags.options(guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1}, s.Queues))
+	changes := watcher{ctx: ctx, serve: s, ready: make(chan struct{})}
+	ctrl, err := s.open(ctx, out, s.ublkFlags.options(guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1, OnChange: changes.tell}, s.Queues))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, ctrl.Close()) }()
+	defer changes.open(ctrl, nil) // Close waits for whom it tells
 	disks, err := s.disks(ctrl)
 	if err != nil {
 		return err
@@ -130,6 +134,7 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	if err := s.lockWith(out, ctrl, p); err != nil {
 		return err
 	}
+	changes.open(ctrl, servers)
 	all, ctx := errgroup.WithContext(ctx)
 	for _, v := range servers {
 		all.Go(func() error { return v.serve(ctx) })
@@ -154,9 +159,46 @@ func (s *serveCmd) disks(c *guestdrv.Controller) (disks []disk, err error) {
 		return nil, cli.Usagef("the controller has no namespace that can be served; guestdrv identify shows what there is")
 	}
 	for _, ns := range list {
-		disks = append(disks, disk{disk: ns, nsid: ns.NSID(), name: fmt.Sprintf("%s, namespace %d", c.Identify().Model(), ns.NSID())})
+		disks = append(disks, diskOf(c, ns))
 	}
 	return disks, nil
+}
+
+func diskOf(c *guestdrv.Controller, ns *guestdrv.Namespace) disk {
+	return disk{disk: ns, nsid: ns.NSID(), name: fmt.Sprintf("%s, namespace %d", c.Identify().Model(), ns.NSID())}
+}
+
+// watcher tells the servers of changes, from the time on that there are any.
+type watcher struct {
+	ctx     context.Context
+	serve   *serveCmd
+	ready   chan struct{} // closed by open
+	once    sync.Once
+	ctrl    *guestdrv.Controller
+	servers []server
+}
+
+// open lets changes through, also those that came before. Only the first call counts.
+func (w *watcher) open(c *guestdrv.Controller, servers []server) {
+	w.once.Do(func() {
+		w.ctrl, w.servers = c, servers
+		close(w.ready)
+	})
+}
+
+// tell is guestdrv.Options.OnChange.
+func (w *watcher) tell(c guestdrv.Change) {
+	select {
+	case <-w.ready:
+	case <-w.ctx.Done():
+		return
+	}
+	if len(w.serve.NSID) > 0 && !slices.Contains(w.serve.NSID, c.NSID) {
+		return
+	}
+	for _, v := range w.servers {
+		v.changed(diskOf(w.ctrl, c.Namespace), c.Kind == guestdrv.Vanished)
+	}
 }
 
 // nsidList is a list of namespaces; empty: all.

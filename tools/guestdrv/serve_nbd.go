@@ -69,7 +69,7 @@ func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger, out *cl
 }
 
 func (s *nbdServer) export(d disk) nbd.Export {
-	return nbd.Export{Name: strconv.Itoa(int(d.nsid)), Description: d.name, Disk: d.disk, ReadOnly: s.readOnly}
+	return nbd.Export{Name: strconv.FormatUint(uint64(d.nsid), 10), Description: d.name, Disk: d.disk, ReadOnly: s.readOnly}
 }
 
 // policy lets one client more in than there may be, so that it can be told that there are too many.
@@ -93,7 +93,7 @@ func (s *nbdServer) serve(ctx context.Context) error {
 
 func (s *nbdServer) changed(d disk, gone bool) {
 	if gone {
-		s.server.Remove(strconv.Itoa(int(d.nsid)))
+		s.server.Remove(s.export(d).Name)
 		return
 	}
 	s.server.Set(s.export(d))

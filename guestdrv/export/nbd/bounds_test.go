@@ -271,6 +271,10 @@ func TestExportsComeAndGo(t *testing.T) {
 	}
 	s.Set(Export{Name: "2", Disk: memdisk.New(8, 512)})
 	open(t, s, simple, "2").do(cmdRead, 0, 0, 512, nil)
+	s.Set(Export{Name: "1", Description: "the same disk", Disk: d})
+	if r := old.do(cmdRead, 0, 0, 512, nil); r.errno != 0 {
+		t.Error(r.errno)
+	}
 	s.Remove("1")
 	for _, cmd := range []uint16{cmdRead, cmdFlush, cmdWriteZeroes} {
 		if r := old.do(cmd, 0, 0, 512, nil); r.errno != unix.ESHUTDOWN {
@@ -279,6 +283,11 @@ func TestExportsComeAndGo(t *testing.T) {
 	}
 	if s.find("1") != nil || s.find("").Name != "2" {
 		t.Error("the exports are not what they have to be")
+	}
+	old = open(t, s, structured, "2")
+	s.Set(Export{Name: "2", Disk: memdisk.New(8, 512)})
+	if r := old.do(cmdRead, 0, 0, 512, nil); r.errno != unix.ESHUTDOWN {
+		t.Errorf("the disk is another one now, and the client is not told: %v", r.errno)
 	}
 	s.Remove("2")
 	if s.find("") != nil {

@@ -69,7 +69,7 @@ type Config struct {
 type exported struct {
 	Export
 	caps export.Caps
-	gone atomic.Bool // requests are refused
+	gone *atomic.Bool // the disk is: requests are refused
 }
 
 // Server serves exports to clients. It ends with Serve, or with Close if that is never called.
@@ -113,13 +113,18 @@ func New(c Config) (*Server, error) {
 	return s, nil
 }
 
-// Set adds an export, or takes the place of the one of that name. Clients that have that one keep it. The size is looked at whenever
-// a client comes, so a disk that was resized needs no Set.
+// Set adds an export, or takes the place of the one of that name. Clients that have that one keep it as it was, unless the disk is another one:
+// then it is as after Remove. The size is looked at whenever a client comes, so a disk that was resized needs no Set.
 func (s *Server) Set(e Export) {
-	x := &exported{Export: e, caps: export.CapsOf(e.Disk)}
+	x := &exported{Export: e, caps: export.CapsOf(e.Disk), gone: new(atomic.Bool)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if i := s.index(e.Name); i >= 0 {
+		if old := s.exports[i]; old.Disk == e.Disk {
+			x.gone = old.gone
+		} else {
+			old.gone.Store(true)
+		}
 		s.exports[i] = x
 		return
 	}

@@ -10,6 +10,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/vmlab"
 )
 
 const mib = 1 << 20
@@ -204,4 +207,53 @@ func TestNBDEndsUnderLoad(t *testing.T) {
 	if !regexp.MustCompile(`(?i)shutdown|connection|transport|error`).Match(out.Bytes()) {
 		t.Errorf("the client does not say why it ended: %s", out)
 	}
+}
+
+// TestNBDNamespacesComeAndGo: exports follow the controller's namespaces, in the sandbox and without a restart.
+func TestNBDNamespacesComeAndGo(t *testing.T) {
+	lab := vmlab.Open(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, mib), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	one, two := hostmed.NamespaceConfig{NSID: 1, Spec: "file:" + file}, hostmed.NamespaceConfig{NSID: 2, Spec: "mem:size=2MiB"}
+	c := hostmed.Config{Subsystems: []hostmed.SubsystemConfig{{
+		NQN: "nqn.2014-08.org.example:export", Namespaces: []hostmed.NamespaceConfig{one}, Controllers: []hostmed.ControllerConfig{{ID: 1}},
+	}}}
+	m := vmlab.Serve(t, &c)
+	sub := &c.Subsystems[0]
+	s := serveDevice(t, lab, sub.Controllers[0].Socket)
+	sizes := func() (out string) {
+		for _, export := range []string{"1", "2"} {
+			cmd, b := s.program("nbdinfo", "--size", s.uri(export))
+			if err := cmd.Run(); err != nil {
+				b.Reset()
+				b.WriteString("none\n")
+			}
+			out += b.String()
+		}
+		return out
+	}
+	becomes := func(want string) {
+		t.Helper()
+		if err := m.Reload(c); err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			if got = sizes(); got == want {
+				return
+			}
+		}
+		t.Fatalf("exports of %q bytes, want %q", got, want)
+	}
+	becomes("1048576\nnone\n")
+	sub.Namespaces = append(sub.Namespaces, two)
+	becomes("1048576\n2097152\n")
+	if err := os.Truncate(file, 4*mib); err != nil {
+		t.Fatal(err)
+	}
+	becomes("4194304\n2097152\n")
+	sub.Namespaces = []hostmed.NamespaceConfig{two}
+	becomes("none\n2097152\n")
 }
