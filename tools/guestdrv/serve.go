@@ -85,6 +85,9 @@ Examples
     qemu-img convert -n -O raw disk.qcow2 nbd:unix:/run/disk0.nbd:exportname=1
     nbd-client -unix /run/disk0.nbd -N 1 -C 4 /dev/nbd0
 
+  guestdrv serve vfio:0000:00:04.0 --ublk
+    mkfs.ext4 /dev/ublkb0
+
 docs/export.md has more, and what clients find.`
 }
 

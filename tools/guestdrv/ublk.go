@@ -62,7 +62,7 @@ func (f *ublkFlags) options(o guestdrv.Options, queues int) guestdrv.Options {
 		return o
 	}
 	n := ublkQueues(queues)
-	o.Queues, o.MaxQueuePairs = 1, n
+	o.Queues, o.MaxQueuePairs, o.OnReset = 1, n, guestdrv.ResetReplay
 	o.DMASize = ublkDMA(n, f.UblkDepth, int(f.MaxIO))
 	return o
 }
@@ -83,7 +83,8 @@ func ublkQueues(n int) int {
 type ublkServer struct {
 	ctl     *ublk.Control
 	dev     *ublk.Device
-	backend *ublkBackend
+	pairs   *ublkBackend
+	backend ublk.Backend // pairs, or the disk itself
 	disk    disk
 	keep    bool
 	log     hclog.Logger
@@ -103,7 +104,7 @@ func openUblk(c *guestdrv.Controller, disks []disk, s *serveCmd, log hclog.Logge
 		return nil, err
 	}
 	u := &ublkServer{
-		backend: &ublkBackend{ctrl: c, nsid: ns.NSID()}, disk: disks[0], keep: f.Keep, log: log, out: out, resized: make(chan int64, 1),
+		pairs: &ublkBackend{ctrl: c, nsid: ns.NSID()}, disk: disks[0], keep: f.Keep, log: log, out: out, resized: make(chan int64, 1),
 	}
 	defer func() {
 		if err != nil {
@@ -137,13 +138,26 @@ func (u *ublkServer) make(f *ublkFlags, cfg ublk.Config) (err error) {
 			return err
 		}
 		u.log.Info("block device taken over", "device", u.dev.Path())
-		return nil
+		info := u.dev.Info()
+		return u.choose(&info.Queues, info.Queues, info.Depth)
 	}
-	if cfg.Queues, err = u.backend.reserve(cfg.Queues, cfg.Depth); err != nil {
+	if err := u.choose(&cfg.Queues, 1, cfg.Depth); err != nil {
 		return err
 	}
 	u.dev, err = ublk.Add(u.ctl, cfg)
 	return err
+}
+
+// choose makes queue pairs for up to *queues queues, and says how many. If there are fewer than least the driver's own serve, which takes more CPU.
+func (u *ublkServer) choose(queues *int, least, depth int) error {
+	n, err := u.pairs.reserve(*queues, depth)
+	if n >= least {
+		u.backend, *queues = u.pairs, n
+		return nil
+	}
+	u.log.Warn("too few queue pairs: the driver's own are used, a goroutine for each request", "have", n, "want", least, "reason", err)
+	u.backend = ublk.NewDiskBackend(u.disk.disk)
+	return u.pairs.close()
 }
 
 // dyingWithin is how long a device of ours may still count as served: the kernel cleans up after a process for a while.
@@ -233,7 +247,7 @@ func (u *ublkServer) close() (err error) {
 	if u.dev != nil && !u.stopped && !u.dev.Started() && !u.dev.Recovered() {
 		err = u.stop()
 	}
-	err = errors.Join(err, u.backend.close())
+	err = errors.Join(err, u.pairs.close())
 	if u.ctl != nil {
 		err = errors.Join(err, u.ctl.Close())
 	}

@@ -22,15 +22,12 @@ type ublkBackend struct {
 	spare []*ublkQueue // made by reserve, not taken yet
 }
 
-// reserve makes up to n queue pairs and returns how many the controller has.
+// reserve makes up to n queue pairs and returns how many the controller has, and why there are no more.
 func (b *ublkBackend) reserve(n, depth int) (int, error) {
 	for len(b.spare) < n {
 		q, err := b.make(depth)
 		if err != nil {
-			if len(b.spare) > 0 {
-				return len(b.spare), nil
-			}
-			return 0, fmt.Errorf("%w; ublk needs a queue pair beside the one of the driver itself", err)
+			return len(b.spare), err
 		}
 		b.spare = append(b.spare, q)
 	}

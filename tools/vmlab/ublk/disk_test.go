@@ -24,11 +24,12 @@ func TestBlockDevice(t *testing.T) {
 	g := boot(t, bySysfs,
 		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB"),
 		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB,lba=4096"),
-		vmlab.QEMUNVMe(image, "qemu"))
+		vmlab.QEMUNVMe(image, "qemu"),
+		vmlab.VFIOUser(vmlab.Hostmed(t, hostmed.Config{Controllers: []hostmed.ControllerConfig{{Namespaces: []string{"mem:size=96MiB"}, Queues: 1}}})[0]))
 	for i, c := range []struct {
 		name  string
 		block int
-	}{{"512 bytes", 512}, {"4096 bytes", 4096}, {"QEMU", 512}} {
+	}{{"512 bytes", 512}, {"4096 bytes", 4096}, {"QEMU", 512}, {"one queue", 512}} {
 		t.Run(c.name, func(t *testing.T) {
 			disk := g.serve(t, i, "--depth 32")
 			if got, want := g.Run(t, "blockdev --getss --getsize64 --getra "+disk), fmt.Sprintf("%d\n%d\n", c.block, 96<<20); !strings.HasPrefix(got, want) {
