@@ -179,7 +179,7 @@ func TestExtentsWithoutAMap(t *testing.T) {
 
 func TestForceUnitAccessAndDeallocate(t *testing.T) {
 	var fua, plain, deallocate atomic.Int64
-	c := openInProc(t, nvmetest.Config{Hooks: nvmetest.Hooks{
+	c := openInProc(t, nvmetest.Config{NoCache: true, Hooks: nvmetest.Hooks{
 		Identify: func(cmd *nvme.Command, data []byte) {
 			if nvme.CNS(cmd.CDW10) == nvme.CNSNamespace {
 				data[33] = nvme.DLFEATReadZeroes | nvme.DLFEATWZDealloc

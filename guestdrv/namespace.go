@@ -107,9 +107,19 @@ func (ns *Namespace) Compare(ctx context.Context, p []byte, off int64) error {
 	return err
 }
 
-// Flush makes durable what was written before, by anybody.
+// Flush makes durable what was written before, by anybody. A controller without a volatile write cache (VWC) is not sent the command, which
+// would have no effect there: what is completed is durable. NVMe NVM Command Set 1.0c 3.2.1.
 func (ns *Namespace) Flush(ctx context.Context) error {
-	return ns.simple(ctx, request{opcode: nvme.IOFlush})
+	if ns.HasCache() {
+		return ns.simple(ctx, request{opcode: nvme.IOFlush})
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := ns.c.Err(); err != nil {
+		return err
+	}
+	return ns.Err()
 }
 
 // Discard tells the controller that length bytes from off are not needed any more. What they read as afterwards is the controller's

@@ -24,6 +24,9 @@ const (
 	// What a controller may ask for at shutdown, at the most. NVMe Base 2.0c 3.6: RTD3E can be over an hour.
 	minShutdown = time.Second
 	maxShutdown = 5 * time.Second
+
+	// unsaidReady is in place of CAP.TO = 0.
+	unsaidReady = 5 * time.Second
 )
 
 // ErrFatal says that the controller reports Controller Fatal Status.
@@ -85,10 +88,10 @@ func (a *Admin) disable(ctx context.Context) error {
 			return err
 		}
 		if !csts.RDY() && !csts.CFS() && csts.SHST() == nvme.SHSTNormal {
-			_ = a.waitStatus(ctx, "ready", a.cap.Timeout(), func(s nvme.CSTS) bool { return s.RDY() || s.CFS() })
+			_ = a.waitStatus(ctx, "ready", a.readyLimit(), func(s nvme.CSTS) bool { return s.RDY() || s.CFS() })
 		}
 	}
-	return a.clearEnable(ctx, cc, a.cap.Timeout())
+	return a.clearEnable(ctx, cc, a.readyLimit())
 }
 
 // clearEnable sets CC.EN to 0 and waits for CSTS.RDY to follow.
@@ -100,6 +103,14 @@ func (a *Admin) clearEnable(ctx context.Context, cc nvme.CC, limit time.Duration
 		}
 	}
 	return a.waitStatus(ctx, "disabled", limit, func(s nvme.CSTS) bool { return !s.RDY() })
+}
+
+// readyLimit is how long CSTS.RDY may take to follow CC.EN. A controller with CAP.TO = 0 has not said.
+func (a *Admin) readyLimit() time.Duration {
+	if a.cap.TO() == 0 {
+		return unsaidReady
+	}
+	return a.cap.Timeout()
 }
 
 // config reads CC.
@@ -135,7 +146,7 @@ func (a *Admin) enable(ctx context.Context) error {
 		return err
 	}
 	var fatal error
-	err := a.waitStatus(ctx, "ready", a.cap.Timeout(), func(s nvme.CSTS) bool {
+	err := a.waitStatus(ctx, "ready", a.readyLimit(), func(s nvme.CSTS) bool {
 		if s.CFS() {
 			fatal = fmt.Errorf("enabling the controller: %v, %v: %w", s, cc, ErrFatal)
 		}
@@ -236,6 +247,6 @@ func (a *Admin) Shutdown() error {
 	if writeErr := a.dev.Write32(nvme.RegCC, uint32(cc)); writeErr != nil {
 		return errors.Join(err, writeErr)
 	}
-	limit := min(a.cap.Timeout(), maxShutdown)
+	limit := min(a.readyLimit(), maxShutdown)
 	return errors.Join(err, a.waitStatus(context.Background(), "disabled", limit, func(s nvme.CSTS) bool { return !s.RDY() }))
 }

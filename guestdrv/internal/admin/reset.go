@@ -47,7 +47,7 @@ func (a *Admin) Stop(ctx context.Context) error {
 
 // stop disables the controller, within CAP.TO or less, so that ctx leaves time for something else.
 func (a *Admin) stop(ctx context.Context) error {
-	limit := a.cap.Timeout()
+	limit := a.readyLimit()
 	if end, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(end)/4)
 	}

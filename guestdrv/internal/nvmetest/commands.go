@@ -141,6 +141,9 @@ func (d *Device) identity() *nvme.IdentifyController {
 	nvme.SetASCII(id.SN[:], "TEST")
 	nvme.SetASCII(id.MN[:], "nvmetest")
 	nvme.SetASCII(id.FR[:], "1")
+	if !d.cfg.NoCache {
+		id.VWC = nvme.VWCPresent
+	}
 	if !d.cfg.NoShadow {
 		id.OACS |= nvme.OACSDoorbellBuf
 	}
@@ -157,6 +160,7 @@ func (d *Device) active(nsid uint32) bool {
 // io executes an I/O command.
 func (d *Device) io(cmd *nvme.Command) nvme.Status {
 	if cmd.Opcode == nvme.IOFlush {
+		d.Flushes.Add(1)
 		return nvme.StatusSuccess
 	}
 	if !d.active(cmd.NSID) {

@@ -29,6 +29,7 @@ type Config struct {
 	Queues     int      // I/O queue pairs; 0: 16
 	NoShadow   bool     // Doorbell Buffer Config is not offered
 	NoQuiet    bool     // the quiet bit is not offered
+	NoCache    bool     // there is no volatile write cache
 	Mapped     bool     // the doorbell page can be mapped, and is polled
 	Unsealed   bool     // with Serve and Mapped: in a file that can be shrunk
 
@@ -117,6 +118,7 @@ type Device struct {
 	Configs    atomic.Uint64 // Doorbell Buffer Configs that were accepted
 	Shutdowns  atomic.Uint64
 	Resets     atomic.Uint64 // of the controller, by CC.EN
+	Flushes    atomic.Uint64
 	FLRs       atomic.Uint64 // resets of the function
 }
 
