@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -189,7 +190,44 @@ func (d *Device) enable() (err error) {
 	if err = errors.Join(err, enable.Close()); err != nil {
 		return err
 	}
-	return d.command(pci.CommandMemory|pci.CommandBusMaster|pci.CommandINTxDisable, 0)
+	if err := d.command(pci.CommandMemory|pci.CommandINTxDisable, pci.CommandBusMaster); err != nil {
+		return err
+	}
+	if err := d.stop(); err != nil {
+		return err
+	}
+	return d.command(pci.CommandBusMaster, 0)
+}
+
+// stop disables a controller that a process which was killed has left running. It knows queues and doorbell pages in memory that is the next
+// one's now, maybe ours: so that comes before bus mastering goes on, and before memory is taken. NVMe Base 2.0c 3.5.1.
+func (d *Device) stop() error {
+	cc, err := d.Read32(nvme.RegCC)
+	if err != nil || cc&1 == 0 {
+		return err
+	}
+	limit := d.limit()
+	if err := d.Write32(nvme.RegCC, cc&^1); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+		status, err := d.Read32(nvme.RegCSTS)
+		if err != nil || !nvme.CSTS(status).RDY() {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the controller is left running by another process and does not stop within %v: CSTS=%#x, CC=%#x", limit, status, cc&^1)
+		}
+	}
+}
+
+// limit is how long the controller may take to stop (CAP.TO).
+func (d *Device) limit() time.Duration {
+	v, err := d.Read64(nvme.RegCAP)
+	if err != nil {
+		return time.Second
+	}
+	return max(nvme.CAP(v).Timeout(), time.Second)
 }
 
 // command sets and clears bits of the function's command register.

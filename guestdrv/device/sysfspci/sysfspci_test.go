@@ -202,3 +202,32 @@ func TestAllOnesMeanThatItIsGone(t *testing.T) {
 		t.Errorf("closing what is gone: %v", err)
 	}
 }
+
+// TestControllerOfAKilledProcessIsStopped: it still has queues in memory that is the next one's.
+func TestControllerOfAKilledProcessIsStopped(t *testing.T) {
+	running := func(status byte) func(dir string) {
+		return func(dir string) {
+			bar := make([]byte, 16<<10)
+			bar[nvme.RegCC], bar[nvme.RegCC+2], bar[nvme.RegCSTS] = 1, 0x46, status
+			put(t, dir, "resource0", string(bar))
+		}
+	}
+	root := fake(t, running(0))
+	d, err := open(root, bdf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b := get(t, root, "resource0"); b[nvme.RegCC] != 0 || b[nvme.RegCC+2] != 0x46 {
+		t.Errorf("CC is % x after Open", b[nvme.RegCC:nvme.RegCC+4])
+	}
+	if err := errors.Join(d.Close(), d.Unmap()); err != nil {
+		t.Error(err)
+	}
+	root = fake(t, running(1))
+	if _, err := open(root, bdf); err == nil || !strings.Contains(err.Error(), "left running") {
+		t.Errorf("one that does not stop: %v", err)
+	}
+	if b := get(t, root, "config"); b[pci.RegCommand]&pci.CommandBusMaster != 0 {
+		t.Error("one that does not stop may reach memory")
+	}
+}
