@@ -18,7 +18,8 @@ import (
 //	any      --Reset----> disabled                 all registers as after power-on
 //	any      --NSSR-----> disabled                 the same, and CSTS.NSSRO
 //
-// Each way to disabled stops the data path first, drops the doorbell pages, and says RDY=0 last (R21).
+// Each way to disabled stops the data path first, drops the doorbell pages, and says RDY=0 last (R21). A shutdown drops them, too, before it is
+// said to be complete.
 
 // writeCC carries out a write of CC. While EN stays set only SHN can change, and the sizes of I/O queue entries until there are I/O
 // queues: a host may wait for Identify to learn them. NVMe Base 2.0c 3.5.1.
@@ -207,6 +208,9 @@ func (c *Controller) status() nvme.CSTS {
 		} else {
 			c.setAtRisk(false)
 		}
+		// From here on the driver may take its memory back, and Linux does, without a reset (R21): the doorbell pages are looked at and
+		// written no more.
+		c.forgetDoorbellPages()
 		c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTComplete)
 	default:
 	}

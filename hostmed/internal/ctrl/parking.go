@@ -101,14 +101,26 @@ func (c *Controller) unparkAdmin() (err error) {
 
 // dropDoorbellPages goes back to the registers because the pages are about to go.
 func (c *Controller) dropDoorbellPages() {
+	c.detachDoorbellPages()
+	c.pages.away = true
+	c.log.debug("doorbells back to registers: the client unmapped their pages")
+}
+
+// forgetDoorbellPages goes back to the registers for good, as if there had never been pages.
+func (c *Controller) forgetDoorbellPages() {
+	if c.pages.shadow != nil {
+		c.detachDoorbellPages()
+	}
+	c.pages = doorbellPages{}
+}
+
+func (c *Controller) detachDoorbellPages() {
 	if err := c.dp.SetDoorbellPages(nil, nil); err != nil {
 		c.fatal("doorbell pages cannot be dropped", err)
 	}
 	c.pages.release()
-	c.pages.away = true
 	c.admin.tail.detach()
 	c.admin.head.detach()
-	c.log.debug("doorbells back to registers: the client unmapped their pages")
 }
 
 // resumeDoorbellPages goes back to pages that were dropped, if both are there again. The driver has used them all the time: they are

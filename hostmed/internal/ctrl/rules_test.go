@@ -3,6 +3,7 @@ package ctrl
 import (
 	"errors"
 	"testing"
+	"testing/synctest"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -146,6 +147,44 @@ func TestRule16_RegisterOnly(t *testing.T) {
 
 // A reset stops the data path while the controller still says ready, and afterwards neither page is
 // written, whatever the driver does.
+// TestRule21_ShutdownDropsThePages: Linux frees the pages when its driver goes, after a shutdown and without a reset. What then woke the admin
+// queue, such as bus mastering for the next driver, wrote event indices into memory that had become somebody else's page tables.
+func TestRule21_ShutdownDropsThePages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newEnabled(t, testConfig())
+		h.configure()
+		h.identify(nvme.CNSController, 0)
+		h.writeReg(nvme.RegCC, 4, uint64(goodCC.WithSHN(nvme.SHNNormal)))
+		synctest.Wait()
+		if st := h.csts(); st.SHST() != nvme.SHSTComplete {
+			t.Fatal(st)
+		}
+		if h.dp.shadow != nil {
+			t.Error("the queues still have the pages")
+		}
+		const sentinel = 0xdeadbeef
+		for off := uint64(0); off < 0x1000; off += 4 {
+			h.mem.word(page1IOVA + off).Store(sentinel)
+			h.mem.word(page2IOVA + off).Store(sentinel)
+		}
+		h.c.Hold(true)
+		h.c.Hold(false)
+		h.c.AdminKick()
+		h.c.MemoryGained()
+		h.c.AdminKick()
+		for off := uint64(0); off < 0x1000; off += 4 {
+			if h.mem.word(page1IOVA+off).Load() != sentinel || h.mem.word(page2IOVA+off).Load() != sentinel {
+				t.Fatalf("a page was written at %#x after the shutdown", off)
+			}
+		}
+		// A driver that goes on all the same does so by the registers.
+		h.identify(nvme.CNSController, 0)
+		if !h.c.Enabled() {
+			t.Error("the controller has failed")
+		}
+	})
+}
+
 func TestRule21_ResetDropsThePages(t *testing.T) {
 	for name, reset := range map[string]func(*host){
 		"CC.EN":  (*host).disable,
