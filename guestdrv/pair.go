@@ -36,7 +36,7 @@ type Result struct {
 type QueuePairOptions struct {
 	// Depth is how many commands the pair holds at least, if the controller allows it; 0: Options.QueueDepth, at most MaxQueueDepth.
 	Depth uint32
-	// Poll makes a pair without an interrupt: Wait polls until a completion is there.
+	// Poll makes a pair without an interrupt: Wait polls until a completion is there. So does every pair of a device that has no interrupts.
 	Poll bool
 	// NoSpin makes Wait sleep on the interrupt at once, instead of polling for as long as that pays: for measurements.
 	NoSpin bool
@@ -107,7 +107,7 @@ func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 }
 
 func (c *Controller) newPair(o QueuePairOptions, epoch uint64) (*QueuePair, error) {
-	qid, vector, err := c.takeQueue(!o.Poll)
+	qid, vector, err := c.takeQueue(!o.Poll && c.dev.MaxInterrupts() > 0)
 	if err != nil {
 		return nil, err
 	}
