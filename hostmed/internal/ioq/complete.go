@@ -10,6 +10,10 @@ import (
 // complete stages the completion of r and gives r back.
 func (w *Worker) complete(r *request, st nvme.Status) {
 	g := r.sq.g
+	if st.Code() == nvme.StatusAbortSQDeleted && g.ctl.stopping.Load() {
+		w.give(r) // given up for a reset, it ends without a word: a driver that is told might take that for an answer
+		return
+	}
 	dw0 := uint64(0)
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
@@ -18,8 +22,7 @@ func (w *Worker) complete(r *request, st nvme.Status) {
 			dw0 = r.notCopied()
 		}
 	}
-	// What was given up for a reset ends without a word: a driver that is told so might take it for an answer.
-	if g.state != Failed && !(st == nvme.StatusAbortSQDeleted && g.ctl.stopping.Load()) {
+	if g.state != Failed {
 		if len(g.staged) == 0 {
 			w.touched = append(w.touched, g)
 		}
