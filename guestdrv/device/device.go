@@ -46,7 +46,7 @@ type Device interface {
 
 	// Reset resets the function, as an FLR would, and leaves it as it was found but for the controller's own registers: it may reach memory, its
 	// interrupts are those of Interrupts, DMA memory keeps its place. It may be called with queues in use, and in a locked sandbox. The error is
-	// errors.ErrUnsupported if the function has no reset.
+	// errors.ErrUnsupported if the function has no reset. Close ends it, if it takes long.
 	Reset() error
 
 	// Done is closed when the device can no longer be reached; Err then says why, ErrGone included. A device that nobody watches is found out

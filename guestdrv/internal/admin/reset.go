@@ -36,13 +36,27 @@ func (a *Admin) Stop(ctx context.Context) error {
 		return err
 	}
 	a.log.Warn("the controller cannot be disabled, resetting its function", "error", err)
-	if resetErr := a.dev.Reset(); resetErr != nil {
+	if resetErr := a.resetFunction(ctx); resetErr != nil {
 		return fmt.Errorf("%w; and its function cannot be reset: %w", err, resetErr)
 	}
 	if err := a.stop(ctx); err != nil {
 		return fmt.Errorf("after a reset of the function: %w", err)
 	}
 	return nil
+}
+
+// resetFunction resets the function, and does not wait for longer than ctx. One that hangs goes on in a goroutine, until the device is closed.
+func (a *Admin) resetFunction(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- a.dev.Reset() }()
+	select {
+	case err := <-done:
+		return err
+	case <-a.dev.Done():
+		return a.dev.Err()
+	case <-ctx.Done():
+		return fmt.Errorf("the reset has not ended: %w", context.Cause(ctx))
+	}
 }
 
 // stop disables the controller, within CAP.TO or less, so that ctx leaves time for something else.
