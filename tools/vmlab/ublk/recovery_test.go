@@ -55,3 +55,24 @@ func TestKilledServerLeavesAPauseAndNoError(t *testing.T) {
 	}
 	g.CheckDmesg(t)
 }
+
+// TestResetLeavesAPauseAndNoError has commands vanish in the controller, and some fail, under a load that checks every block: guestdrv resets the
+// controller and sends again what was under way.
+func TestResetLeavesAPauseAndNoError(t *testing.T) {
+	g := boot(t, bySysfs, vmlab.Controller(t, hostmed.Shadow,
+		"fault:drop@write@after=700@first=1,drop@read@after=1500@first=1,status=write-fault@write@rate=1/300,seed=3,over=mem:size=64MiB"))
+	disk := g.serve(t, 0, "--timeout 3s")
+	r := g.long(t, 3*time.Minute, fmt.Sprintf(`fio --name=v --filename=%s --rw=randwrite --bs=4k --size=6M --numjobs=2 --offset_increment=32M --iodepth=32 --ioengine=libaio \
+		--direct=1 --verify=crc32c --verify_fatal=1 --group_reporting`, disk))
+	if r.Exit != 0 {
+		t.Errorf("fio: exit %d\n%s%s", r.Exit, r.Stdout, r.Stderr)
+	}
+	g.end(t, "TERM")
+	said := g.Run(t, "cat /tmp/serve.0")
+	if m := regexp.MustCompile(`requests=\d+ errors=(\d+) .*resets=(\d+)`).FindStringSubmatch(said); m == nil || m[1] != "0" || m[2] == "0" {
+		t.Errorf("guestdrv says\n%s", said)
+	} else {
+		t.Log(m[0])
+	}
+	g.CheckDmesg(t)
+}
