@@ -48,6 +48,14 @@ func TestBlockDevice(t *testing.T) {
 			}
 		})
 	}
+	t.Run("partitions", func(t *testing.T) {
+		disk := g.serve(t, 0, "")
+		g.Run(t, `printf 'o\nn\np\n1\n\n\nw\n' | fdisk `+disk+` > /dev/null 2>&1; true`)
+		g.end(t, "TERM")
+		disk = g.serve(t, 0, "")
+		g.Run(t, "test -b "+disk+"p1")
+		g.end(t, "TERM")
+	})
 	t.Run("SIGTERM while mounted", func(t *testing.T) {
 		// What was written is on the disk; the file system is lost to those who use it, and guestdrv ends all the same.
 		disk := g.serve(t, 0, "")
