@@ -79,6 +79,38 @@ func TestRepliesOutOfOrder(t *testing.T) {
 	}
 }
 
+// TestLoneClient: requests of a client that waits for each reply take no worker, and one that begins to have several under way is seen to.
+func TestLoneClient(t *testing.T) {
+	s, d := one(t, 512, nil)
+	g := &gate{op: memdisk.Read, open: make(chan struct{})}
+	var held atomic.Pointer[gate]
+	d.Before = func(ctx context.Context, op memdisk.Op, off, n int64) error {
+		if g := held.Load(); g != nil {
+			return g.before(ctx, op, off, n)
+		}
+		return nil
+	}
+	c := open(t, s, structured, "1")
+	for range 3 * loneClient {
+		c.do(cmdRead, 0, 0, 512, nil)
+	}
+	held.Store(g)
+	for range 4 {
+		c.request(cmdRead, 0, 0, 512, nil)
+		g.settles(t, 1) // the first one, in the reader's own hands
+	}
+	next := &gate{op: memdisk.Read, open: make(chan struct{})}
+	held.Store(next)
+	close(g.open)
+	next.settles(t, 3)
+	close(next.open)
+	for range 4 {
+		if r := c.result(0); r.errno != 0 {
+			t.Error(r.errno)
+		}
+	}
+}
+
 // TestRequestsAreBounded: a client that asks and asks has a number of requests under way, and takes no more than its share of memory.
 func TestRequestsAreBounded(t *testing.T) {
 	for _, r := range []struct {
@@ -88,6 +120,7 @@ func TestRequestsAreBounded(t *testing.T) {
 	}{
 		{"many small ones", 512, slots},
 		{"large ones", maxPayload, connMemory / maxPayload},
+		{"very large ones", 3 * maxPayload, connMemory / maxPayload},
 	} {
 		t.Run(r.name, func(t *testing.T) {
 			s, d, g := gated(t, memdisk.Read, nil)
@@ -180,6 +213,9 @@ func TestClientThatDiesInTheMiddle(t *testing.T) {
 		func(c *client) { c.request(cmdDisc, 0, 0, 0, nil) },
 		func(c *client) {
 			c.send(uint32(magicRequest), uint16(0), uint16(cmdWrite), uint64(1), uint64(0), uint32(1<<31), make([]byte, 1000))
+		},
+		func(c *client) {
+			c.send(uint32(magicRequest), uint16(0), uint16(cmdWrite), uint64(1), uint64(0), uint32(3<<20), make([]byte, 3<<19))
 		},
 	} {
 		c := open(t, s, structured, "1")

@@ -234,10 +234,24 @@ type result struct {
 	data   []byte // of the chunk
 }
 
-// result takes the next reply; n is what a simple reply to a read has.
+// result takes the next reply; n is what a simple reply to a read has. The pieces of a reply are put together, if nothing comes in between.
 func (c *client) result(n int) (r result) {
 	c.t.Helper()
+	var data []byte
+	for done := false; !done; {
+		if r, done = c.chunk(n); r.kind == chunkOffsetData {
+			data = append(data, r.data...)
+			r.data = data
+		}
+	}
+	return r
+}
+
+// chunk takes the next chunk of a reply.
+func (c *client) chunk(n int) (r result, done bool) {
+	c.t.Helper()
 	var length uint64
+	var flags uint16
 	switch magic := binary.BigEndian.Uint32(c.recv(4)); {
 	case magic == magicSimple && c.mode == simple:
 		h := c.recv(12)
@@ -245,15 +259,14 @@ func (c *client) result(n int) (r result) {
 		if r.errno == 0 {
 			r.data = c.recv(n)
 		}
-		return r
+		return r, true
 	case magic == magicChunk && c.mode == structured:
 		h := c.recv(16)
 		r.kind, r.cookie, length = binary.BigEndian.Uint16(h[2:]), binary.BigEndian.Uint64(h[4:]), uint64(binary.BigEndian.Uint32(h[12:]))
-		if flags := binary.BigEndian.Uint16(h); flags != chunkDone {
-			c.t.Fatalf("chunk flags %#x", flags)
-		}
+		flags = binary.BigEndian.Uint16(h)
 	case magic == magicExtReply && c.mode == extended:
 		h := c.recv(28)
+		flags = binary.BigEndian.Uint16(h)
 		r.kind, r.cookie = binary.BigEndian.Uint16(h[2:]), binary.BigEndian.Uint64(h[4:])
 		r.off, length = binary.BigEndian.Uint64(h[12:]), binary.BigEndian.Uint64(h[20:])
 	default:
@@ -269,7 +282,10 @@ func (c *client) result(n int) (r result) {
 	case chunkOffsetData:
 		r.data = r.data[8:]
 	}
-	return r
+	if flags&^chunkDone != 0 {
+		c.t.Fatalf("chunk flags %#x", flags)
+	}
+	return r, flags == chunkDone
 }
 
 // do is request and result.

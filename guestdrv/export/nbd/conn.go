@@ -24,13 +24,15 @@ type conn struct {
 	s   *Server
 	f   *os.File
 	raw syscall.RawConn
-	in  *bufio.Reader
+	src *stream
+	in  *bufio.Reader // of src
 
 	// Set by the handshake.
 	ex         *exported
-	size       int64  // of the disk, as the client was told
-	mask       uint64 // block size - 1
-	fixed      bool   // the client knows fixed newstyle
+	size       int64     // of the disk, as the client was told
+	mask       uint64    // block size - 1
+	limit      time.Time // of the handshake
+	fixed      bool      // the client knows fixed newstyle
 	noZeroes   bool
 	structured bool
 	extended   bool
@@ -41,6 +43,7 @@ type conn struct {
 	work    chan *request
 	workers sync.WaitGroup
 	started int
+	lone    int // so many requests, the last ones, came when nothing was under way
 
 	mu      sync.Mutex // guards what follows
 	room    sync.Cond  // of the reader, for memory
@@ -58,7 +61,8 @@ type conn struct {
 }
 
 func newConn(s *Server, f *os.File, raw syscall.RawConn) *conn {
-	c := &conn{s: s, f: f, raw: raw, in: bufio.NewReaderSize(f, readAhead)}
+	c := &conn{s: s, f: f, raw: raw, src: newStream(raw)}
+	c.in = bufio.NewReaderSize(c.src, readAhead)
 	c.room.L = &c.mu
 	c.write = c.tryWrite
 	return c
@@ -120,8 +124,27 @@ func (c *conn) read() error {
 	}
 }
 
-// start gives r to a worker.
+const (
+	// loneClient is how many requests in a row make a client one that has no two under way.
+	loneClient = 8
+	// loneLength is the longest request of such a client that its reader executes itself.
+	loneLength = 256 << 10
+)
+
+// start gives r to a worker. Of a client that waits for each reply before it sends more, the reader executes requests itself: to wake a worker
+// takes longer than the rest of a small request.
 func (c *conn) start(r *request) {
+	if len(c.free) < slots-1 || c.in.Buffered() > 0 {
+		c.lone = 0
+	} else if c.lone++; c.lone > loneClient && (r.cmd == cmdRead || r.cmd == cmdWrite) && r.length <= loneLength {
+		r.execute()
+		return
+	}
+	c.hand(r)
+}
+
+// hand gives r to a worker.
+func (c *conn) hand(r *request) {
 	select {
 	case c.work <- r:
 		return

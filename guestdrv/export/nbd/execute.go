@@ -16,10 +16,12 @@ import (
 func (r *request) execute() {
 	err := r.do(r.c.s.ctx, r.c.ex.Disk, &r.c.ex.caps)
 	if err == nil {
-		switch r.cmd {
-		case cmdRead:
-			r.okData(r.buf.mem[:r.length])
-		case cmdBlockStatus:
+		switch {
+		case r.parent != nil:
+			r.endPiece(nil)
+		case r.cmd == cmdRead:
+			r.okData(r.buf.mem[:min(r.length, maxPayload)])
+		case r.cmd == cmdBlockStatus:
 			r.okStatus(r.buf.mem[:r.length])
 		default:
 			r.ok()
@@ -28,6 +30,10 @@ func (r *request) execute() {
 	}
 	if r.buf != nil {
 		r.lose()
+	}
+	if r.parent != nil {
+		r.endPiece(err)
+		return
 	}
 	errno := r.errno(err)
 	r.c.s.log.Debug("request failed", "command", r.cmd, "offset", r.off, "length", r.length, "errno", errno, "error", err)
@@ -77,7 +83,7 @@ func (r *request) do(ctx context.Context, d export.Disk, caps *export.Caps) (err
 	off, length := int64(r.off), int64(r.length)
 	switch r.cmd {
 	case cmdRead:
-		_, err = d.ReadAtContext(ctx, r.buf.mem[:length], off)
+		_, err = d.ReadAtContext(ctx, r.buf.mem[:min(length, maxPayload)], off)
 		return err
 	case cmdWrite:
 		if r.flags&cmdFlagFUA != 0 {

@@ -11,6 +11,9 @@ import (
 // maxOptions bounds a handshake: more than a client needs that asks about each of a thousand exports.
 const maxOptions = 10_000
 
+// handshakes is how many times Config.Handshake all of a handshake may take.
+const handshakes = 6
+
 var (
 	errAborted = fmt.Errorf("the client ended the handshake: %w", io.EOF)
 	errTooMany = errors.New("too many options")
@@ -22,6 +25,7 @@ func (c *conn) handshake() error {
 	hello = binary.BigEndian.AppendUint64(hello, magicServer)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
 	hello = binary.BigEndian.AppendUint16(hello, flagFixedNewstyle|flagNoZeroes)
+	c.limit = time.Now().Add(handshakes * c.s.cfg.Handshake)
 	c.patience()
 	if _, err := c.f.Write(hello); err != nil {
 		return err
@@ -49,7 +53,13 @@ func (c *conn) handshake() error {
 }
 
 // patience sets the deadline for what comes next.
-func (c *conn) patience() { _ = c.f.SetDeadline(time.Now().Add(c.s.cfg.Handshake)) }
+func (c *conn) patience() {
+	d := time.Now().Add(c.s.cfg.Handshake)
+	if d.After(c.limit) {
+		d = c.limit
+	}
+	_ = c.f.SetDeadline(d)
+}
 
 // option reads one option and answers it. It reports whether the client has its export.
 func (c *conn) option() (ready bool, err error) {

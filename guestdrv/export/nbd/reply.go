@@ -23,15 +23,10 @@ func (r *request) ok() {
 	r.send(nil)
 }
 
-// okData makes the reply of a read.
+// okData makes the reply of a read, or its first piece.
 func (r *request) okData(data []byte) {
-	switch c := r.c; {
-	case c.structured || c.extended:
-		r.chunk(chunkOffsetData, 8+len(data))
-		r.put64(r.off)
-	default:
-		r.simple(0)
-	}
+	r.at = 0
+	r.piece(data)
 	r.send(data)
 }
 
@@ -52,11 +47,16 @@ func (r *request) fail(e unix.Errno, why string) {
 		r.send(nil)
 		return
 	}
+	r.errorChunk(e, why)
+	r.send(r.body)
+}
+
+func (r *request) errorChunk(e unix.Errno, why string) {
 	why = why[:min(len(why), 512)]
 	r.chunk(chunkError, 6+len(why))
 	r.put32(uint32(e))
 	r.head = binary.BigEndian.AppendUint16(r.head, uint16(len(why)))
-	r.send([]byte(why))
+	r.body = []byte(why)
 }
 
 func (r *request) put32(v uint32) { r.head = binary.BigEndian.AppendUint32(r.head, v) }
@@ -69,18 +69,22 @@ func (r *request) simple(e unix.Errno) {
 	r.put64(r.cookie)
 }
 
-// chunk begins the only, and so the last, chunk of a reply.
+// chunk begins a chunk of a reply, the last one unless r.more.
 func (r *request) chunk(kind uint16, n int) {
+	flags := uint32(chunkDone)
+	if r.more {
+		flags = 0
+	}
 	r.head = r.space[:0]
 	if !r.c.extended {
 		r.put32(magicChunk)
-		r.put32(chunkDone<<16 | uint32(kind))
+		r.put32(flags<<16 | uint32(kind))
 		r.put64(r.cookie)
 		r.put32(uint32(n))
 		return
 	}
 	r.put32(magicExtReply)
-	r.put32(chunkDone<<16 | uint32(kind))
+	r.put32(flags<<16 | uint32(kind))
 	r.put64(r.cookie)
 	r.put64(r.off)
 	r.put64(uint64(n))
@@ -104,10 +108,15 @@ func (r *request) send(body []byte) {
 	}
 	c.writing = true
 	for c.first != nil {
-		list, n := c.take()
+		list, last, n := c.take()
 		if c.dead == nil {
 			c.mu.Unlock()
 			err := c.writeAll(list)
+			if err == nil && last.more {
+				if err = last.rest(c.ex.Disk); err != nil {
+					c.f.Close() // in the midst of a reply
+				}
+			}
 			c.mu.Lock()
 			if err != nil {
 				c.die(err)
@@ -118,16 +127,16 @@ func (r *request) send(body []byte) {
 	c.writing = false
 }
 
-// take takes the next replies out of the line.
-func (c *conn) take() (list *request, n int) {
+// take takes the next replies out of the line. One with more pieces is the last of them.
+func (c *conn) take() (list, last *request, n int) {
 	list = c.first
-	last := list
-	for n = 1; n < batch && last.next != nil; n++ {
+	last = list
+	for n = 1; n < batch && last.next != nil && !last.more; n++ {
 		last = last.next
 	}
 	c.first = last.next
 	last.next = nil
-	return list, n
+	return list, last, n
 }
 
 // release gives back what the requests had. It is called with the lock.
@@ -140,7 +149,7 @@ func (c *conn) release(list *request, n int) {
 			c.s.bufs.put(r.buf)
 			r.buf = nil
 		}
-		r.body, r.next = nil, nil
+		r.body, r.next, r.more = nil, nil, false
 		c.free <- r
 	}
 	c.room.Broadcast()

@@ -18,6 +18,7 @@ type request struct {
 	off    uint64
 	length uint64
 	buf    *buffer // payload; nil: none
+	big            // of requests with more data than maxPayload
 
 	// The reply.
 	space [extendedHeader + 8]byte
@@ -42,7 +43,7 @@ func (c *conn) next(r *request) (disconnect bool, err error) {
 	payload := c.payload(r)
 	errno, why := c.check(r)
 	if errno != 0 || r.cmd != cmdWrite && payload > 0 {
-		if payload > skipPayload {
+		if payload > mostPayload {
 			return false, fmt.Errorf("a request with %d bytes of data", payload)
 		}
 		if _, err := c.in.Discard(int(payload)); err != nil {
@@ -57,7 +58,10 @@ func (c *conn) next(r *request) (disconnect bool, err error) {
 	}
 	switch r.cmd {
 	case cmdRead, cmdWrite:
-		r.take(int(r.length))
+		if payload > maxPayload {
+			return false, c.bigWrite(r)
+		}
+		r.take(int(min(r.length, maxPayload)))
 	case cmdBlockStatus:
 		r.take(statusSize)
 	}
@@ -82,7 +86,11 @@ func (c *conn) header(r *request) error {
 	if c.extended {
 		n, magic = extendedHeader, magicExtended
 	}
+	c.src.waited = false
 	h, err := c.in.Peek(n)
+	if !c.src.waited {
+		c.lone = 0 // it did not wait for the reply to what came before
+	}
 	if err != nil {
 		if len(h) > 0 && errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
@@ -178,17 +186,25 @@ func (c *conn) checkRange(r *request) (unix.Errno, string) {
 		}
 		return unix.EINVAL, "beyond the end"
 	}
-	if r.length > maxPayload {
-		switch {
-		case r.cmd == cmdWrite:
-			return unix.EINVAL, "more data than the maximum payload"
-		case r.cmd == cmdRead && (c.structured || c.extended):
-			return unix.EOVERFLOW, "more data than the maximum payload"
-		case r.cmd == cmdRead:
-			return unix.EINVAL, "more data than the maximum payload"
-		}
+	if r.cmd == cmdRead || r.cmd == cmdWrite {
+		return c.checkLength(r)
 	}
 	return 0, ""
+}
+
+// checkLength is about payload.
+func (c *conn) checkLength(r *request) (unix.Errno, string) {
+	most := uint64(mostPayload)
+	if r.flags&cmdFlagDF != 0 {
+		most = maxPayload
+	}
+	switch {
+	case r.length <= most:
+		return 0, ""
+	case r.cmd == cmdRead && (c.structured || c.extended):
+		return unix.EOVERFLOW, "more data than the maximum payload"
+	}
+	return unix.EINVAL, "more data than the maximum payload"
 }
 
 func (c *conn) readOnly() bool { return c.ex.ReadOnly || c.ex.Disk.ReadOnly() }

@@ -43,7 +43,7 @@ func TestReadBackWhatWasWritten(t *testing.T) {
 				off := rng.IntN(blocks)
 				n := min(1+rng.IntN(40), blocks-off)
 				if rng.IntN(20) == 0 {
-					n = min(maxPayload/block, blocks-off)
+					n = min(1+rng.IntN(3*maxPayload/block), blocks-off)
 				}
 				part := want[off*block : (off+n)*block]
 				at, length := uint64(off*block), uint64(n*block)
@@ -80,6 +80,7 @@ func TestRefusals(t *testing.T) {
 	forModes(t, func(t *testing.T, m mode) {
 		s := serve(t, Config{Grace: within, Exports: []Export{
 			{Name: "rw", Disk: memdisk.New(8192, 512)},
+			{Name: "large", Disk: memdisk.New(72<<10, 512)},
 			{Name: "4k", Disk: memdisk.New(64, 4096)},
 			{Name: "ro", Disk: memdisk.New(64, 512), ReadOnly: true},
 			{Name: "protected", Disk: &memdisk.Disk{Block: 512, Protect: true}},
@@ -112,14 +113,17 @@ func TestRefusals(t *testing.T) {
 			{"rw", cmdRead, 0, 0, 100, nil, unix.EINVAL},
 			{"rw", cmdRead, 0, 8192*512 - 512, 1024, nil, unix.EINVAL},
 			{"rw", cmdRead, 0, 1<<64 - 512, 512, nil, unix.EINVAL},
-			{"rw", cmdRead, 0, 0, maxPayload + 512, nil, tooLong},
+			{"rw", cmdRead, cmdFlagDF, 0, maxPayload + 512, nil, tooLong},
+			{"rw", cmdRead, 0, 0, maxPayload + 512, nil, 0},
+			{"large", cmdRead, 0, 0, mostPayload + 512, nil, tooLong},
 			{"rw", cmdRead, cmdFlagNoHole, 0, 512, nil, unix.EINVAL},
 			{"rw", cmdRead, 1 << 9, 0, 512, nil, unix.EINVAL},
 			{"rw", cmdWrite, 0, 8192 * 512, 512, k, unix.ENOSPC},
 			{"rw", cmdWrite, 0, 1<<64 - 512, 512, k, unix.ENOSPC},
 			{"rw", cmdWrite, 0, 1, 512, k, unix.EINVAL},
 			{"rw", cmdWrite, cmdFlagFastZero, 0, 512, k, unix.EINVAL},
-			{"rw", cmdWrite, 0, 0, maxPayload + 512, make([]byte, maxPayload+512), unix.EINVAL},
+			{"rw", cmdWrite, 0, 0, maxPayload + 512, make([]byte, maxPayload+512), 0},
+			{"rw", cmdWrite, 0, 8192*512 - maxPayload, maxPayload + 512, make([]byte, maxPayload+512), unix.ENOSPC},
 			{"rw", cmdWriteZeroes, 0, 8192*512 - 512, 1024, nil, unix.ENOSPC},
 			{"rw", cmdWriteZeroes, cmdFlagFastZero | cmdFlagNoHole | cmdFlagFUA, 0, 1024, nil, 0},
 			{"rw", cmdTrim, 0, 8192*512 - 512, 1024, nil, unix.EINVAL},
@@ -320,4 +324,35 @@ func TestBlockStatus(t *testing.T) {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
+}
+
+// TestErrorsInTheMiddle: a piece of a large request fails.
+func TestErrorsInTheMiddle(t *testing.T) {
+	forModes(t, func(t *testing.T, m mode) {
+		s, d := one(t, 512, nil)
+		d.Before = func(_ context.Context, op memdisk.Op, off, _ int64) error {
+			if off == 2*maxPayload && op != memdisk.Flush {
+				return nvme.StatusUnrecoveredRead.Err()
+			}
+			return nil
+		}
+		c := open(t, s, m, "1")
+		const n = 3*maxPayload + 512
+		if r := c.do(cmdWrite, 0, 0, n, random(1, n)); r.errno != unix.EIO {
+			t.Errorf("write: %v", r.errno)
+		}
+		if r := c.do(cmdFlush, 0, 0, 0, nil); r.errno != 0 {
+			t.Errorf("what came after it: %v", r.errno)
+		}
+		cookie := c.request(cmdRead, 0, 0, n, nil)
+		if m != simple {
+			if r := c.result(0); r.errno != unix.EIO || r.cookie != cookie {
+				t.Errorf("read: %v", r.errno)
+			}
+			return
+		}
+		// There is no way to say it, so the connection ends before the data is complete.
+		c.recv(16 + 2*maxPayload)
+		c.expectEnd()
+	})
 }
