@@ -292,21 +292,29 @@ func (p *QueuePair) Reap(out []Result) (int, error) {
 
 // report makes results of completions, and counts them. Those that were submitted together have the same stamps: they are counted together.
 func (p *QueuePair) report(batch []queue.Completion, out []Result) {
+	out = out[:len(batch)]
 	now := p.q.Stamp()
-	opcode, started, n := batch[0].Opcode, batch[0].Started, uint64(0)
+	opcode, started, first := batch[0].Opcode, batch[0].Started, 0
+	latency, bad := now-started, nvme.Status(0)
 	for i := range batch {
-		c, r := &batch[i], &out[i]
+		c := &batch[i]
 		if c.Started != started || c.Opcode != opcode {
-			p.tally.Ended(opcode, now-started, n)
-			opcode, started, n = c.Opcode, c.Started, 0
+			p.tally.Ended(opcode, latency, uint64(i-first))
+			opcode, started, first = c.Opcode, c.Started, i
+			latency = now - started
 		}
-		n++
-		if !c.Status.OK() {
-			p.tally.Failed(opcode)
-		}
-		r.Tag, r.Status, r.DW0, r.Latency = c.Tag, c.Status, c.Result, time.Duration(now-started)
+		bad |= c.Status
+		out[i] = Result{Tag: c.Tag, Status: c.Status, DW0: c.Result, Latency: time.Duration(latency)}
 	}
-	p.tally.Ended(opcode, now-started, n)
+	p.tally.Ended(opcode, latency, uint64(len(batch)-first))
+	if bad.OK() {
+		return
+	}
+	for i := range batch {
+		if c := &batch[i]; !c.Status.OK() {
+			p.tally.Failed(c.Opcode)
+		}
+	}
 }
 
 // Wait returns nil when there is something to reap. It polls for as long as that has paid off lately, then sleeps on the interrupt. An
