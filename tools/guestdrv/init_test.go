@@ -1,11 +1,16 @@
 package main
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestKernelArgs(t *testing.T) {
@@ -94,5 +99,63 @@ func TestDMAOfUblkHoldsItsBuffers(t *testing.T) {
 	}
 	if sinceBoot() < time.Second {
 		t.Errorf("this machine has run for %v", sinceBoot())
+	}
+}
+
+const reaperEnv = "SHADOWBELL_REAPER_TEST"
+
+// A reaper takes the ends of all children of its process, so its test has a process of its own.
+func init() {
+	if os.Getenv(reaperEnv) != "" {
+		reaperChild()
+		os.Exit(0)
+	}
+}
+
+func reaperChild() {
+	// Orphans come here, as they do to a first process.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		fmt.Println(err)
+		return
+	}
+	r := newReaper()
+	var ends []<-chan syscall.WaitStatus
+	for _, script := range []string{"exit 3", "kill -9 $$", "(sleep 0.1; exit 5) & exit 0", "exit 0"} {
+		_, ended, err := r.start("/bin/sh", []string{"sh", "-c", script}, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}})
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		ends = append(ends, ended)
+	}
+	if _, _, err := r.start("/nothing", []string{"nothing"}, &syscall.ProcAttr{}); err == nil {
+		fmt.Println("what is not there was started")
+	}
+	for _, ended := range ends {
+		fmt.Println(describe(<-ended))
+	}
+	// The orphan is reaped too, and after a time without children another start is waited for.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid()))
+		if err != nil || len(b) == 0 || time.Now().After(deadline) {
+			fmt.Printf("children: %q\n", b)
+			break
+		}
+	}
+	_, ended, err := r.start("/bin/sh", []string{"sh", "-c", "exit 7"}, &syscall.ProcAttr{})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(describe(<-ended))
+}
+
+func TestReaper(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), reaperEnv+"=1")
+	out, err := cmd.CombinedOutput()
+	want := "exit status 3\nkilled by signal 9 (killed)\nexit status 0\nexit status 0\nchildren: \"\"\nexit status 7\n"
+	if err != nil || string(out) != want {
+		t.Errorf("%v\n%s, want\n%s", err, out, want)
 	}
 }
