@@ -4,6 +4,6 @@ package sandbox
 
 import "golang.org/x/sys/unix"
 
-func archAttacks() map[string]func() error {
-	return map[string]func() error{"clone3": call(unix.SYS_CLONE3)}
+func archAttacks() []attack {
+	return []attack{{"clone3", "flags that a filter cannot see", call(unix.SYS_CLONE3)}}
 }

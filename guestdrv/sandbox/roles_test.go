@@ -36,6 +36,9 @@ var roles = map[string]func(arg string){
 	"memory":    roleMemory,
 	"threads":   roleThreads,
 	"trapped":   roleTrapped,
+	"server":    roleServer,
+	"ring":      roleRing,
+	"device":    roleDevice,
 	"yes":       roleYes,
 }
 
@@ -209,7 +212,11 @@ func roleAttack(name string) {
 	prepareAttacks()
 	enterAll(Policy{MapFDs: []int{heldMap}})
 	fmt.Println("entered")
-	fmt.Println("survived:", attacks()[name]())
+	for _, a := range attacks() {
+		if a.name == name {
+			fmt.Println("survived:", a.do())
+		}
+	}
 }
 
 // roleAttacks makes all attacks in a box that answers EPERM.
@@ -218,8 +225,8 @@ func roleAttacks(string) {
 	prepareAttacks()
 	enterAll(Policy{Action: ActionErrno, MapFDs: []int{heldMap}})
 	results := map[string]string{}
-	for name, f := range attacks() {
-		results[name] = fmt.Sprint(f())
+	for _, a := range attacks() {
+		results[a.name] = fmt.Sprint(a.do())
 	}
 	_ = must(0, json.NewEncoder(os.Stdout).Encode(results))
 }

@@ -312,11 +312,17 @@ func workMapping(w *work) error {
 
 func workPoll(w *work) error {
 	fds := []unix.PollFd{{Fd: int32(w.pair[0]), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, 1); err != nil || n != 0 {
-		return fmt.Errorf("poll: %d, %w", n, err)
-	}
-	if n, err := unix.Ppoll(fds, &unix.Timespec{Nsec: 1000}, nil); err != nil || n != 0 {
-		return fmt.Errorf("ppoll: %d, %w", n, err)
+	for _, wait := range []func() (int, error){
+		func() (int, error) { return unix.Poll(fds, 1) },
+		func() (int, error) { return unix.Ppoll(fds, &unix.Timespec{Nsec: 1000}, nil) },
+	} {
+		n, err := wait()
+		for errors.Is(err, unix.EINTR) { // the runtime's preemption
+			n, err = wait()
+		}
+		if err != nil || n != 0 {
+			return fmt.Errorf("poll: %d, %w", n, err)
+		}
 	}
 	// What a progress bar asks; the answer does not matter, to live does.
 	_, _ = unix.IoctlGetWinsize(1, unix.TIOCGWINSZ)
