@@ -45,6 +45,7 @@ type Controller struct {
 	life     context.Context // ends when the controller fails or is closed
 	end      context.CancelFunc
 	late     chan lateCommand // of pairs
+	slow     chan struct{}    // cap 1: a pair has a slow command
 	progress atomic.Bool      // a command has succeeded since the last reset, as far as lanes do not count it
 
 	// mu guards what follows. Only Queue.Fail is called under it.

@@ -182,7 +182,7 @@ func TestOpenRefusesNonsense(t *testing.T) {
 			t.Errorf("opened %q", name)
 		}
 	}
-	for _, o := range []guestdrv.Options{{Queues: -1}, {Doorbells: 9}, {QueueDepth: 1 << 20}, {DMASize: 4096}, {Timeout: -1}} {
+	for _, o := range []guestdrv.Options{{Queues: -1}, {Doorbells: 9}, {QueueDepth: 1 << 20}, {DMASize: 4096}, {Timeout: -1}, {OnReset: 9}, {ResetTimeout: -1}, {Completions: 9}} {
 		openFails(t, nvmetest.Config{}, o)
 	}
 }

@@ -9,3 +9,12 @@ func (c *Controller) ForceReset(cause error) {
 
 // FreeMemory returns how many bytes of DMA memory are free.
 func (c *Controller) FreeMemory() uint64 { return c.pool.Free() }
+
+// Polls returns how often the lanes' goroutines that poll have looked.
+func (c *Controller) Polls() uint64 {
+	n := c.adm.Lane().Stats().Naps
+	for _, l := range c.allLanes() {
+		n += l.Stats().Naps
+	}
+	return n
+}

@@ -48,7 +48,7 @@ func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller,
 	}
 	c := &Controller{
 		opts: o, log: o.Logger, dev: dev,
-		pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64), changed: make(chan struct{}, 1),
+		pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), changed: make(chan struct{}, 1),
 	}
 	c.spaces.Store(&spaces{})
 	c.life, c.end = context.WithCancel(context.Background())
@@ -216,8 +216,11 @@ func (c *Controller) openLanes(ctx context.Context) error {
 		return err
 	}
 	c.regrant(granted)
-	// One queue always, more only with interrupts of their own.
-	n := max(min(c.opts.Queues, granted, len(c.vectors)), 1)
+	// One queue always, more only with interrupts of their own, unless they need none.
+	n := min(c.opts.Queues, granted)
+	if c.opts.Completions != CompletionsPoll {
+		n = max(min(n, len(c.vectors)), 1)
+	}
 	for range n {
 		if err := c.openLane(ctx); err != nil {
 			return err
@@ -240,7 +243,8 @@ func (c *Controller) grant(ctx context.Context) (int, error) {
 }
 
 func (c *Controller) openLane(ctx context.Context) error {
-	qid, vector, err := c.takeQueue(len(c.vectors) > 0)
+	poll := c.opts.Completions == CompletionsPoll
+	qid, vector, err := c.takeQueue(!poll && len(c.vectors) > 0)
 	if err != nil {
 		return err
 	}
@@ -257,8 +261,8 @@ func (c *Controller) openLane(ctx context.Context) error {
 		fd = c.takeEventFD(vector)
 	}
 	l, err := lane.New(lane.Config{
-		Queue: q.q, Head: q.head, QID: qid, EventFD: fd, Quiet: c.quiet, Timeout: c.opts.Timeout,
-		Failed: func(err error) { c.fail(err) },
+		Queue: q.q, Head: q.head, QID: qid, EventFD: fd, Quiet: c.quiet && !poll, Timeout: c.opts.Timeout,
+		Waiting: c.opts.Completions.waiting(), Failed: func(err error) { c.fail(err) },
 	})
 	if err != nil {
 		return err

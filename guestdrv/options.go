@@ -7,6 +7,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 )
 
@@ -33,6 +34,43 @@ func (m DoorbellMode) String() string {
 		return "mmio"
 	}
 	return fmt.Sprintf("DoorbellMode(%d)", uint8(m))
+}
+
+// CompletionMode says how calls of Namespace wait for the controller.
+type CompletionMode uint8
+
+const (
+	// CompletionsAdaptive polls for as long as that has paid off lately, then sleeps until the interrupt. Without interrupts the sleep is short,
+	// and followed by a look.
+	CompletionsAdaptive CompletionMode = iota
+	// CompletionsInterrupt sleeps at once: it uses the least CPU time, and takes a wake-up for each command.
+	CompletionsInterrupt
+	// CompletionsPoll asks for no interrupt at all. For each queue one goroutine polls, and keeps a core busy, while commands are outstanding; an idle
+	// controller costs nothing. It is for who has cores to spare, and takes no interrupt vector.
+	CompletionsPoll
+)
+
+// String returns "adaptive", "interrupt" or "poll".
+func (m CompletionMode) String() string {
+	switch m {
+	case CompletionsAdaptive:
+		return "adaptive"
+	case CompletionsInterrupt:
+		return "interrupt"
+	case CompletionsPoll:
+		return "poll"
+	}
+	return fmt.Sprintf("CompletionMode(%d)", uint8(m))
+}
+
+func (m CompletionMode) waiting() lane.Waiting {
+	switch m {
+	case CompletionsInterrupt:
+		return lane.Sleep
+	case CompletionsPoll:
+		return lane.Poll
+	}
+	return lane.Adaptive
 }
 
 // ResetMode says what becomes of commands that are outstanding when the controller is reset.
@@ -92,6 +130,9 @@ type Options struct {
 	// QueueDepth is how many commands each queue of the plain API holds at least; 0: DefaultQueueDepth.
 	QueueDepth uint32
 
+	// Completions is how calls of Namespace wait. A QueuePair has its own choice, see QueuePairOptions.
+	Completions CompletionMode
+
 	// Queues is how many queue pairs the plain API has; 0: GOMAXPROCS. There are fewer if the controller has fewer queues or
 	// interrupt vectors.
 	Queues int
@@ -126,6 +167,9 @@ type Options struct {
 func (o Options) withDefaults() (Options, error) {
 	if o.Doorbells > DoorbellsMMIO {
 		return o, fmt.Errorf("options: unknown doorbell mode %v", o.Doorbells)
+	}
+	if o.Completions > CompletionsPoll {
+		return o, fmt.Errorf("options: unknown completion mode %v", o.Completions)
 	}
 	if o.OnReset > ResetReplay {
 		return o, fmt.Errorf("options: unknown reset mode %v", o.OnReset)

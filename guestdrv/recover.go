@@ -233,3 +233,11 @@ func (c *Controller) lateness(epoch uint64) func(queue.Late, bool) {
 		}
 	}
 }
+
+// slowness is what a pair tells of a command that takes its time: the watch looks at the controller.
+func (c *Controller) slowness() {
+	select {
+	case c.slow <- struct{}{}:
+	default:
+	}
+}

@@ -85,7 +85,7 @@ func TestResetsUnderLoad(t *testing.T) {
 				for range 2 {
 					work("pair", func(*rand.Rand) error { return pairOnce(c.Controller) })
 				}
-				end := time.Now().Add(600 * time.Millisecond)
+				end := time.Now().Add(300 * time.Millisecond)
 				resets := 0
 				for ; time.Now().Before(end); resets++ {
 					for seen := ok.Load(); ok.Load() < seen+3 && c.Err() == nil && time.Now().Before(end); {

@@ -68,6 +68,10 @@ func (c *Controller) watch() {
 				late = append(late, l.Late)
 				heal(nil)
 			}
+		case <-c.slow:
+			if healing == nil {
+				heal(nil)
+			}
 		case now := <-ticker.C:
 			busy := c.rescue()
 			if healing != nil {

@@ -47,6 +47,15 @@ type Source interface {
 	Next(slot uint16, cmd *nvme.Command) (Sink, error)
 }
 
+// Waiting is how Wait waits.
+type Waiting uint8
+
+const (
+	Adaptive Waiting = iota // poll for as long as that has paid off lately, then sleep
+	Sleep                   // sleep at once
+	Poll                    // one goroutine polls until it has what it waits for
+)
+
 // Config says what a Lane is made of.
 type Config struct {
 	Queue   *queue.Queue     // without a timeout of its own
@@ -55,6 +64,7 @@ type Config struct {
 	EventFD int  // the interrupt, non-blocking; the lane closes it. -1: there is none, the lane polls
 	Quiet   bool // the device honours dbbuf.QuietBit
 	Timeout time.Duration
+	Waiting Waiting
 
 	// Failed is told, once and not under the lock, why the lane failed by itself. A command past its deadline is no such failure.
 	Failed func(error)
@@ -83,6 +93,7 @@ type Lane struct {
 	good     uint64 // of them, those that ended with success
 	wakeups  uint64
 	rescued  uint64
+	naps     uint64
 
 	failed chan struct{} // closed once err is set
 
@@ -351,13 +362,14 @@ type Stats struct {
 	MMIOWrites uint64 // doorbells rung
 	Wakeups    uint64 // interrupts that woke the lane's goroutine
 	Rescued    uint64 // completions that Rescue found before an interrupt came
+	Naps       uint64 // looks of the goroutine that stands in for an interrupt
 }
 
 // Stats returns the counts so far.
 func (l *Lane) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return Stats{Commands: l.commands, Good: l.good, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued}
+	return Stats{Commands: l.commands, Good: l.good, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued, Naps: l.naps}
 }
 
 // Tally returns the counts of commands by kind.

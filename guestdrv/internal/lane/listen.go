@@ -35,7 +35,9 @@ func (l *Lane) pollLoop() {
 		}
 		for nap := minNap; l.look(&nap); {
 			time.Sleep(nap)
-			nap = min(nap+nap/4, maxNap)
+			if l.cfg.Waiting != Poll {
+				nap = min(nap+nap/4, maxNap)
+			}
 		}
 	}
 }
@@ -45,6 +47,7 @@ func (l *Lane) pollLoop() {
 func (l *Lane) look(nap *time.Duration) bool {
 	l.mu.Lock()
 	defer l.unlock()
+	l.naps++
 	if l.reap() > 0 {
 		*nap = minNap
 		l.wakeups++

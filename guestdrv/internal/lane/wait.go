@@ -9,6 +9,9 @@ import (
 const (
 	looksPerClock = 16 // looks at the CQ between two at the clock
 	pause         = 64 // looks at the waiter's own flag between two at the CQ
+
+	// pollSlice is how long a goroutine that only polls does so before it looks at its context and lets others run.
+	pollSlice = 50 * time.Microsecond
 )
 
 // Wait returns nil once w has been signalled, or the error that ended the wait: the lane's, or ctx's. One goroutine of the lane at a
@@ -26,18 +29,9 @@ func (l *Lane) Wait(ctx context.Context, w *Waiter) error {
 		return err
 	}
 	if !l.polling && l.mode != paused {
-		if limit := l.budget.Limit(); limit > 0 {
-			l.poll(w, limit)
-			if done, err := l.ended(w); done {
-				l.unlock()
-				return err
-			}
-		} else {
-			l.arm()
-			if done, err := l.ended(w); done {
-				l.unlock()
-				return err
-			}
+		if done, err := l.awake(ctx, w); done {
+			l.unlock()
+			return err
 		}
 	}
 	w.asleep = true
@@ -52,6 +46,40 @@ func (l *Lane) Wait(ctx context.Context, w *Waiter) error {
 	case <-ctx.Done():
 		return l.giveUp(w, ctx.Err())
 	}
+}
+
+// awake waits as long as the lane's way of waiting does without sleep, and reports whether that was enough.
+func (l *Lane) awake(ctx context.Context, w *Waiter) (bool, error) {
+	limit := l.budget.Limit()
+	switch {
+	case l.cfg.Waiting == Poll:
+		return l.pollOnly(ctx, w)
+	case l.cfg.Waiting == Sleep || limit == 0:
+		l.arm()
+	default:
+		l.poll(w, limit)
+	}
+	return l.ended(w)
+}
+
+// pollOnly polls until w is signalled, and lets others run now and then. If another goroutine has begun to poll it does that for w too.
+func (l *Lane) pollOnly(ctx context.Context, w *Waiter) (bool, error) {
+	for !l.polling && l.mode != paused {
+		l.poll(w, pollSlice)
+		if done, err := l.ended(w); done {
+			return true, err
+		}
+		if err := ctx.Err(); err != nil {
+			l.room.remove(w)
+			l.offer()
+			w.ready.Store(false)
+			return true, err
+		}
+		l.unlock()
+		runtime.Gosched()
+		l.mu.Lock()
+	}
+	return l.ended(w)
 }
 
 // ended reports whether w need not wait any more. It is called under the lock.

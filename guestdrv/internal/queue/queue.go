@@ -60,6 +60,8 @@ type Config struct {
 	// is called by who waits or reaps, and returns at once. nil: the first such command fails the queue.
 	Late  func(l Late, old bool)
 	Grace time.Duration
+	// Slow is told, by the same goroutine and once a second, that a command has been outstanding for longer than that; nil: nobody is.
+	Slow func()
 }
 
 // Late is a command that is past its deadline, as an error.
@@ -72,6 +74,9 @@ func (l *Late) Error() string { return l.Err.Error() }
 
 // Unwrap returns l.Err.
 func (l *Late) Unwrap() error { return l.Err }
+
+// slowAfter is when a command that is not late yet is worth a look at the device.
+const slowAfter = int64(time.Second)
 
 // MaxSize is the deepest queue, in entries: 12 bits of a command identifier name the
 // slot, the rest are its generation.
@@ -101,6 +106,8 @@ type Queue struct {
 	timeout int64 // ns
 	grace   int64 // ns
 	late    func(Late, bool)
+	slow    func()
+	told    int64 // ns, when slow was told
 	idle    uint32
 
 	budget  spin.Budget
@@ -147,7 +154,7 @@ func New(c Config) (*Queue, error) {
 		slots: make([]slot, n), free: make([]uint16, n),
 		slotMask: 1<<slotBits - 1, genUnit: 1 << slotBits, qid: c.QID,
 		size: c.Size, lazy: max(c.Size/4, 1),
-		timeout: int64(c.Timeout), grace: int64(c.Grace), late: c.Late, noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
+		timeout: int64(c.Timeout), grace: int64(c.Grace), late: c.Late, slow: c.Slow, noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
 	}
 	for i := range q.free {
 		// The stack's top is the lowest slot: a shallow load stays in few cache lines.

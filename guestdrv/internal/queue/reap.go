@@ -83,7 +83,14 @@ func (q *Queue) Check() error {
 	}
 	for i := range q.slots {
 		s := &q.slots[i]
-		if !s.busy || q.clock-s.started <= q.timeout {
+		if !s.busy {
+			continue
+		}
+		if q.slow != nil && q.clock-s.started > slowAfter && q.clock-q.told > slowAfter {
+			q.told = q.clock
+			q.slow()
+		}
+		if q.clock-s.started <= q.timeout {
 			continue
 		}
 		if q.late == nil {

@@ -1,0 +1,144 @@
+package guestdrv_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+var completionModes = []guestdrv.CompletionMode{guestdrv.CompletionsAdaptive, guestdrv.CompletionsInterrupt, guestdrv.CompletionsPoll}
+
+// TestCompletionModes does the same with each way of waiting, across a reset, and looks at what the device was asked for.
+func TestCompletionModes(t *testing.T) {
+	for _, mode := range completionModes {
+		for _, v := range variants {
+			t.Run(fmt.Sprintf("%v/%s", mode, v.name), func(t *testing.T) {
+				var vectors atomic.Int64 // completion queues with an interrupt
+				cfg := v.cfg
+				cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
+					if qid == 0 && cmd.Opcode == nvme.AdminCreateCQ && cmd.CQInterrupts() {
+						vectors.Add(1)
+					}
+					return nvmetest.Verdict{}
+				}
+				o := testOptions()
+				o.Completions = mode
+				c := v.open(t, cfg, o)
+				ns := namespace(t, c, 1)
+				for range 2 {
+					var wg sync.WaitGroup
+					for i := range 8 {
+						wg.Go(func() {
+							want, got := randomBytes(100<<10), make([]byte, 100<<10)
+							for range 2 {
+								if _, err := ns.WriteAt(want, int64(i)*128<<10); err != nil {
+									t.Error(err)
+								}
+								if _, err := ns.ReadAt(got, int64(i)*128<<10); err != nil {
+									t.Error(err)
+								} else if string(got) != string(want) {
+									t.Error("data differs")
+								}
+							}
+						})
+					}
+					wg.Wait()
+					resets := c.Stats().Resets
+					c.ForceReset(errors.New("the test wants it"))
+					eventually(t, "a reset", func() bool { return c.Stats().Resets > resets })
+				}
+				n := vectors.Load()
+				if mode == guestdrv.CompletionsPoll && n != 0 {
+					t.Errorf("%d queues with interrupts", n)
+				}
+				if mode != guestdrv.CompletionsPoll && v.cfg.Vectors == 0 && n < 2 {
+					t.Errorf("%d queues with interrupts", n)
+				}
+			})
+		}
+	}
+}
+
+// TestPollingEnds cancels calls that poll for a command that is never completed, and closes the controller under them.
+func TestPollingEnds(t *testing.T) {
+	for _, mode := range completionModes {
+		t.Run(mode.String(), func(t *testing.T) {
+			cfg := nvmetest.Config{}
+			cfg.Command = func(qid uint16, _ *nvme.Command) nvmetest.Verdict {
+				if qid != 0 {
+					return nvmetest.Verdict{Action: nvmetest.Hold}
+				}
+				return nvmetest.Verdict{}
+			}
+			o := testOptions()
+			o.Completions = mode
+			o.Timeout = time.Minute
+			c := openInProc(t, cfg, o)
+			ns := namespace(t, c, 1)
+			short, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+			defer cancel()
+			begin := time.Now()
+			if _, err := ns.ReadAtContext(short, make([]byte, 512), 0); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %v", err)
+			}
+			if d := time.Since(begin); d > 2*time.Second {
+				t.Errorf("cancelled after %v", d)
+			}
+			done := make(chan error)
+			for range 4 {
+				go func() {
+					_, err := ns.ReadAt(make([]byte, 4096), 0)
+					done <- err
+				}()
+			}
+			for c.dev.Held() < 5 {
+				time.Sleep(time.Millisecond)
+			}
+			c.Close()
+			for range 4 {
+				if err := <-done; !errors.Is(err, guestdrv.ErrClosed) {
+					t.Errorf("got %v", err)
+				}
+			}
+		})
+	}
+}
+
+// TestIdleControllerDoesNothing has no command outstanding but requests for events: no register is read, and nothing polls.
+func TestIdleControllerDoesNothing(t *testing.T) {
+	for _, vectors := range []int{0, -1} {
+		for _, mode := range completionModes {
+			t.Run(fmt.Sprintf("%v/vectors=%d", mode, vectors), func(t *testing.T) {
+				var reads atomic.Int64
+				cfg := nvmetest.Config{Vectors: vectors}
+				cfg.Read = func(_ uint32, v uint64) uint64 {
+					reads.Add(1)
+					return v
+				}
+				o := testOptions()
+				o.Completions = mode
+				o.Timeout = 40 * time.Millisecond // so that the watch ticks often
+				c := openInProc(t, cfg, o)
+				if _, err := namespace(t, c, 1).ReadAt(make([]byte, 512), 0); err != nil {
+					t.Fatal(err)
+				}
+				before, polls := reads.Load(), c.Polls()
+				time.Sleep(200 * time.Millisecond)
+				if n := reads.Load() - before; n > 1 { // one look may just have begun
+					t.Errorf("%d reads of registers", n)
+				}
+				if n := c.Polls() - polls; n > 2 {
+					t.Errorf("%d looks by pollers", n)
+				}
+			})
+		}
+	}
+}
