@@ -24,8 +24,11 @@ type buffer struct {
 
 // pool is all the buffers of a server.
 type pool struct {
-	disk  export.Disk // whose memory it is
-	heap  [classes]sync.Pool
+	disk export.Disk // whose memory it is
+	heap [classes]sync.Pool
+	once sync.Once
+	zero *buffer // nothing but zeroes, see zeroes
+
 	mu    sync.Mutex // guards what follows
 	limit int        // bytes of DMA memory
 	taken int        // of these, in use or idle
@@ -120,6 +123,18 @@ func (p *pool) drop(b *buffer) {
 	p.mu.Unlock()
 }
 
+// zeroesAtOnce is how much is written at a time where the disk has no Write Zeroes.
+const zeroesAtOnce = 256 << 10
+
+// zeroes returns memory that is all zeroes, for writes. All of them share it, also with those that the device has not ended.
+func (p *pool) zeroes() []byte {
+	p.once.Do(func() {
+		p.zero = p.get(zeroesAtOnce)
+		clear(p.zero.mem)
+	})
+	return p.zero.mem
+}
+
 // close gives back what is idle, and lets put give back the rest.
 func (p *pool) close() {
 	p.mu.Lock()
@@ -127,6 +142,11 @@ func (p *pool) close() {
 	idle := p.idle
 	p.idle = [classes][]*buffer{}
 	p.mu.Unlock()
+	p.once.Do(func() {})
+	if p.zero != nil {
+		idle[p.zero.class] = append(idle[p.zero.class], p.zero)
+		p.zero = nil
+	}
 	for _, list := range idle {
 		for _, b := range list {
 			p.drop(b)

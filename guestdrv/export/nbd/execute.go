@@ -116,23 +116,16 @@ func (r *request) zeroes(ctx context.Context, d export.Disk, caps *export.Caps) 
 	case r.flags&cmdFlagFastZero != 0:
 		return errNotFast
 	}
-	pool := r.c.s.bufs
-	b := pool.get(int(min(length, zeroesAtOnce)))
-	clear(b.mem)
+	zeroes := r.c.s.bufs.zeroes()
 	for length > 0 {
-		n := min(length, int64(len(b.mem)))
-		if _, err := d.WriteAtContext(ctx, b.mem[:n], off); err != nil {
-			pool.drop(b)
+		n := min(length, int64(len(zeroes)))
+		if _, err := d.WriteAtContext(ctx, zeroes[:n], off); err != nil {
 			return err
 		}
 		off, length = off+n, length-n
 	}
-	pool.put(b)
 	return nil
 }
-
-// zeroesAtOnce is how much is written at a time where the disk has no Write Zeroes.
-const zeroesAtOnce = 256 << 10
 
 // statusSize is the memory for the answer to a block status: some hundred extents.
 const statusSize = 8 << 10

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -107,6 +108,9 @@ func New(c Config) (*Server, error) {
 	for _, e := range c.Exports {
 		if len(e.Name) > maxName || len(e.Description) > maxName {
 			return nil, errors.New("nbd: the name or the description of an export is longer than 4096 bytes")
+		}
+		if n := e.Disk.BlockSize(); n > maxBlock {
+			return nil, fmt.Errorf("nbd: export %q has blocks of %d bytes, the protocol allows %d", e.Name, n, maxBlock)
 		}
 		s.Set(e)
 	}

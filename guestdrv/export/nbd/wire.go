@@ -123,6 +123,8 @@ const (
 	maxOption  = 64 << 10 // of an option's data that is looked at
 	skipOption = 1 << 20  // and that is read over
 
+	maxBlock = 64 << 10 // of a block size
+
 	// maxPayload is the most data of one request that clients are told of. It is what one NVMe command moves at most.
 	maxPayload = 1 << 20
 	// mostPayload is the most data that is taken: what clients may send that do not ask, as Linux does. More ends the connection.
