@@ -14,6 +14,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/export"
+	"github.com/shadowbell/shadowbell/guestdrv/export/nbd"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
@@ -104,12 +105,22 @@ func (s *serveCmd) Validate() error {
 	return s.ublkFlags.check()
 }
 
+// options are those of the controller. What was outstanding at a reset is done once more, so that clients see a pause and no error.
+func (s *serveCmd) options(changed func(guestdrv.Change)) guestdrv.Options {
+	o := guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1, OnReset: guestdrv.ResetReplay, OnChange: changed}
+	o = s.ublkFlags.options(o, s.Queues)
+	if s.NBD != "" && o.DMASize != 0 {
+		o.DMASize += nbd.DefaultDMAMemory
+	}
+	return o
+}
+
 // Run serves until a signal.
 func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	s.privileged = s.Ublk
 	s.separateUntil(out, s.removeSocket)
 	changes := watcher{ctx: ctx, serve: s, ready: make(chan struct{})}
-	ctrl, err := s.open(ctx, out, s.ublkFlags.options(guestdrv.Options{Queues: s.Queues, MaxQueuePairs: 1, OnChange: changes.tell}, s.Queues))
+	ctrl, err := s.open(ctx, out, s.options(changes.tell))
 	if err != nil {
 		return err
 	}
