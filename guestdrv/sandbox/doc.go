@@ -17,27 +17,29 @@
 // anything that looks at a path (time zones, host names, terminfo) must be finished before; Enter itself loads the local time zone and
 // starts the Go runtime's network poller.
 //
+// Policy.Uses says what else the program goes on doing: messages to a device, a reset of it, a server's clients, io_uring. docs/sandbox.md has the
+// threat model for each, and all rules.
+//
 // # What a program that was taken over can do
 //
-//   - read and write the fds that were open at Enter: the device's socket, DMA memory, the file that is being copied, stdio;
-//   - send the device any command and any vfio-user message, and pass its own open fds to the peer;
-//   - use CPU time and anonymous memory, start threads, send signals to itself, exit with any status.
+//   - read and write the fds that were open at Enter: the device's, DMA memory, the file that is being copied, stdio;
+//   - send the device any command, and over a vfio-user socket any message and its own open fds;
+//   - use CPU time, a bounded amount of memory and of threads, send signals to itself, exit with any status.
 //
 // # What it cannot do
 //
 //   - open, create, stat or list any file: there is no openat, the root directory is an empty read-only tmpfs, Landlock allows no path,
-//     and RLIMIT_NOFILE leaves no number for a new fd, also not for one that the peer sends over the socket;
+//     and RLIMIT_NOFILE leaves no number for a new fd, also not for one that the peer sends over the socket, but for a server's clients;
 //   - reach a network, an abstract unix socket, SysV IPC or a POSIX queue: no socket or connect, empty namespaces, Landlock;
 //   - start, see or trace a process, signal another one, or gain privileges: no execve, no clone but for threads, no ptrace, kill only
 //     of itself, a PID namespace of its own, no_new_privs, no capabilities;
 //   - make memory executable: mmap never takes PROT_EXEC, and there is no mprotect;
-//   - reach the wide kernel interfaces: io_uring, bpf, userfaultfd, keyctl, perf_event_open, PI futexes, most of ioctl and prctl.
+//   - reach the wide kernel interfaces: io_uring but for rings that were restricted, bpf, userfaultfd, keyctl, perf_event_open, PI futexes, most of ioctl and prctl.
 //
 // # What this package does not do
 //
-// It does not stand between the device and its DMA memory, does not limit memory or CPU (use cgroups), does not hide time or the CPU
-// from side channels, and does not guard the process against others of the same user. The waiting first process is not locked; the
-// locked one can signal, trace or see it through none of the calls it has left.
+// It does not stand between the device and its DMA memory, does not limit CPU time (use cgroups), and does not hide time or the CPU from side
+// channels. The waiting first process is not locked; the locked one can signal, trace or see it through none of the calls it has left.
 //
 // # Layers, and what is missing
 //
