@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +17,7 @@ func emptyRoot(pivot func(newRoot, putOld string) error) (how string, err error)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return "", fmt.Errorf("make mounts private: %w", err)
 	}
+	points := mountPoints()
 	at, err := mountEmpty()
 	if err != nil {
 		return "", err
@@ -30,7 +32,13 @@ func emptyRoot(pivot func(newRoot, putOld string) error) (how string, err error)
 			return "", fmt.Errorf("detach the old root: %w", err)
 		}
 	case errors.Is(err, unix.EINVAL):
-		// The root is an initramfs, which cannot be pivoted away. The old mounts stay underneath, out of reach without CAP_SYS_CHROOT.
+		// The root is an initramfs, which cannot be pivoted away: it stays underneath, out of reach without CAP_SYS_CHROOT. Other mounts go, as far as the
+		// kernel lets them: a file system that is held here is not unmounted elsewhere either, which is bad if its disk is served by this process.
+		for _, p := range slices.Backward(points) {
+			if p != "/" && p != at {
+				_ = unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+			}
+		}
 		if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
 			return "", fmt.Errorf("move the empty tmpfs to /: %w", err)
 		}
@@ -46,6 +54,19 @@ func emptyRoot(pivot func(newRoot, putOld string) error) (how string, err error)
 	}
 	return how, nil
 }
+
+// mountPoints lists what is mounted where, in the order in which it was; nothing if that cannot be known. Field 5 of proc_pid_mountinfo(5).
+func mountPoints() (points []string) {
+	b, _ := os.ReadFile("/proc/self/mountinfo")
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 {
+			points = append(points, unescapeMount.Replace(f[4]))
+		}
+	}
+	return points
+}
+
+var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 
 // mountEmpty mounts an empty tmpfs on whichever directory there is; what it hides is gone in a moment anyway.
 func mountEmpty() (string, error) {
