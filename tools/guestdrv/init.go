@@ -328,6 +328,7 @@ func (m *machine) unmount() error {
 	if m.cmd.Chroot {
 		unbindBasics(m.cmd.Root)
 	}
+	unix.Sync() // also what a mount elsewhere would keep from being written now
 	err := unix.Unmount(m.cmd.Root, 0)
 	for _, signal := range []syscall.Signal{unix.SIGTERM, unix.SIGKILL} {
 		if !errors.Is(err, unix.EBUSY) {

@@ -60,7 +60,7 @@ func (g *guest) serve(t *testing.T, i int, flags string) string {
 // ready waits for the block device's name.
 func (g *guest) ready(t *testing.T, i int) string {
 	t.Helper()
-	r := g.Try(t, fmt.Sprintf("for n in $(seq 300); do grep -m1 ^/dev/ublkb /tmp/serve.%d && exit; kill -0 $(pidof guestdrv) 2>/dev/null || break; sleep 0.1; done; cat /tmp/serve.%d; exit 1", i, i))
+	r := g.Try(t, fmt.Sprintf("for n in $(seq 250); do grep -m1 ^/dev/ublkb /tmp/serve.%d && exit; [ $n -gt 20 ] && ! pidof guestdrv > /dev/null && break; sleep 0.1; done; cat /tmp/serve.%d; exit 1", i, i))
 	if r.Exit != 0 {
 		t.Fatalf("no block device:\n%s", r.Stdout)
 	}
@@ -70,7 +70,10 @@ func (g *guest) ready(t *testing.T, i int) string {
 // end ends guestdrv by a signal to its first process, and waits until all of it has ended.
 func (g *guest) end(t *testing.T, signal string) {
 	t.Helper()
-	g.Run(t, "kill -"+signal+" $(pidof guestdrv); for n in $(seq 400); do pidof guestdrv > /dev/null || exit 0; sleep 0.1; done; exit 1")
+	g.Run(t, "kill -"+signal+" $(pidof guestdrv); for n in $(seq 250); do pidof guestdrv > /dev/null || exit 0; sleep 0.1; done; cat /tmp/serve.* >&2; exit 1")
+	if left := g.Run(t, "ls /dev | grep ^ublkb; true"); left != "" {
+		t.Errorf("still there after SIG%s: %s", signal, left)
+	}
 }
 
 // long runs a command that takes more than a minute.
