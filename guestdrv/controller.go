@@ -46,7 +46,7 @@ type Controller struct {
 	end      context.CancelFunc
 	late     chan lateCommand // of pairs
 	slow     chan struct{}    // cap 1: a pair has a slow command
-	progress atomic.Bool      // a command has succeeded since the last reset, as far as lanes do not count it
+	progress atomic.Bool      // a command was executed since the last reset, as far as lanes do not count it
 
 	// mu guards what follows. Only Queue.Fail is called under it.
 	mu      sync.Mutex
@@ -101,6 +101,9 @@ func (c *Controller) PeerPID() int { return c.dev.PeerPID() }
 // Admin executes one admin command. data goes to the controller, comes from it, or both, as the opcode says; it is at most 1 MiB and
 // is copied. It returns dword 0 of the completion. A status that is not success is a *StatusError.
 //
+// Its deadline is that of ctx, if it has one that is later than Options.Timeout: a Format may take hours. If the controller is reset under it the
+// error wraps ErrReset, whatever Options.OnReset says; while that goes on commands wait.
+//
 // Nothing stops the caller from a command that breaks the driver, such as deleting its queues.
 func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) (uint32, error) {
 	if !c.gate.enter() {
@@ -111,6 +114,7 @@ func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) 
 	if err != nil {
 		return 0, c.explain(err)
 	}
+	c.progress.Store(true)
 	if !status.OK() {
 		return result, &StatusError{Command: *cmd, Admin: true, Status: status}
 	}

@@ -149,7 +149,7 @@ type Options struct {
 	OnReset ResetMode
 
 	// ResetTimeout bounds one reset of the controller, until it is as it was before; 0: DefaultResetTimeout. A controller that takes longer
-	// fails for good, and so does one that was reset four times in a row without one command that succeeded.
+	// fails for good, and so does one that was reset four times in a row and executed no command of a caller in between.
 	//
 	// So each command ends after Timeout, its quarter and ResetTimeout at the latest, twice that with ResetReplay. A call that needs
 	// several commands one after the other, or waits until there is room for its own, takes that for each.

@@ -24,7 +24,7 @@ import (
 const (
 	// maxAttempts is how often one recovery stops and restarts the controller.
 	maxAttempts = 3
-	// maxFutile is how many recoveries in a row may pass without one command that succeeds.
+	// maxFutile is how many recoveries in a row may pass without one command of a caller that the controller executes.
 	maxFutile = 4
 )
 
@@ -65,7 +65,7 @@ func passing(err error) bool { return errors.Is(err, ErrTimeout) || errors.Is(er
 // beginRecovery makes a live controller recovering, and fails its pairs. It returns false for one that is not live, which fails if Open is
 // under way.
 func (c *Controller) beginRecovery(cause error) bool {
-	good := c.succeeded()
+	executed := c.executed()
 	c.mu.Lock()
 	now := &c.now
 	if now.state == opening {
@@ -77,15 +77,15 @@ func (c *Controller) beginRecovery(cause error) bool {
 		c.mu.Unlock()
 		return false
 	}
-	if c.progress.Swap(false) || good != now.good {
+	if c.progress.Swap(false) || executed != now.executed {
 		now.futile = 0
 	}
 	if now.futile++; now.futile > maxFutile {
 		c.mu.Unlock()
-		c.fail(fmt.Errorf("%w; and %d resets in a row have not made one command succeed", cause, maxFutile))
+		c.fail(fmt.Errorf("%w; and %d resets in a row have not made it execute one command", cause, maxFutile))
 		return false
 	}
-	now.good = good
+	now.executed = executed
 	now.epoch++
 	c.trouble.resets.Add(1)
 	c.enter(recovering)
@@ -102,10 +102,10 @@ func (c *Controller) beginRecovery(cause error) bool {
 	return true
 }
 
-// succeeded counts the commands of lanes that have ended well.
-func (c *Controller) succeeded() (n uint64) {
+// executed counts the commands of lanes that the controller has ended by itself, whatever their status.
+func (c *Controller) executed() (n uint64) {
 	for _, l := range c.allLanes() {
-		n += l.Stats().Good
+		n += l.Stats().Executed
 	}
 	return n
 }

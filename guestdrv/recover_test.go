@@ -422,3 +422,36 @@ func TestLateCommandOfPairIsAborted(t *testing.T) {
 		}
 	}
 }
+
+// TestAdminCommandWithLongDeadline is a Format: it may take longer than other commands, if its caller says so.
+func TestAdminCommandWithLongDeadline(t *testing.T) {
+	m := newMoody(nvmetest.Config{})
+	inner := m.cfg.Command
+	m.cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
+		if qid == 0 && cmd.Opcode == nvme.AdminFormatNVM {
+			return nvmetest.Verdict{Action: nvmetest.Hold}
+		}
+		return inner(qid, cmd)
+	}
+	o := quickOptions()
+	o.Timeout = 100 * time.Millisecond
+	c := openInProc(t, m.cfg, o)
+	long, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	go func() {
+		for c.dev.Held() == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(3 * o.Timeout)
+		c.dev.Release()
+	}()
+	_, err := c.Admin(long, &nvme.Command{Opcode: nvme.AdminFormatNVM, NSID: 1}, nil)
+	if nvme.StatusOf(err).Code() != nvme.StatusInvalidOpcode { // the device does not know it, but takes its time to say so
+		t.Errorf("got %v", err)
+	}
+	if n := c.Stats().Resets; n != 0 {
+		t.Errorf("%d resets", n)
+	}
+	_, err = c.Admin(ctx, &nvme.Command{Opcode: nvme.AdminFormatNVM, NSID: 1}, nil)
+	mustMention(t, err, guestdrv.ErrReset, "FORMAT NVM", "timed out")
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
@@ -29,9 +30,17 @@ func (a *Admin) Exec(ctx context.Context, cmd nvme.Command, data []byte) (nvme.S
 	if err := c.attach(data); err != nil {
 		return 0, 0, fmt.Errorf("%s: %w", cmd.Describe(true), err)
 	}
+	end, hasEnd := ctx.Deadline()
+	if hasEnd {
+		c.patience = time.Until(end)
+	}
 	if private(ctx) {
+		limit := a.cfg.Timeout
+		if hasEnd {
+			limit = min(limit, c.patience/3) // a recovery has time for another attempt
+		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, a.cfg.Timeout, fmt.Errorf("%w after %v", queue.ErrTimeout, a.cfg.Timeout))
+		ctx, cancel = context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w after %v", queue.ErrTimeout, limit.Round(time.Millisecond)))
 		defer cancel()
 		c.start = a.lane.StartPrivate
 	}
@@ -59,8 +68,8 @@ func (a *Admin) exec(ctx context.Context, cmd nvme.Command, data []byte) (uint32
 
 type privateKey struct{}
 
-// Private returns a context for the commands of who sets the controller up after a reset, while all others wait. Each then has the
-// deadline Config.Timeout here, since who looks after deadlines is the one who waits.
+// Private returns a context for the commands of who sets the controller up after a reset, while all others wait. Each then has
+// a deadline of its own, Config.Timeout at the most, so that a recovery can have another attempt.
 func Private(ctx context.Context) context.Context { return context.WithValue(ctx, privateKey{}, true) }
 
 func private(ctx context.Context) bool { return ctx.Value(privateKey{}) != nil }
@@ -79,7 +88,9 @@ type call struct {
 	data dma.Block
 	list dma.Block
 
-	start   func(lane.Source, *lane.Waiter) (int, error)
+	start    func(lane.Source, *lane.Waiter) (int, error)
+	patience time.Duration // until ctx ends; 0: it has no end
+
 	started bool
 	ended   bool
 	orphan  bool // nobody waits for it any more
@@ -162,6 +173,9 @@ func (c *call) end() {
 	}
 	c.w.Signal()
 }
+
+// Patience lets a command take as long as its caller does.
+func (c *call) Patience() time.Duration { return c.patience }
 
 // String is what a timeout calls the command.
 func (c *call) String() string { return c.cmd.Describe(true) }

@@ -2,6 +2,7 @@ package lane
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 )
@@ -19,6 +20,13 @@ func (l *Lane) Rescue() (busy bool) {
 		l.rescued += uint64(n)
 	}
 	return l.busy()
+}
+
+// Patient is a Sink whose command may take longer than others.
+type Patient interface {
+	Sink
+	// Patience returns how long, from Start on, if that is more than Config.Timeout.
+	Patience() time.Duration
 }
 
 // Late returns the commands that have passed their deadline since the last call.
@@ -54,9 +62,14 @@ func (l *Lane) eachLate(f func(uint16, *owner)) {
 	}
 	now := l.q.Stamp()
 	for slot := range l.owners {
-		if o := &l.owners[slot]; o.sink != nil && !o.forever && now-o.started > limit {
-			f(uint16(slot), o)
+		o := &l.owners[slot]
+		if o.sink == nil || o.forever || now-o.started <= limit {
+			continue
 		}
+		if p, ok := o.sink.(Patient); ok && now-o.started <= int64(p.Patience()) {
+			continue
+		}
+		f(uint16(slot), o)
 	}
 }
 

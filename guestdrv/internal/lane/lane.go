@@ -90,7 +90,7 @@ type Lane struct {
 	batch    [32]queue.Completion
 	err      error // why the lane failed
 	commands uint64
-	good     uint64 // of them, those that ended with success
+	executed uint64 // of them, those with a deadline that were not aborted
 	wakeups  uint64
 	rescued  uint64
 	naps     uint64
@@ -358,7 +358,7 @@ func (l *Lane) Close() {
 // Stats is what a lane has counted.
 type Stats struct {
 	Commands   uint64 // completed
-	Good       uint64 // of them, those that ended with success
+	Executed   uint64 // of them, those with a deadline that were not aborted
 	MMIOWrites uint64 // doorbells rung
 	Wakeups    uint64 // interrupts that woke the lane's goroutine
 	Rescued    uint64 // completions that Rescue found before an interrupt came
@@ -369,7 +369,7 @@ type Stats struct {
 func (l *Lane) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return Stats{Commands: l.commands, Good: l.good, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued, Naps: l.naps}
+	return Stats{Commands: l.commands, Executed: l.executed, MMIOWrites: l.q.Rings(), Wakeups: l.wakeups, Rescued: l.rescued, Naps: l.naps}
 }
 
 // Tally returns the counts of commands by kind.

@@ -168,12 +168,13 @@ func (l *Lane) Drop() {
 func (l *Lane) end(o owner, c *queue.Completion) {
 	if o.forever {
 		l.forever--
-	} else if c.Status.OK() {
-		l.good++
 	}
 	if o.late && c.Status.Code() == nvme.StatusAbortRequested {
 		o.sink.Lost(fmt.Errorf("%w after %v, and was aborted", queue.ErrTimeout, time.Duration(l.q.Stamp()-o.started).Round(time.Millisecond)))
 		return
+	}
+	if !o.forever {
+		l.executed++
 	}
 	o.sink.Complete(c.Status, c.Result)
 }
