@@ -159,6 +159,8 @@ func newFDAttacks() []attack {
 		{"open_tree", "a copy of the mounts", call(unix.SYS_OPEN_TREE)},
 		{"landlock_create_ruleset", "a new fd", call(unix.SYS_LANDLOCK_CREATE_RULESET)},
 		{"mq_open", "kernel memory; other processes", call(unix.SYS_MQ_OPEN)},
+		{"close stdin", "room below the limit for an fd that the peer sends", call(unix.SYS_CLOSE, 0)},
+		{"close stdout, upper half", "the same, hidden from a comparison of 32 bits", call(unix.SYS_CLOSE, 1|1<<32)},
 		{"close_range", "the CLOEXEC of descriptors", call(unix.SYS_CLOSE_RANGE, 1000, 1000, 4)},
 	}
 }

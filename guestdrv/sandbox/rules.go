@@ -59,7 +59,9 @@ func baseRules(pid int) []Rule {
 		{Name: "clock_gettime", Nr: unix.SYS_CLOCK_GETTIME, Why: "runtime: time where the vDSO has no usable clock"},
 		{Name: "clone", Nr: unix.SYS_CLONE, Args: args{seccomp.MaskedEqual(^uintptr(optionalThreadFlags), threadFlags)},
 			Limit: "the flags of a thread, and no others", Why: "runtime: threads of this process; a process or a namespace never"},
-		{Name: "close", Nr: unix.SYS_CLOSE, Why: "files, sockets"},
+		// The kernel looks at 32 bits only.
+		{Name: "close", Nr: unix.SYS_CLOSE, Args: seccomp.And{args{seccomp.GreaterThanOrEqual(stdioFDs)}, args{seccomp.LessThanOrEqual(1<<31 - 1)}},
+			Limit: "not stdin, stdout, stderr", Why: "files, sockets; a number below RLIMIT_NOFILE that is closed has room for an fd that the peer sends"},
 		{Name: "epoll_ctl", Nr: unix.SYS_EPOLL_CTL, Why: "runtime: network poller"},
 		{Name: "epoll_pwait", Nr: unix.SYS_EPOLL_PWAIT, Why: "runtime: network poller"},
 		{Name: "exit", Nr: unix.SYS_EXIT, Why: "runtime: end of a locked thread"},

@@ -72,8 +72,8 @@ func FileWrites(fds ...int) Use {
 }
 
 // Listener is for a server on a socket that listens already. At most conns connections are open at a time; accept4 then fails with EMFILE, which
-// a server has to take as "later". Connections are read, written and closed; package net asks for more on some. The socket's file cannot be
-// removed from inside: Options.AtEnd can.
+// a server has to take as "later". Connections are read, written and closed; package net asks for more on some. Who closes others of the program's
+// descriptors makes room for as many more. The socket's file cannot be removed from inside: Options.AtEnd can.
 func Listener(listener, conns int) Use {
 	fds := []int{listener}
 	return Use{Name: "server", What: "guestdrv serve --nbd", FDs: fds, NewFDs: conns, Rules: []Rule{
