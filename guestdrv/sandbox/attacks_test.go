@@ -33,9 +33,7 @@ func prepareAttacks() {
 	_ = must(0, errors.Join(unix.Bind(heldListener, &unix.SockaddrUnix{}), unix.Listen(heldListener, 1)))
 	heldAnon = must(unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE))
 	// Of the first process, as the host's /proc has it: inside it has none.
-	status := string(must(os.ReadFile("/proc/self/status")))
-	_, after, _ := strings.Cut(status, "PPid:")
-	hostPID = must(strconv.Atoi(strings.Fields(after)[0]))
+	hostPID = must(strconv.Atoi(parentInProc()))
 }
 
 // libcMay says whether the attack is no attack in a binary that is linked with cgo; see libcRules.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -97,5 +98,17 @@ func TestAtEndRunsOutside(t *testing.T) {
 	}
 	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the file is still there: %v", err)
+	}
+}
+
+// Who started it may have died before the kernel was asked to tell.
+func TestOrphanEnds(t *testing.T) {
+	c := start(t, nil, "report", "", func(c *exec.Cmd) { c.Env = append(c.Env, markerEnv+"=first=1") })
+	if ws := c.wait(t); ws.ExitStatus() != 1 || c.out.Len() != 0 || !strings.Contains(c.err.String(), "the process 1 that started this one is gone") {
+		t.Errorf("%v: %s%s", ws, c.out.String(), c.err.String())
+	}
+	c = start(t, nil, "report", "", func(c *exec.Cmd) { c.Env = append(c.Env, fmt.Sprintf("%s=first=%d", markerEnv, os.Getpid())) })
+	if ws := c.wait(t); ws != 0 {
+		t.Errorf("%v: %s", ws, c.err.String())
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +28,9 @@ const markerEnv = "SHADOWBELL_SANDBOX_FROM"
 
 // noPIDsKey stands before the error with which the kernel refused a PID namespace but not the others.
 const noPIDsKey = "nopid"
+
+// firstKey stands before the first process's number in /proc.
+const firstKey = "first"
 
 // Options steer Reexec.
 type Options struct {
@@ -68,6 +72,11 @@ func Reexec(o Options) {
 		origin.why = err
 		return
 	}
+	self, err := os.Readlink("/proc/self")
+	if err != nil {
+		origin.why = err
+		return
+	}
 
 	// The child's death signal comes with the end of the thread that started it, so this thread must live as long as the process.
 	runtime.LockOSThread()
@@ -75,7 +84,7 @@ func Reexec(o Options) {
 	var noPIDs syscall.Errno
 	refused := errors.New("not asked for: KeepUser is set and the user is not root")
 	for _, a := range attempts(o.KeepUser) {
-		marker := mine.String()
+		marker := fmt.Sprintf("%s %s=%s", mine, firstKey, self)
 		if a.attr.Cloneflags&unix.CLONE_NEWPID == 0 && noPIDs != 0 {
 			marker += fmt.Sprintf(" %s=%d", noPIDsKey, noPIDs)
 		}
@@ -103,6 +112,12 @@ func adopt(first string) {
 	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 
 	was := parseNSSet(first)
+	// A first process that dies before the second has asked for its death signal leaves it alone: number 1 of a PID namespace has no parent to look for
+	// but in /proc, which is the first one's.
+	if pid := was[firstKey]; pid != "" && pid != parentInProc() {
+		fmt.Fprintf(os.Stderr, "%s: the process %s that started this one is gone\n", filepath.Base(os.Args[0]), pid)
+		os.Exit(1)
+	}
 	if n, err := strconv.ParseUint(was[noPIDsKey], 10, 12); err == nil {
 		origin.pids = &fault{"the kernel refused a PID namespace", unix.Errno(n), userNSRemedy(unix.Errno(n))}
 	}
@@ -122,6 +137,14 @@ func adopt(first string) {
 	if origin.fresh == nil {
 		origin.why = &fault{"this process is in the same namespaces as its parent", nil, "unset " + markerEnv}
 	}
+}
+
+// parentInProc is this process's parent as /proc has it.
+func parentInProc() string {
+	b, _ := os.ReadFile("/proc/self/status")
+	_, rest, _ := strings.Cut(string(b), "\nPPid:")
+	pid, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(pid)
 }
 
 func command(marker string, a attempt) *exec.Cmd {
