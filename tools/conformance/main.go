@@ -29,7 +29,7 @@ type grammar struct {
 }
 
 type runCmd struct {
-	Device      string        `arg:"" optional:"" help:"The controller: vfio-user:PATH, or sysfs:ADDRESS for a PCI function of this machine."`
+	Device      string        `arg:"" optional:"" help:"The controller: vfio-user:PATH, or pci:ADDRESS, vfio:ADDRESS or sysfs:ADDRESS for a PCI function of this machine."`
 	Peer        string        `placeholder:"DEVICE" help:"A second controller of the same subsystem, for what takes two (reservations)."`
 	Filter      string        `placeholder:"GLOB" help:"Only cases whose id matches, such as 'admin.*' or 'io.read.*'."`
 	List        bool          `help:"List the cases and run none."`

@@ -91,8 +91,8 @@ func (d *Device) check(bdf string) error {
 	switch {
 	case err == nil:
 		name := filepath.Base(driver)
-		return fmt.Errorf("the kernel's driver %s has it, and would lose its disks: take it away first (echo %s > /sys/bus/pci/drivers/%s/unbind): %w",
-			name, bdf, name, unix.EBUSY)
+		return fmt.Errorf("the kernel's driver %s has it, and would lose its disks: take it away first with guestdrv bind %s --driver none (echo %s > /sys/bus/pci/drivers/%s/unbind): %w",
+			name, bdf, bdf, name, unix.EBUSY)
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
