@@ -111,6 +111,7 @@ func (i *initCmd) Run(ctx context.Context, out *cli.Output) error {
 	if os.Getpid() != 1 {
 		return cli.Usagef("guestdrv init is the first process of a microVM: copy guestdrv to /init of an initramfs (docs/microvm.md)")
 	}
+	fmt.Fprintf(out.Stderr, "guestdrv: init: begins %.3f s after the kernel's start\n", sinceBoot().Seconds())
 	// Ctrl-Alt-Del becomes a SIGINT, which is handed on like the others.
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	if len(i.Module) == 0 {
