@@ -138,6 +138,9 @@ func (u *ublkServer) make(f *ublkFlags, cfg ublk.Config) (err error) {
 			return err
 		}
 		u.log.Info("block device taken over", "device", u.dev.Path())
+		if was, err := u.ctl.Params(uint32(id)); err == nil && was.Size != cfg.Params.Size {
+			u.resized <- cfg.Params.Size // it has grown meanwhile
+		}
 		info := u.dev.Info()
 		return u.choose(&info.Queues, info.Queues, info.Depth)
 	}
