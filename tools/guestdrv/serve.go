@@ -58,7 +58,7 @@ type disk struct {
 // openServers opens the descriptors of all servers that the flags ask for.
 func (s *serveCmd) openServers(c *guestdrv.Controller, disks []disk, log hclog.Logger, out *cli.Output) (servers []server, err error) {
 	if s.NBD != "" {
-		v, err := openNBD(&s.nbdFlags, disks, s.ReadOnly, log, out)
+		v, err := openNBD(&s.nbdFlags, disks, s.ReadOnly, c.Err, log, out)
 		if err != nil {
 			return servers, cli.UsageError{Err: err}
 		}

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -45,14 +47,15 @@ type nbdServer struct {
 	readOnly bool
 	listener *nbd.Listener
 	server   *nbd.Server
-	locked   bool // nothing can be removed from inside; removeSocket does it
+	locked   bool         // nothing can be removed from inside; removeSocket does it
+	failed   func() error // why the controller has failed for good; nil: it has not
 	log      hclog.Logger
 	out      *cli.Output
 }
 
 // openNBD makes the socket.
-func openNBD(f *nbdFlags, disks []disk, readOnly bool, log hclog.Logger, out *cli.Output) (server, error) {
-	s := &nbdServer{flags: f, readOnly: readOnly, log: log.Named("nbd"), out: out}
+func openNBD(f *nbdFlags, disks []disk, readOnly bool, failed func() error, log hclog.Logger, out *cli.Output) (server, error) {
+	s := &nbdServer{flags: f, readOnly: readOnly, failed: failed, log: log.Named("nbd"), out: out}
 	c := nbd.Config{Connections: f.Connections, AnyBlockSize: f.AnySize, Logger: s.log}
 	for _, d := range disks {
 		c.Exports = append(c.Exports, s.export(d))
@@ -85,10 +88,34 @@ func (f *nbdFlags) removeSocket() {
 	}
 }
 
+// watchEach is how often a server looks whether its controller has failed.
+const watchEach = 200 * time.Millisecond
+
+// serve ends with the controller too: clients that come to nothing but errors are better off with none, and whoever started the program can
+// start it again.
 func (s *nbdServer) serve(ctx context.Context) error {
 	s.log.Info("listening", "socket", s.flags.NBD)
 	fmt.Fprintln(s.out.Stdout, s.flags.uri())
-	return s.server.Serve(ctx, s.listener)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		for each := time.NewTicker(watchEach); ; {
+			select {
+			case <-ctx.Done():
+				each.Stop()
+				return
+			case <-each.C:
+				if err := s.failed(); err != nil {
+					cancel(err)
+				}
+			}
+		}
+	}()
+	err := s.server.Serve(ctx, s.listener)
+	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	return err
 }
 
 func (s *nbdServer) changed(d disk, gone bool) {

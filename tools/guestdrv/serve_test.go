@@ -99,3 +99,28 @@ func TestServeNBD(t *testing.T) {
 		}
 	}
 }
+
+// TestServeNBDEndsWithItsController: it ends by itself, says why, and hangs up on its clients.
+func TestServeNBDEndsWithItsController(t *testing.T) {
+	device, h := serve(t)
+	socket := filepath.Join(t.TempDir(), "s")
+	d, err := process.StartGuestdrv(t.Context(), guestdrvBin, nil, device, "--nbd", "unix:"+socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.DialTimeout("unix", socket, 10*time.Second)
+	if err != nil {
+		t.Fatal(errors.Join(err, d.Stop()))
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	if err := h.Stop(); err != nil {
+		t.Error(err)
+	}
+	if _, err := io.Copy(io.Discard, c); err != nil {
+		t.Errorf("the client is not hung up on: %v", err)
+	}
+	if err := d.Stop(); err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(err.Error(), "gone") {
+		t.Errorf("it ended with %v", err)
+	}
+}
