@@ -58,7 +58,8 @@ func newRig(t *testing.T) *rig {
 		r.bin[name] = b
 	}
 	socket := filepath.Join(r.dir, "s")
-	h, err := process.StartHostmed(t.Context(), r.bin["hostmed"], nil, "--socket", socket, "--namespace", "mem:size=8MiB", "--namespace", "null:size=1GiB")
+	h, err := process.StartHostmed(t.Context(), r.bin["hostmed"], nil, "--socket", socket, "--namespace", "mem:size=8MiB", "--namespace", "null:size=1GiB",
+		"--namespace", "fault:drop@read@first=1,over=mem:size=1MiB")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,6 +121,8 @@ func TestEveryRuleIsUsed(t *testing.T) {
 	r.census(0, nil, nil, nil, "guestdrv", append(bench, "1", "--nsid", "2", "--doorbells", "mmio", "--qd", "1")...)
 	r.census(0, nil, nil, nil, "guestdrv", append(bench, "1", "--nsid", "2", "--poll", "--idle", "50ms", "--cpus", "0")...)
 	r.census(0, nil, tty, nil, "guestdrv", append(bench, "1", "--nsid", "2", "--spin", "off")...)
+	// A command that is late: Abort, and a reset of the controller.
+	r.census(1, nil, nil, nil, "guestdrv", "read", d, "--nsid", "3", "--timeout", "300ms", "--file", os.DevNull)
 	socket := filepath.Join(r.dir, "nbd")
 	r.census(0, nil, nil, func(p *os.Process) {
 		nbdClient(t, socket)
