@@ -83,6 +83,12 @@ const statsEvery = 256
 // NewQueuePair creates a queue pair. It needs no system call that a sandbox forbids. While the controller is reset it waits for the
 // end of that.
 func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
+	return c.NewQueuePairContext(context.Background(), o)
+}
+
+// NewQueuePairContext is NewQueuePair whose wait for the end of a reset ctx can end. Once the controller is asked for the queues the
+// deadline is theirs (Options.Timeout): a creation that was given up half-way would leave it unknown who has them.
+func (c *Controller) NewQueuePairContext(ctx context.Context, o QueuePairOptions) (*QueuePair, error) {
 	if o.Depth > MaxQueueDepth {
 		return nil, fmt.Errorf("queue pair of depth %d: at most %d", o.Depth, MaxQueueDepth)
 	}
@@ -94,7 +100,10 @@ func (c *Controller) NewQueuePair(o QueuePairOptions) (*QueuePair, error) {
 	}
 	defer c.gate.leave()
 	for {
-		epoch, err := c.awaitLive(context.Background())
+		epoch, err := c.awaitLive(ctx)
+		if err == nil {
+			err = ctx.Err()
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -289,6 +289,9 @@ func TestOthersWaitDuringReset(t *testing.T) {
 	if _, err := ns.ReadAtContext(short, make([]byte, 512), 0); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("cancelled: %v", err)
 	}
+	if _, err := c.NewQueuePairContext(short, guestdrv.QueuePairOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("new pair, cancelled: %v", err)
+	}
 	if n := ended.Load(); n != 0 {
 		t.Errorf("%d calls did not wait", n)
 	}
