@@ -49,9 +49,9 @@ func TestPairRoundTrips(t *testing.T) {
 			cfg := v.cfg
 			cfg.CAP = nvme.CAP(0).WithMQES(6).WithTO(2).WithCSS(nvme.CAPCSSNVM)
 			c := v.open(t, cfg, testOptions())
-			if cfg.Vectors != 0 && !poll {
+			if cfg.Vectors > 0 && !poll { // without any the pair polls by itself
 				if _, err := c.NewQueuePair(guestdrv.QueuePairOptions{}); err == nil || !strings.Contains(err.Error(), "Poll") {
-					t.Fatalf("a pair with an interrupt on a device without: %v", err)
+					t.Fatalf("a pair with an interrupt where none is free: %v", err)
 				}
 				continue
 			}
