@@ -102,6 +102,9 @@ func (r *rig) census(want int, stdin []byte, stderr *os.File, while func(*os.Pro
 // Every rule that lets a system call through, or answers it, is used by a real run, or kept for a reason. A rule that nobody uses is a way in that
 // nobody needs.
 func TestEveryRuleIsUsed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a dozen runs under ptrace take 20 s: not with -short")
+	}
 	r := newRig(t)
 	file := filepath.Join(r.dir, "data")
 	data := bytes.Repeat([]byte("shadowbell"), 200_001)
