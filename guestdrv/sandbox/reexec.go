@@ -37,7 +37,9 @@ type Options struct {
 	Name     string // of the program in messages; "" means the base name of os.Args[0]
 	Disable  bool   // stay in this process and namespaces; Enter reports them as switched off
 	KeepUser bool   // make no user namespace: root keeps its capabilities on the host until Enter, for devices whose set-up wants them
-	AtEnd    func() // runs in the first process after the second has ended, for what cannot be done from inside, such as removing a socket's file
+	// AtEnd runs in the first process after the second has ended, for what cannot be done from inside, such as removing a socket's file. Nobody runs
+	// it where there is no second process: with Disable, or where the kernel refuses all namespaces.
+	AtEnd func()
 }
 
 // origin is what Reexec found out, for Enter.

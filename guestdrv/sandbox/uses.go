@@ -82,7 +82,8 @@ func Listener(listener, conns int) Use {
 	}}
 }
 
-// Uring is for io_uring instances that were restricted before (IORING_REGISTER_RESTRICTIONS, io_uring_register(2)).
+// Uring is for io_uring instances that were restricted before (IORING_REGISTER_RESTRICTIONS, io_uring_register(2)). Enter asks each whether it is. One
+// that belongs to a single thread (IORING_SETUP_SINGLE_ISSUER) answers to that thread only, which must have asked: uring.Ring.Restricted.
 func Uring(rings ...int) Use {
 	return Use{Name: "io_uring", What: "guestdrv serve --ublk", FDs: rings, Rings: rings, Rules: []Rule{
 		{Name: "io_uring_enter", Nr: unix.SYS_IO_URING_ENTER,
