@@ -89,7 +89,7 @@ type faultQueue struct {
 	ownFD bool
 
 	pass    []*Request
-	late    map[*Request]time.Duration // with the medium, to be held back for that long
+	late    map[*Request]time.Duration // with the medium, to be held back for that long; givenUp: not any more
 	torn    map[*Request]whole         // with the medium, shortened
 	waiting []delayed                  // done, and held back
 	kept    []kept                     // never done
@@ -171,7 +171,10 @@ func (q *faultQueue) keepLate(done []*Request) int {
 				r.Status = nvme.StatusWriteFault
 			}
 		}
-		if by, ok := q.late[r]; ok {
+		if by, ok := q.late[r]; ok && by == givenUp {
+			delete(q.late, r)
+			r.Status = nvme.StatusAbortSQDeleted
+		} else if ok {
 			delete(q.late, r)
 			q.waiting = append(q.waiting, delayed{r, time.Now().Add(by)})
 			continue
@@ -236,7 +239,11 @@ func (q *faultQueue) endWaiting(now time.Time) {
 	}
 }
 
-// GiveUp is Keeper's. What is late comes at once, as it is; what never comes, with StatusAbortRequested or StatusAbortSQDeleted.
+// givenUp is the delay of a request that GiveUp met while the medium had it.
+const givenUp = -1
+
+// GiveUp is Keeper's. What comes late or never ends with StatusAbortRequested or StatusAbortSQDeleted: a completion that comes after a reset does not
+// come at all.
 func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
 	keep := q.kept[:0]
 	for _, k := range q.kept {
@@ -262,13 +269,14 @@ func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
 	}
 	for r := range q.late { // with the medium still
 		if which(r) {
-			delete(q.late, r)
+			q.late[r] = givenUp
 			n++
 		}
 	}
 	still := q.waiting[:0]
 	for _, d := range q.waiting {
 		if which(d.r) {
+			d.r.Status = nvme.StatusAbortSQDeleted
 			q.ready = append(q.ready, d.r)
 			n++
 		} else {
