@@ -90,8 +90,8 @@ func faults() []fault {
 		{name: "several are dropped", rules: "drop@after=50@first=3", one: late, resets: some},
 		{name: "a command is dropped twice", rules: "drop@read@lba=0-127@after=10@first=12", replay: true, one: late, resets: some},
 		{name: "a command can be aborted", rules: "hold@write@after=20@first=1", one: []error{guestdrv.ErrTimeout}, none: noReset, resets: none, says: "was aborted"},
-		{name: "a read is late", rules: "delay=900ms@read@after=20@first=1", resets: some},
-		{name: "a write is late", rules: "delay=900ms@write@after=20@first=1", resets: some},
+		{name: "a read is late", rules: "delay=900ms@read@after=20@first=1", one: late, resets: some},
+		{name: "a write is late", rules: "delay=900ms@write@after=20@first=1", one: late, resets: some},
 		{name: "late, within the deadline", rules: "delay=50ms@rate=1/50", resets: none},
 		{name: "a status without DNR", rules: "status=unrecovered-read-error@read@after=20@first=1", status: nvme.StatusUnrecoveredRead, none: noReset, resets: none},
 		{name: "a status with DNR", rules: "status=write-fault+dnr@write@after=20@first=1", status: nvme.StatusWriteFault.WithDNR(), none: noReset, resets: none},
@@ -120,6 +120,14 @@ func faults() []fault {
 		{
 			name: "unplugged, without a word", strike: (*faulty.Device).Unplug,
 			one: []error{guestdrv.ErrGone}, fails: guestdrv.ErrGone, says: "all ones",
+		},
+		{
+			// As QEMU has it.
+			name: "unplugged, and zeroes are read", rules: "drop@read@after=100@first=1",
+			strike: func(d *faulty.Device) {
+				d.SetHooks(faulty.Hooks{Read: func(uint32, uint64) (uint64, error) { return 0, nil }})
+			},
+			one: []error{guestdrv.ErrGone}, fails: guestdrv.ErrGone, says: "read as zeroes",
 		},
 		{
 			name: "unplugged, with notice", strike: func(d *faulty.Device) { d.End(errCable) },

@@ -35,6 +35,20 @@ var ErrFatal = errors.New("the controller reports a fatal error (CSTS.CFS)")
 // errAllOnes is a device that is there and answers nothing: registers that read as all ones.
 var errAllOnes = fmt.Errorf("%w: its registers read as all ones", device.ErrGone)
 
+// errAllZeroes is a place where nothing is, as some virtual machines have it after an unplug. CAP of a controller is never zero.
+var errAllZeroes = fmt.Errorf("%w: its registers read as zeroes", device.ErrGone)
+
+// checkCAP tells a device from what is left when it has gone.
+func checkCAP(v uint64) error {
+	switch v {
+	case allOnes64:
+		return fmt.Errorf("CAP=%#x: %w", v, errAllOnes)
+	case 0:
+		return fmt.Errorf("CAP=%#x: %w", v, errAllZeroes)
+	}
+	return nil
+}
+
 // registerTimeout is a controller whose registers do not become what they should: both a timeout and a deadline.
 type registerTimeout struct{ seen string }
 
@@ -56,8 +70,8 @@ func (a *Admin) readCapabilities() error {
 	if err != nil {
 		return err
 	}
-	if v == allOnes64 {
-		return fmt.Errorf("CAP=%#x: %w", v, errAllOnes)
+	if err := checkCAP(v); err != nil {
+		return err
 	}
 	vs, err := a.dev.Read32(nvme.RegVS)
 	if err != nil {

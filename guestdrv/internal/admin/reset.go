@@ -16,6 +16,12 @@ func (a *Admin) Look() error {
 	if err == nil && csts.CFS() {
 		return fmt.Errorf("%v: %w", csts, ErrFatal)
 	}
+	if err == nil && csts == 0 { // an enabled controller is ready
+		var v uint64
+		if v, err = a.dev.Read64(nvme.RegCAP); err == nil {
+			err = checkCAP(v)
+		}
+	}
 	return err
 }
 
@@ -79,8 +85,8 @@ func (a *Admin) Restart(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if v == allOnes64 {
-		return fmt.Errorf("CAP=%#x: %w", v, errAllOnes)
+	if err := checkCAP(v); err != nil {
+		return err
 	}
 	now := nvme.CAP(v)
 	if now.DSTRD() != a.cap.DSTRD() || now.MQES() < a.cap.MQES() || now.MPSMIN() != a.cap.MPSMIN() || now.CSS()&a.cap.CSS() != a.cap.CSS() {
