@@ -33,6 +33,7 @@ type pool struct {
 	limit int        // bytes of DMA memory
 	taken int        // of these, in use or idle
 	idle  [classes][]*buffer
+	spare int // bytes of idle
 	shut  bool
 }
 
@@ -50,6 +51,7 @@ func (p *pool) get(n int) *buffer {
 	if last := len(p.idle[class]) - 1; last >= 0 {
 		b := p.idle[class][last]
 		p.idle[class] = p.idle[class][:last]
+		p.spare -= size
 		p.mu.Unlock()
 		return b
 	}
@@ -79,9 +81,9 @@ func (p *pool) get(n int) *buffer {
 	return &buffer{mem: make([]byte, size), class: class}
 }
 
-// evict takes idle buffers of other classes out until size bytes fit, if that is possible. The caller frees them.
+// evict takes idle buffers of other classes out until size bytes fit, unless that is impossible. The caller frees them.
 func (p *pool) evict(size int) (out []*buffer) {
-	if p.taken+size <= p.limit {
+	if p.taken-p.spare+size > p.limit {
 		return nil
 	}
 	for class := classes - 1; class >= 0; class-- {
@@ -90,6 +92,7 @@ func (p *pool) evict(size int) (out []*buffer) {
 			out = append(out, p.idle[class][last])
 			p.idle[class] = p.idle[class][:last]
 			p.taken -= sizeOf(class)
+			p.spare -= sizeOf(class)
 		}
 	}
 	return out
@@ -104,6 +107,7 @@ func (p *pool) put(b *buffer) {
 	p.mu.Lock()
 	if !p.shut {
 		p.idle[b.class] = append(p.idle[b.class], b)
+		p.spare += len(b.mem)
 		p.mu.Unlock()
 		return
 	}
@@ -140,7 +144,7 @@ func (p *pool) close() {
 	p.mu.Lock()
 	p.shut = true
 	idle := p.idle
-	p.idle = [classes][]*buffer{}
+	p.idle, p.spare = [classes][]*buffer{}, 0
 	p.mu.Unlock()
 	p.once.Do(func() {})
 	if p.zero != nil {
