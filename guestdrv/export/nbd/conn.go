@@ -178,7 +178,7 @@ func (c *conn) charge(n int) {
 }
 
 // hush lets the reader end as soon as the client is quiet.
-func (c *conn) hush() { _ = c.f.SetReadDeadline(time.Now().Add(quiet)) }
+func (c *conn) hush() { _ = c.f.SetReadDeadline(time.Now().Add(c.s.quiet)) }
 
 // kill ends the connection at once. Disks may still be busy for it.
 func (c *conn) kill(err error) {

@@ -29,8 +29,8 @@ const (
 	slots = 128
 	// connMemory is how many bytes of payload a connection has at most.
 	connMemory = 4 << 20
-	// quiet is how long a connection may send nothing before a server that is being shut down closes it.
-	quiet = 250 * time.Millisecond
+	// defaultQuiet is for Server.quiet.
+	defaultQuiet = 250 * time.Millisecond
 )
 
 // Export is a disk by the name that clients ask for.
@@ -81,6 +81,7 @@ type Server struct {
 	ctx     context.Context // of what disks are asked for
 	cancel  context.CancelFunc
 	closing atomic.Bool
+	quiet   time.Duration // how long a connection may send nothing before a server that is being shut down closes it
 
 	mu      sync.Mutex // guards what follows
 	exports []*exported
@@ -101,7 +102,7 @@ func New(c Config) (*Server, error) {
 		c.Logger = hclog.NewNullLogger()
 	}
 	s := &Server{
-		cfg: c, log: c.Logger, conns: map[*conn]struct{}{},
+		cfg: c, log: c.Logger, conns: map[*conn]struct{}{}, quiet: defaultQuiet,
 		bufs: &pool{disk: c.Exports[0].Disk, limit: c.DMAMemory},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
