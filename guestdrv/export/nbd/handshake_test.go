@@ -216,6 +216,7 @@ func TestHandshakeOfNoClient(t *testing.T) {
 		})
 	}
 	// Extended headers exclude the option that has no errors.
+	s, _ = one(t, 512, nil)
 	c := dial(t, s)
 	c.greet(3)
 	c.acked(optExtendedHeaders)
