@@ -3,6 +3,7 @@ package nbd
 import (
 	"encoding/binary"
 	"errors"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -107,6 +108,12 @@ func (r *request) send(body []byte) {
 		return
 	}
 	c.writing = true
+	if len(c.free) < slots-2 {
+		// Others are under way: those whose requests have ended with this one put their replies in the line first.
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+	}
 	for c.first != nil {
 		list, last, n := c.take()
 		if c.dead == nil {
