@@ -140,6 +140,10 @@ func Recover(ctl *Control, id uint32, c Config) (*Device, error) {
 	}
 	// The kernel goes on cleaning up after the process for a while.
 	err = whileBusy(func() error { return ctl.command(cmdStartRecovery, id, 0, nil) })
+	if errors.Is(err, unix.EINVAL) && info.State == Quiesced {
+		// Who began to recover it died before a queue was ready. To the kernel it is as if the recovery had just been started (up to Linux 6.14).
+		err = nil
+	}
 	if errors.Is(err, unix.EBUSY) {
 		return nil, fmt.Errorf("ublk device %d: %w: %w; it is %v, served by process %d", id, ErrNotQuiesced, err, info.State, info.PID)
 	} else if err != nil {
