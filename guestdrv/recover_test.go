@@ -12,6 +12,7 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/ring"
 )
 
 // moody is a device whose mood a test changes while it runs.
@@ -457,4 +458,80 @@ func TestAdminCommandWithLongDeadline(t *testing.T) {
 	}
 	_, err = c.Admin(ctx, &nvme.Command{Opcode: nvme.AdminFormatNVM, NSID: 1}, nil)
 	mustMention(t, err, guestdrv.ErrReset, "FORMAT NVM", "timed out")
+}
+
+// TestCompletionFromBeforeResetMatchesNothing is a device that remembers a command over a reset and completes it afterwards: nobody else's
+// command may end by that.
+func TestCompletionFromBeforeResetMatchesNothing(t *testing.T) {
+	var old, now atomic.Uint32 // SQ identifier and command identifier, and 1 << 31
+	m := newMoody(nvmetest.Config{})
+	inner := m.cfg.Command
+	m.cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
+		v := inner(qid, cmd)
+		if qid != 0 {
+			seen := 1<<31 | uint32(qid)<<16 | uint32(cmd.CID)
+			if v.Action == nvmetest.Drop {
+				old.Store(seen)
+			} else {
+				now.Store(seen)
+			}
+		}
+		return v
+	}
+	o := quickOptions()
+	o.Queues = 1
+	c := openInProc(t, m.cfg, o)
+	ns := namespace(t, c, 1)
+	m.drop.Store(1)
+	if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, guestdrv.ErrReset) {
+		t.Fatal(err)
+	}
+	m.hold.Store(true)
+	done := make(chan error)
+	go func() {
+		_, err := ns.ReadAt(make([]byte, 512), 0)
+		done <- err
+	}()
+	for c.dev.Held() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	if old.Load() == now.Load() {
+		t.Fatalf("the command after the reset has the identifier of that before: %#x", old.Load())
+	}
+	qid := uint16(old.Load() >> 16 & 0xFF)
+	c.dev.PostRaw(qid, ring.MakeEntry(0, 0, qid, uint16(old.Load()), nvme.StatusSuccess))
+	if err := <-done; !errors.Is(err, guestdrv.ErrProtocol) {
+		t.Errorf("got %v", err)
+	}
+	if !errors.Is(c.Err(), guestdrv.ErrProtocol) {
+		t.Errorf("the controller: %v", c.Err())
+	}
+}
+
+// TestPairAfterResetBeginsElsewhere makes a pair anew: its first command has another identifier than that of the pair before.
+func TestPairAfterResetBeginsElsewhere(t *testing.T) {
+	var mu sync.Mutex
+	seen := map[uint32]int{}
+	m := newMoody(nvmetest.Config{})
+	m.cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
+		if qid != 0 {
+			mu.Lock()
+			seen[uint32(qid)<<16|uint32(cmd.CID)]++
+			mu.Unlock()
+		}
+		return nvmetest.Verdict{}
+	}
+	c := openInProc(t, m.cfg, testOptions())
+	for i := range 3 {
+		if err := pairOnce(c.Controller); err != nil {
+			t.Fatal(err)
+		}
+		c.ForceReset(errors.New("the test wants it"))
+		eventually(t, "a reset", func() bool { return c.Stats().Resets == uint64(i+1) })
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(seen) != 3 {
+		t.Errorf("queue and command identifiers: %x", seen)
+	}
 }
