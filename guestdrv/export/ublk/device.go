@@ -328,9 +328,20 @@ func (d *Device) Err() error {
 // stopWithin is how long queues may take to end once the kernel has stopped the device.
 const stopWithin = 30 * time.Second
 
-// Stop ends the device: what is dirty in the block device's cache is written, requests end, and the device is deleted. A file system that is still
-// mounted on it loses it. Buffers and queue pairs are given back.
+// syncWithin bounds the sync of Stop: another file system of the machine may never end it.
+const syncWithin = 20 * time.Second
+
+// Stop ends the device: what is dirty in caches is written, by sync(2) since the kernel does not do it for a device that goes; requests end, and
+// the device is deleted. A file system that is still mounted on it loses it. Buffers and queue pairs are given back.
 func (d *Device) Stop() error {
+	if d.started && d.Err() == nil {
+		synced := make(chan struct{})
+		go func() { unix.Sync(); close(synced) }()
+		select {
+		case <-synced:
+		case <-time.After(syncWithin):
+		}
+	}
 	err := d.ctl.stop(d.info.ID)
 	if err == nil {
 		err = d.wait()
