@@ -110,7 +110,7 @@ func (c *Controller) Admin(ctx context.Context, cmd *nvme.Command, data []byte) 
 		return 0, ErrClosed
 	}
 	defer c.gate.leave()
-	status, result, err := c.adm.Exec(ctx, *cmd, data)
+	status, result, err := c.adm.Exec(admin.Patient(ctx), *cmd, data)
 	if err != nil {
 		return 0, c.explain(err)
 	}

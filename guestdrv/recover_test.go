@@ -535,3 +535,22 @@ func TestPairAfterResetBeginsElsewhere(t *testing.T) {
 		t.Errorf("queue and command identifiers: %x", seen)
 	}
 }
+
+// TestOpenKeepsCommandDeadlines opens a device that loses an admin command, with a context that could wait for much longer.
+func TestOpenKeepsCommandDeadlines(t *testing.T) {
+	m := newMoody(nvmetest.Config{})
+	m.mute.Store(true)
+	dev := nvmetest.New(m.cfg)
+	defer dev.Close()
+	long, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	begin := time.Now()
+	_, err := guestdrv.OpenDevice(long, dev.InProc(), quickOptions())
+	if err == nil {
+		t.Fatal("opened")
+	}
+	mustMention(t, err, guestdrv.ErrTimeout, "IDENTIFY")
+	if d := time.Since(begin); d > 20*time.Second {
+		t.Errorf("took %v", d)
+	}
+}

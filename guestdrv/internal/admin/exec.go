@@ -31,13 +31,13 @@ func (a *Admin) Exec(ctx context.Context, cmd nvme.Command, data []byte) (nvme.S
 		return 0, 0, fmt.Errorf("%s: %w", cmd.Describe(true), err)
 	}
 	end, hasEnd := ctx.Deadline()
-	if hasEnd {
+	if hasEnd && ctx.Value(patientKey{}) != nil {
 		c.patience = time.Until(end)
 	}
 	if private(ctx) {
 		limit := a.cfg.Timeout
 		if hasEnd {
-			limit = min(limit, c.patience/3) // a recovery has time for another attempt
+			limit = min(limit, time.Until(end)/3) // a recovery has time for another attempt
 		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w after %v", queue.ErrTimeout, limit.Round(time.Millisecond)))
@@ -72,6 +72,11 @@ type privateKey struct{}
 // a deadline of its own, Config.Timeout at the most, so that a recovery can have another attempt.
 func Private(ctx context.Context) context.Context { return context.WithValue(ctx, privateKey{}, true) }
 
+type patientKey struct{}
+
+// Patient returns a context whose deadline is that of the commands too, if it is later than Config.Timeout.
+func Patient(ctx context.Context) context.Context { return context.WithValue(ctx, patientKey{}, true) }
+
 func private(ctx context.Context) bool { return ctx.Value(privateKey{}) != nil }
 
 // Bits 1:0 of an opcode: where the data goes.
@@ -89,7 +94,7 @@ type call struct {
 	list dma.Block
 
 	start    func(lane.Source, *lane.Waiter) (int, error)
-	patience time.Duration // until ctx ends; 0: it has no end
+	patience time.Duration // until ctx ends, for Patient
 
 	started bool
 	ended   bool
@@ -174,7 +179,7 @@ func (c *call) end() {
 	c.w.Signal()
 }
 
-// Patience lets a command take as long as its caller does.
+// Patience lets a command take as long as its caller wants.
 func (c *call) Patience() time.Duration { return c.patience }
 
 // String is what a timeout calls the command.
