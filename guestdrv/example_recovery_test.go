@@ -63,3 +63,70 @@ func ExampleOpen_pci() {
 		fmt.Printf("namespace %d: %d bytes\n", ns.NSID(), ns.Size())
 	}
 }
+
+// readOnce reads one block through a queue pair of its own.
+func readOnce(ctx context.Context, c *guestdrv.Controller, iova uint64) error {
+	p, err := c.NewQueuePair(guestdrv.QueuePairOptions{Depth: 1})
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	if _, err := p.Submit([]guestdrv.IO{{Op: nvme.IORead, NSID: 1, Blocks: 1, IOVA: iova}}); err != nil {
+		return err
+	}
+	if err := p.Publish(); err != nil {
+		return err
+	}
+	for {
+		if err := p.Wait(ctx); err != nil {
+			return err
+		}
+		var results [1]guestdrv.Result
+		n, err := p.Reap(results[:])
+		if err != nil {
+			return err
+		}
+		if n == 1 {
+			return results[0].Status.Err()
+		}
+	}
+}
+
+// A QueuePair does not live through a reset of the controller: its owner, who knows what was outstanding, closes it and makes another.
+// NewQueuePair waits for the end of the reset.
+func ExampleQueuePair_reset() {
+	var reads atomic.Int32
+	var cfg nvmetest.Config
+	cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
+		if qid != 0 && cmd.Opcode == nvme.IORead && reads.Add(1) == 1 {
+			return nvmetest.Verdict{Action: nvmetest.Drop}
+		}
+		return nvmetest.Verdict{}
+	}
+	dev := nvmetest.New(cfg)
+	defer dev.Close()
+	ctx := context.Background()
+	c, err := guestdrv.OpenDevice(ctx, dev.InProc(), guestdrv.Options{Timeout: 100 * time.Millisecond})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+	buf, err := c.Alloc(512)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer buf.Free()
+
+	for try := 1; ; try++ {
+		err := readOnce(ctx, c, buf.IOVA())
+		if errors.Is(err, guestdrv.ErrReset) && c.Err() == nil {
+			fmt.Println("try", try, "was lost by a reset")
+			continue
+		}
+		fmt.Println("try", try, err)
+		break
+	}
+	// Output:
+	// try 1 was lost by a reset
+	// try 2 <nil>
+}
