@@ -46,7 +46,7 @@ type OpStats struct {
 	Errors uint64 // ended with a status other than success
 
 	// Latency has every command that has ended, with success or not, by the time from its being sent to its completion being
-	// seen. Its Count is their number. What has no deadline (Asynchronous Event Request) is not in it.
+	// seen. Its Count is their number. What was lost by a reset is not in it, nor what has no deadline (Asynchronous Event Request).
 	Latency Histogram
 }
 

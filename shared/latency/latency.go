@@ -3,7 +3,7 @@
 //
 // A Histogram belongs to one goroutine. A Recorder has one goroutine that writes, and any number that read meanwhile.
 //
-// Values are nanoseconds. Up to 15 ns each has a bucket of its own; from there on each power of two is divided into 16 buckets, so that a
+// Values are nanoseconds. Up to 31 ns each has a bucket of its own; from there on each power of two is divided into 16 buckets, so that a
 // bucket is at most 1/16 of its values wide. What is longer than MaxValue counts as that.
 //
 // The package does not read the clock.
