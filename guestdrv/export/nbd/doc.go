@@ -6,7 +6,9 @@
 //	handshake  the client chooses an export                                 handshake.go, options.go
 //	transmit   the connection's reader takes a slot, reads and checks a
 //	           header, and the payload into a buffer of the disk's memory   conn.go, request.go
-//	execute    one of the connection's workers asks the disk                execute.go
+//	execute    one of the connection's workers asks the disk, or the
+//	           reader itself if the client has one request at a time;
+//	           what is larger than a buffer goes in pieces                  execute.go, big.go
 //	reply      whoever has a reply puts it in the line; the first of them
 //	           writes for all, many replies with one system call            reply.go
 //
