@@ -150,9 +150,9 @@ func (c *Controller) withCommand(late []queue.Late, cause, err error) error {
 func (c *Controller) abort(late []queue.Late) error {
 	ctx, cancel := context.WithTimeout(c.life, c.opts.grace())
 	defer cancel()
+	c.log.Warn("commands are late, aborting them", "number", len(late), "first", late[0].Err)
 	for _, l := range late {
 		c.trouble.aborts.Add(1)
-		c.log.Warn("command is late, aborting it", "error", l.Err)
 		if err := c.adm.Abort(ctx, l.QID, l.CID); err != nil {
 			return fmt.Errorf("%w, nor did its Abort end: %w", l.Err, err)
 		}

@@ -369,12 +369,25 @@ func (d *Device) Fault() {
 }
 
 // Release executes and completes the commands that were held.
-func (d *Device) Release() {
+func (d *Device) Release() { d.release(func(uint16) bool { return true }) }
+
+// ReleaseAdmin is Release for admin commands.
+func (d *Device) ReleaseAdmin() { d.release(func(qid uint16) bool { return qid == 0 }) }
+
+func (d *Device) release(which func(qid uint16) bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	all := d.held
 	d.held = nil
+	var now []held
 	for _, h := range all {
+		if which(h.sq.qid) {
+			now = append(now, h)
+		} else {
+			d.held = append(d.held, h)
+		}
+	}
+	for _, h := range now {
 		if d.sqs[h.sq.qid] == h.sq {
 			d.finish(h.sq, &h.cmd)
 			d.interrupt(h.sq.cq)
