@@ -125,7 +125,7 @@ func TestIdleControllerDoesNothing(t *testing.T) {
 				}
 				o := testOptions()
 				o.Completions = mode
-				o.Timeout = 40 * time.Millisecond // so that the watch ticks often
+				o.Timeout = 400 * time.Millisecond // so that the watch ticks often
 				c := openInProc(t, cfg, o)
 				if _, err := namespace(t, c, 1).ReadAt(make([]byte, 512), 0); err != nil {
 					t.Fatal(err)

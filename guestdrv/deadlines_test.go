@@ -84,7 +84,6 @@ func TestAdminCommandWithLongDeadline(t *testing.T) {
 		return inner(qid, cmd)
 	}
 	o := quickOptions()
-	o.Timeout = 100 * time.Millisecond
 	c := openInProc(t, m.cfg, o)
 	long, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
