@@ -285,7 +285,7 @@ func TestSilentDevice(t *testing.T) {
 					return v
 				}
 				o := testOptions()
-				o.Timeout = 100 * time.Millisecond
+				o.Timeout = 250 * time.Millisecond
 				c := v.open(t, cfg, o)
 				ns := namespace(t, c, 1)
 				p, err := c.NewQueuePair(guestdrv.QueuePairOptions{})
@@ -327,7 +327,7 @@ func TestSilentDeviceResetsPair(t *testing.T) {
 		return nvmetest.Verdict{}
 	}
 	o := testOptions()
-	o.Timeout = 60 * time.Millisecond
+	o.Timeout = 250 * time.Millisecond
 	for _, poll := range []bool{false, true} {
 		c := openInProc(t, cfg, o)
 		p, err := c.NewQueuePair(guestdrv.QueuePairOptions{Poll: poll})
