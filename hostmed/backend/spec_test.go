@@ -97,7 +97,9 @@ func TestSizesPrintAsTheyParse(t *testing.T) {
 }
 
 func FuzzParseSpec(f *testing.F) {
-	for _, s := range []string{"mem:size=1GiB", "file:a,,b,size=1K,readonly", "null:size=1T,lba=4096"} {
+	for _, s := range []string{"mem:size=1GiB", "file:a,,b,size=1K,readonly", "null:size=1T,lba=4096",
+		"fault:drop@read@rate=1/1000,delay=3s@flush,seed=7,over=null:size=1M", "fault:status=2/81+dnr@lba=0-0x7f@after=3@first=2,torn,over=file:a,,b,size=1M",
+	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, in string) {
