@@ -158,9 +158,11 @@ func (h *host) change(f *Function, driver string) error {
 	if err := h.write(filepath.Join(h.sys, "bus/pci/drivers_probe"), f.Address); err != nil {
 		return fmt.Errorf("giving it to %s: %w", orKernel(driver), err)
 	}
-	now := h.driver(f.Address)
-	if now == "" || driver != "" && now != driver {
-		return fmt.Errorf("%s did not take it (dmesg says why)", orKernel(driver))
+	switch now := h.driver(f.Address); {
+	case now == "" && driver == "":
+		return fmt.Errorf("no driver of the kernel took it: load one (modprobe %s), it takes the function by itself; otherwise dmesg says why not", nvme)
+	case now == "" || driver != "" && now != driver:
+		return fmt.Errorf("%s did not take it (dmesg says why)", driver)
 	}
 	return nil
 }
