@@ -44,7 +44,7 @@ func TestStats(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := ns.Flush(t.Context()); err != nil {
+	if err := ns.WriteZeroes(t.Context(), 0, 4096); err != nil { // the driver sends no Flush to what has no cache
 		t.Fatal(err)
 	}
 	after, err := m.Stats(socket)
