@@ -29,6 +29,14 @@ func (p *Poller) Load() uint32 {
 	return p.seen
 }
 
+// Asked returns the index for which the driver was last asked to ring, and false where there is no event index. It is for diagnosis.
+func (p *Poller) Asked() (uint32, bool) {
+	if p.ei == nil {
+		return 0, false
+	}
+	return p.ei.Load(), true
+}
+
 // Behind keeps the driver from ringing while the device polls: it publishes one
 // behind the consumed index, which the driver cannot reach before it laps the
 // ring. It stores only when the driver has come a quarter of the ring further since the last time, so that the

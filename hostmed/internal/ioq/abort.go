@@ -48,6 +48,9 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 	if err != nil {
 		return false // poll will say so
 	}
+	if n > 0 && s.g.state == Armed && !s.g.blocked {
+		w.missing(s, n)
+	}
 	for i := range n {
 		if is, index := s.cons.Waiting(i); is == cid {
 			if x := (toAbort{index, cid}); !slices.Contains(s.aborts, x) {
@@ -57,6 +60,16 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 		}
 	}
 	return false
+}
+
+// missing deals with commands in a queue that sleeps: their doorbell was not rung, or was lost on its way. The host gave up waiting, so
+// some time has passed. The queue is polled again, and the log has what the page says, which tells whose mistake it was: at an event index
+// that is the queue's head the driver had to ring.
+func (w *Worker) missing(s *sq, n uint32) {
+	asked, shared := s.tail.Asked()
+	w.log.Warn("a doorbell has not come yet", "sqid", s.qid, "tail", s.tail.Load(), "head", s.cons.Head(), "commands", n,
+		"shadow", shared, "event_index", asked, "armed", s.tail.Armed, "lost", s.tail.Lost)
+	w.resume(s.g)
 }
 
 // running reports whether r is half of a pair that is being executed.

@@ -141,3 +141,23 @@ func TestAbortOfWhatIsHeldBack(t *testing.T) {
 	}
 	r.noError()
 }
+
+// TestAbortWakesAQueueWhoseDoorbellIsLost has the tail in the shared page and no doorbell: the host's Abort finds the command there.
+func TestAbortWakesAQueueWhoseDoorbellIsLost(t *testing.T) {
+	r := newRig(t, rigConfig{shadow: true})
+	p := r.pairOf(1, 8, 8)
+	p.push(rw(nvme.IORead, 0, 1, base+dataOff))
+	r.eventually("the queue to sleep", func() bool { return r.state(1) == Armed })
+	tail, _, _, _, err := r.ctl.words(r.ctl.shadow, r.ctl.ei, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tail.Store(1)
+	if !r.ctl.Abort(1, 0) {
+		t.Fatal("not aborted")
+	}
+	if st := p.statuses(1)[0]; st != nvme.StatusAbortRequested {
+		t.Errorf("%v, want %v", st, nvme.StatusAbortRequested)
+	}
+	r.noError()
+}

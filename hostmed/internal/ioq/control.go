@@ -446,6 +446,9 @@ func (c *Controller) String() string {
 		}
 		for _, s := range g.sqs {
 			fmt.Fprintf(&b, "; SQ %d: %v, tail %d, head %d, %d in flight, armed %d, lost %d", s.qid, s.state, s.tail.Load(), s.cons.Head(), s.inflight, s.tail.Armed, s.tail.Lost)
+			if asked, shared := s.tail.Asked(); shared {
+				fmt.Fprintf(&b, ", event index %d", asked)
+			}
 		}
 		b.WriteByte('\n')
 	})
