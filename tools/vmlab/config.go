@@ -168,6 +168,11 @@ func kernelLine(accel string) string {
 	return kernelArgs
 }
 
+// minMaxCPUs is the least number of CPUs that a machine may get. Where it is 1, QEMU's emulation takes the guest's locked instructions for
+// ordinary ones, because no other CPU could see the difference. A mediator in another process does: without the barrier in them a driver
+// whose tail store is such an instruction, as Go's are, loads the event index too early, and a wake-up is lost (R1).
+const minMaxCPUs = 2
+
 // arguments are QEMU's. dir is the machine's directory, where its initramfs and its flash are.
 func (c *Config) arguments(l *Lab, accel, dir string) ([]string, error) {
 	kind, rest, _ := strings.Cut(c.Backend, ",")
@@ -185,7 +190,7 @@ func (c *Config) arguments(l *Lab, accel, dir string) ([]string, error) {
 	args := []string{
 		"-L", filepath.Join(l.root(), "usr/share/qemu"), "-L", filepath.Join(l.root(), "usr/share/seabios"),
 		"-nodefaults", "-no-user-config", "-display", "none",
-		"-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.MemoryMiB), "-object", memory, "-machine", machine,
+		"-smp", fmt.Sprintf("cpus=%d,maxcpus=%d", c.CPUs, max(c.CPUs, minMaxCPUs)), "-m", fmt.Sprint(c.MemoryMiB), "-object", memory, "-machine", machine,
 	}
 	if accel == "kvm" {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
