@@ -124,6 +124,7 @@ func TestCompletionFromBeforeResetMatchesNothing(t *testing.T) {
 		return v
 	}
 	o := quickOptions()
+	o.Timeout = 700 * time.Millisecond // the second command is still waited for when the old completion comes
 	o.Queues = 1
 	c := openInProc(t, m.cfg, o)
 	ns := namespace(t, c, 1)

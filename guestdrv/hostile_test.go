@@ -56,11 +56,11 @@ func TestDeviceNeverReady(t *testing.T) {
 	cfg := nvmetest.Config{CAP: nvme.CAP(0).WithMQES(63).WithTO(1).WithCSS(1)}
 	cfg.Read = register(nvme.RegCSTS, 0)
 	err := openFails(t, cfg, testOptions())
-	mustMention(t, err, context.DeadlineExceeded, "not ready", "CSTS=0x0 after 0.5 s", "CC=0x460001")
+	mustMention(t, err, context.DeadlineExceeded, "not ready", "CSTS=0x0 after 0.", "CC=0x460001")
 
 	cfg.Read = register(nvme.RegCSTS, 1)
 	err = openFails(t, cfg, testOptions())
-	mustMention(t, err, context.DeadlineExceeded, "not disabled", "CSTS=0x1 after 0.5 s")
+	mustMention(t, err, context.DeadlineExceeded, "not disabled", "CSTS=0x1 after 0.")
 }
 
 func TestDeviceFatalAndAllOnesAreToldApart(t *testing.T) {
