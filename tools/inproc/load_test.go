@@ -3,6 +3,7 @@ package inproc_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -35,6 +36,8 @@ type note struct {
 	err  error
 	took time.Duration
 }
+
+func (n note) String() string { return fmt.Sprintf("%s: %v (%v)", n.what, n.err, n.took) }
 
 // startLoad begins n writers, and a pair if the controller has one to spare.
 func startLoad(t *testing.T, c *guestdrv.Controller, n int) *load {
