@@ -53,7 +53,7 @@ func TestRulesNeverAllow(t *testing.T) {
 		"userfaultfd", "memfd_create", "dup", "dup2", "dup3", "pipe", "pipe2", "eventfd2", "epoll_create1", "unshare", "setns", "mount", "pivot_root", "chroot",
 		"copy_file_range", "sendfile", "splice", "tee", "vmsplice", "perf_event_open", "pidfd_open", "pidfd_getfd", "tkill", "rt_sigqueueinfo", "prlimit64", "setrlimit", "seccomp", "arch_prctl", "pkey_mprotect", "mremap",
 	}
-	exceptions := map[string][]string{"server": {"accept4"}, "io_uring": {"io_uring_enter"}}
+	exceptions := map[string][]string{"server": {"accept4"}, "ublk": {"io_uring_enter"}}
 	for table, rules := range tables() {
 		for _, r := range rules {
 			if slices.Contains(never, r.Name) && r.Errno == 0 && !slices.Contains(exceptions[table], r.Name) {
@@ -71,7 +71,7 @@ func TestRulesNeverAllow(t *testing.T) {
 
 // The filter must fit: BPF_MAXINSNS is 4096.
 func TestFilterCompiles(t *testing.T) {
-	for _, p := range []Policy{{}, {Action: ActionErrno}, {Action: ActionTrap}, {MapFDs: []int{3, 4, 5, 6, 7}}, {Uses: Uses()}, {Uses: []Use{FileWrites(), Uring(3, 4, 5, 6)}}} {
+	for _, p := range []Policy{{}, {Action: ActionErrno}, {Action: ActionTrap}, {MapFDs: []int{3, 4, 5, 6, 7}}, {Uses: Uses()}, {Uses: []Use{FileWrites(), Ublk(3, 4, 5, 6)}}} {
 		for _, cgo := range []bool{false, true} {
 			f, err := p.compile(1, cgo)
 			if err != nil {

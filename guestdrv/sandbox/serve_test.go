@@ -79,16 +79,16 @@ func roleRing(arg string) {
 	file := must(unix.MemfdCreate("file", unix.MFD_CLOEXEC))
 	free := must(uring.New(uring.Config{Entries: 4}))
 	if arg == "free" {
-		must(Enter(Policy{Uses: []Use{Uring(free.FD())}}))
+		must(Enter(Policy{Uses: []Use{Ublk(free.FD())}}))
 		return
 	}
 	r := must(uring.New(uring.Config{Entries: 4, Disabled: true}))
 	if arg == "disabled" {
-		must(Enter(Policy{Uses: []Use{Uring(r.FD())}}))
+		must(Enter(Policy{Uses: []Use{Ublk(r.FD())}}))
 		return
 	}
 	_ = must(0, errors.Join(r.RegisterFiles([]int{file}), r.Restrict(uring.Restrictions{Ops: []uint8{uring.OpWrite}, RegisteredFilesOnly: true}), r.Enable()))
-	enterAll(Policy{Action: ActionErrno, Uses: []Use{Uring(r.FD())}})
+	enterAll(Policy{Action: ActionErrno, Uses: []Use{Ublk(r.FD())}})
 
 	buf := []byte("x")
 	path := append([]byte("/etc/passwd"), 0)

@@ -82,20 +82,21 @@ func Listener(listener, conns int) Use {
 	}}
 }
 
-// Uring is for io_uring instances that were restricted before (IORING_REGISTER_RESTRICTIONS, io_uring_register(2)). Enter asks each whether it is. One
-// that belongs to a single thread (IORING_SETUP_SINGLE_ISSUER) answers to that thread only, which must have asked: uring.Ring.Restricted.
-func Uring(rings ...int) Use {
-	return Use{Name: "io_uring", What: "guestdrv serve --ublk", FDs: rings, Rings: rings, Rules: []Rule{
+// Ublk is for a server of a ublk block device: io_uring instances that were restricted before (IORING_REGISTER_RESTRICTIONS, io_uring_register(2)), and
+// the sync at its end. Enter asks each ring whether it is restricted. One that belongs to a single thread (IORING_SETUP_SINGLE_ISSUER) answers to that thread only, which must have asked: uring.Ring.Restricted.
+func Ublk(rings ...int) Use {
+	return Use{Name: "ublk", What: "guestdrv serve --ublk", FDs: rings, Rings: rings, Rules: []Rule{
 		{Name: "io_uring_enter", Nr: unix.SYS_IO_URING_ENTER,
 			Args:  on(0, rings, args{3: seccomp.BitsAllowlist(uringEnterGetEvents | uringEnterSQWakeup | uringEnterSQWait | uringEnterExtArg)}),
 			Limit: "the given rings, by fd and not by a registered index; GETEVENTS, SQ_WAKEUP, SQ_WAIT, EXT_ARG",
 			Why:   "submits and waits; the ring itself takes nothing but the commands that it was restricted to"},
+		{Name: "sync", Nr: unix.SYS_SYNC, Why: "what was written to a file system on the block device is on the disk before the device goes; it has no arguments and tells nothing"},
 	}}
 }
 
 // Uses is every Use there is, with AnyFD, for tables and tests.
 func Uses() []Use {
-	return []Use{VFIOUser(AnyFD), VFIODevice(AnyFD), FileWrites(AnyFD), Listener(AnyFD, 1), Uring(AnyFD)}
+	return []Use{VFIOUser(AnyFD), VFIODevice(AnyFD), FileWrites(AnyFD), Listener(AnyFD, 1), Ublk(AnyFD)}
 }
 
 // checkUses says what is wrong with a policy's uses, before anything is changed.

@@ -23,7 +23,7 @@ func TestUsesAreChecked(t *testing.T) {
 			t.Errorf("%s with an fd that is not open: %v", u.Name, err)
 		}
 	}
-	if err := checkUses([]Use{Uring(file)}); err == nil {
+	if err := checkUses([]Use{Ublk(file)}); err == nil {
 		t.Error("a file is an io_uring")
 	}
 }

@@ -37,7 +37,7 @@ var elsewhere = map[string]string{
 	"mapping":     "no program here maps memory after the lock; guestdrv/sandbox's tests do",
 	"vfio":        "needs an IOMMU: tools/vmlab/box",
 	"file writes": "needs a PCI function: tools/vmlab/box",
-	"io_uring":    "needs ublk: tools/vmlab/box",
+	"ublk":        "needs ublk: tools/vmlab/box",
 }
 
 type rig struct {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/export/ublk"
@@ -198,10 +197,7 @@ func waiting(ctl *ublk.Control, id int, identity uint64) (int, bool) {
 }
 
 func (u *ublkServer) policy(p *sandbox.Policy) {
-	p.Uses = append(p.Uses, sandbox.Uring(u.dev.RingFDs()...))
-	p.Extra = append(p.Extra, sandbox.Rule{
-		Name: "sync", Nr: unix.SYS_SYNC, Why: "ublk: what was written to a file system on the block device is on the disk before the device goes; it has no arguments and tells nothing",
-	})
+	p.Uses = append(p.Uses, sandbox.Ublk(u.dev.RingFDs()...))
 }
 
 // serve starts the block device and stops it when ctx ends.

@@ -109,7 +109,7 @@ func TestSandboxOnInitramfs(t *testing.T) {
 	allUsed(t, used, "vfio")
 	vm.Run(t, "modprobe ublk_drv")
 	census(t, vm, used, "serve vfio:"+function+" --ublk", "until [ -b /dev/ublkb0 ]; do sleep 0.1; done; dd if=/dev/ublkb0 of=/dev/null bs=64k count=16 2>/dev/null")
-	allUsed(t, used, "io_uring")
+	allUsed(t, used, "ublk")
 	vm.CheckDmesg(t, bogus)
 }
 
