@@ -18,6 +18,9 @@ import (
 // TestResetsUnderLoad resets the controller every few milliseconds, while many goroutines write and read back what they wrote, call
 // Admin, and make pairs. Nobody may see wrong data, hang, or get another error than ErrReset; afterwards all DMA memory is back.
 func TestResetsUnderLoad(t *testing.T) {
+	if testing.Short() {
+		t.Skip("seconds of load: not with -short")
+	}
 	for _, v := range variants {
 		for _, mode := range []guestdrv.ResetMode{guestdrv.ResetFail, guestdrv.ResetReplay} {
 			t.Run(fmt.Sprintf("%s/%v", v.name, mode), func(t *testing.T) {
@@ -153,6 +156,9 @@ func pairOnce(c *guestdrv.Controller) error {
 
 // TestFaultsUnderLoad is a device that loses completions now and then, and sometimes stops altogether.
 func TestFaultsUnderLoad(t *testing.T) {
+	if testing.Short() {
+		t.Skip("seconds of load: not with -short")
+	}
 	for _, mode := range []guestdrv.ResetMode{guestdrv.ResetFail, guestdrv.ResetReplay} {
 		t.Run(mode.String(), func(t *testing.T) {
 			var bad atomic.Bool
