@@ -77,7 +77,11 @@ func (e eventfd) write() {
 func (e eventfd) wait(what string) {
 	e.t.Helper()
 	fds := []unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, int(patience.Milliseconds())); n != 1 {
+	n, err := unix.Poll(fds, int(patience.Milliseconds()))
+	for err == unix.EINTR { // the runtime's preemption
+		n, err = unix.Poll(fds, int(patience.Milliseconds()))
+	}
+	if n != 1 {
 		e.t.Fatalf("%s: no interrupt, %v", what, err)
 	}
 	if n := e.taken(); n != 1 {

@@ -243,6 +243,9 @@ func (s *session) gone() (gone bool) {
 	}
 	p := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLRDHUP}}
 	n, err := unix.Poll(p, 0)
+	for err == unix.EINTR { // the runtime's preemption; "not gone" would turn away who comes next
+		n, err = unix.Poll(p, 0)
+	}
 	return err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
 }
 

@@ -91,11 +91,16 @@ func TestRule10_KickIsSticky(t *testing.T) {
 	})
 	kicked := func() bool {
 		fds := []unix.PollFd{{Fd: int32(kick), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 0)
-		if err != nil {
-			t.Fatal(err)
+		for {
+			n, err := unix.Poll(fds, 0)
+			if err == unix.EINTR { // the runtime's preemption
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n == 1
 		}
-		return n == 1
 	}
 	clear := func() {
 		if kicked() { // only after poll (R34)

@@ -223,3 +223,46 @@ func LocalPaths(files []File) (problems []string) {
 	}
 	return problems
 }
+
+// neverRestarted are the calls that a signal ends with EINTR even under SA_RESTART, with which the Go runtime installs its handlers
+// (signal(7)); its preemption is such a signal.
+var neverRestarted = []string{"ClockNanosleep", "EpollWait", "Nanosleep", "Poll", "Ppoll", "Pselect", "Select"}
+
+// Interrupts checks that a function which looks at the error of such a call knows EINTR. A timeout of 0 does not help.
+func Interrupts(files []File) (problems []string) {
+	for _, f := range files {
+		if f.AST == nil {
+			continue
+		}
+		for _, d := range f.AST.Decls {
+			knows := false
+			var calls []*ast.SelectorExpr
+			dropped := make(map[ast.Node]bool)
+			ast.Inspect(d, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.AssignStmt:
+					last, ok := n.Lhs[len(n.Lhs)-1].(*ast.Ident)
+					dropped[n.Rhs[len(n.Rhs)-1]] = ok && last.Name == "_"
+				case *ast.CallExpr:
+					if s, ok := n.Fun.(*ast.SelectorExpr); ok && isUnix(s) && slices.Contains(neverRestarted, s.Sel.Name) && !dropped[n] {
+						calls = append(calls, s)
+					}
+				case *ast.Ident:
+					knows = knows || n.Name == "EINTR"
+				}
+				return true
+			})
+			for _, c := range calls {
+				if !knows {
+					problems = append(problems, fmt.Sprintf("%s: unix.%s, and its function does not know EINTR", f.at(c), c.Sel.Name))
+				}
+			}
+		}
+	}
+	return problems
+}
+
+func isUnix(s *ast.SelectorExpr) bool {
+	x, ok := s.X.(*ast.Ident)
+	return ok && x.Name == "unix"
+}

@@ -20,6 +20,7 @@ func TestPackageNames(t *testing.T)    { report(t, PackageNames(tree(t))) }
 func TestEveryRuleTested(t *testing.T) { report(t, RuleTests(tree(t), later)) }
 func TestFileLengths(t *testing.T)     { report(t, FileLengths(tree(t))) }
 func TestLocalPaths(t *testing.T)      { report(t, LocalPaths(tree(t))) }
+func TestInterrupts(t *testing.T)      { report(t, Interrupts(tree(t))) }
 
 //go:generate go test -run ^TestRuleTable$ -update .
 
@@ -191,6 +192,13 @@ func TestChecksBite(t *testing.T) {
 		{"path: home", LocalPaths, "tools/a.sh", "cd " + home, "tools/a.sh:1"},
 		{"path: tail of another", LocalPaths, "docs/a.md", "tools" + work + " https://example.org" + home, ""},
 		{"path: below a variable", LocalPaths, "Makefile", "$(OUT)" + work + " ${OUT}" + root, ""},
+		{"poll without EINTR", Interrupts, "shared/a/a_test.go", "package a\nfunc f() error { _, err := unix.Poll(nil, 0); return err }", "a_test.go:2: unix.Poll"},
+		{"poll in a return", Interrupts, "shared/a/a.go", "package a\nfunc f() (int, error) { return unix.Ppoll(nil, nil, nil) }", "a.go:2: unix.Ppoll"},
+		{"poll with EINTR", Interrupts, "shared/a/a.go", "package a\nfunc f() error { _, err := unix.Poll(nil, 0); if err == unix.EINTR { return nil }; return err }", ""},
+		{"EINTR in another function", Interrupts, "shared/a/a.go", "package a\nvar e = unix.EINTR\nfunc f() error { _, err := unix.Poll(nil, 0); return err }", "a.go:3: unix.Poll"},
+		{"poll whose error is dropped", Interrupts, "shared/a/a.go", "package a\nfunc f() int { n, _ := unix.Poll(nil, 0); return n }", ""},
+		{"a poll of ours", Interrupts, "shared/a/a.go", "package a\nfunc f() error { return q.Poll(0) }", ""},
+
 		{"path: binary", LocalPaths, "a.bin", "\x00 " + root, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {

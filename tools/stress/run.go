@@ -167,6 +167,9 @@ func watch(sh *shared, begin time.Time, d time.Duration, over <-chan error) (los
 func eventOnItsWay(sh *shared) bool {
 	fds := []unix.PollFd{{Fd: int32(sh.kick), Events: unix.POLLIN}, {Fd: int32(sh.irq), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
+	for err == unix.EINTR { // the runtime's preemption
+		n, err = unix.Poll(fds, 0)
+	}
 	return err != nil || n > 0
 }
 

@@ -80,7 +80,7 @@ func epollWait(ep int, events []unix.EpollEvent, timeout int64) (int, error) {
 		if timeout > 0 {
 			ms = int((timeout + 999_999) / 1_000_000)
 		}
-		return unix.EpollWait(ep, events, ms)
+		n, _, e = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(ep), p, uintptr(len(events)), uintptr(ms), 0, 0)
 	}
 	if e != 0 {
 		return 0, e

@@ -60,7 +60,11 @@ func noPoll(path string) error {
 	if err != nil {
 		return err
 	}
-	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	for {
+		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != unix.EINTR {
+			break
+		}
+	}
 	return errors.Join(err, unix.Close(fd))
 }
 
