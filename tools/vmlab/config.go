@@ -45,6 +45,7 @@ type Config struct {
 	Machine   Machine
 	Firmware  Firmware
 	Boot      Boot
+	Kernel    Kernel // of a Direct guest
 	CPUs      int
 	MemoryMiB int
 	// Devices are plugged in from the start, in this order on the bus.
@@ -126,6 +127,9 @@ func (c *Config) check() error {
 	}
 	if c.Within == 0 {
 		c.Within = defaultWithin
+	}
+	if c.Kernel != Debian && c.Boot != Direct {
+		return fmt.Errorf("the modules of Ubuntu's kernel are in the initramfs only: use Boot: Direct")
 	}
 	if c.Initramfs != nil {
 		c.NoAgent = true
@@ -244,7 +248,10 @@ func (c *Config) kernel(l *Lab, accel, dir string) []string {
 		image = "bzImage" // neither enters a vmlinux
 	}
 	line := kernelLine(accel)
-	args := []string{"-kernel", filepath.Join(l.dir, image)}
+	if c.Kernel == Ubuntu {
+		line += " vmlab_modules=nvme"
+	}
+	args := []string{"-kernel", filepath.Join(l.kernelDir(c.Kernel), image)}
 	if c.Boot == Direct {
 		args = append(args, "-initrd", filepath.Join(dir, initrdFile))
 	}

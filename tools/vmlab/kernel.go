@@ -25,6 +25,12 @@ func (b *build) kernel() error {
 	if err := os.Rename(images[0], filepath.Join(b.dir, "bzImage")); err != nil {
 		return err
 	}
+	b.note = strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
+	return b.vmlinux(image)
+}
+
+// vmlinux cuts the kernel out of a bzImage.
+func (b *build) vmlinux(image []byte) error {
 	payload, err := kernelPayload(image)
 	if err != nil {
 		return err
@@ -46,7 +52,6 @@ func (b *build) kernel() error {
 	if _, err := f.Read(head); err != nil || string(head) != "\x7fELF" {
 		return fmt.Errorf("the kernel's payload is not an ELF file: % x, %v", head, err)
 	}
-	b.note = strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
 	return nil
 }
 

@@ -18,6 +18,7 @@ import (
 const (
 	envDir    = "SHADOWBELL_VMLAB"        // the cache directory
 	envMirror = "SHADOWBELL_VMLAB_MIRROR" // where Debian's packages are, instead of what apt is configured for
+	envUbuntu = "SHADOWBELL_VMLAB_UBUNTU" // where Ubuntu's are, instead of ubuntuMirror
 	envAccel  = "SHADOWBELL_VMLAB_ACCEL"  // kvm or tcg, instead of what was probed
 )
 
@@ -106,12 +107,7 @@ func (l *Lab) make(ctx context.Context) error {
 		return err
 	}
 	b := &build{ctx: ctx, dir: tmp, root: filepath.Join(tmp, "root")}
-	begin := time.Now()
-	fmt.Fprintf(l.log, "vmlab: setting up in %s\n", l.dir)
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
+	return b.make(l.dir, l.log, []step{
 		{"package lists", b.lists},
 		{"download", b.download},
 		{"unpack", b.unpack},
@@ -119,18 +115,31 @@ func (l *Lab) make(ctx context.Context) error {
 		{"modules", b.modules},
 		{"initramfs", b.initramfs},
 		{"debian", b.debian},
-	} {
+	})
+}
+
+// step is one of what makes a cache.
+type step struct {
+	name string
+	do   func() error
+}
+
+// make takes the steps, a line for each on log, and renames b.dir to dir, or removes it.
+func (b *build) make(dir string, log io.Writer, steps []step) error {
+	begin := time.Now()
+	fmt.Fprintf(log, "vmlab: setting up in %s\n", dir)
+	for _, s := range steps {
 		b.note = ""
 		at := time.Now()
-		if err := step.do(); err != nil {
-			return errors.Join(fmt.Errorf("vmlab set-up, %s: %w", step.name, err), os.RemoveAll(tmp))
+		if err := s.do(); err != nil {
+			return errors.Join(fmt.Errorf("vmlab set-up, %s: %w", s.name, err), os.RemoveAll(b.dir))
 		}
-		fmt.Fprintf(l.log, "vmlab: %-13s %5.1f s  %s\n", step.name, time.Since(at).Seconds(), b.note)
+		fmt.Fprintf(log, "vmlab: %-13s %5.1f s  %s\n", s.name, time.Since(at).Seconds(), b.note)
 	}
-	if err := os.Rename(tmp, l.dir); err != nil {
+	if err := os.Rename(b.dir, dir); err != nil {
 		return err
 	}
-	fmt.Fprintf(l.log, "vmlab: ready after %.1f s\n", time.Since(begin).Seconds())
+	fmt.Fprintf(log, "vmlab: ready after %.1f s\n", time.Since(begin).Seconds())
 	return nil
 }
 

@@ -178,6 +178,7 @@ func TestConfigThatCannotBe(t *testing.T) {
 		{Config{Machine: Microvm, VIOMMU: true}, "use q35"},
 		{Config{Machine: Microvm, Firmware: OVMF}, "OVMF"},
 		{Config{Machine: Microvm, Boot: FromDisk}, "disk"},
+		{Config{Kernel: Ubuntu, Boot: RootDisk}, "Boot: Direct"},
 		{Config{Ports: 13}, "at most 12"},
 		{Config{Devices: make([]Device, 15)}, "at most 14"},
 	} {

@@ -49,6 +49,9 @@ func (l *Lab) Start(ctx context.Context, c Config) (*VM, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
+	if err := l.Fetch(ctx, c.Kernel); err != nil {
+		return nil, err
+	}
 	for tries := 1; ; tries++ {
 		vm, err := l.start(ctx, c)
 		if err == nil || tries == maxTries || !strings.Contains(err.Error(), stalePatch) {
@@ -366,15 +369,16 @@ func (l *Lab) prepare(ctx context.Context, c *Config, dir string) error {
 	}
 	defer f.Close()
 	if c.Initramfs != nil {
-		return errors.Join(c.Initramfs.write(ctx, l, f), f.Close())
+		return errors.Join(c.Initramfs.write(ctx, l, c.Kernel, f), f.Close())
 	}
-	base, err := os.Open(filepath.Join(l.dir, "initramfs"))
-	if err != nil {
-		return err
+	base := []string{filepath.Join(l.dir, initramfsFile)}
+	if c.Kernel != Debian {
+		base = append(base, l.modules(c.Kernel))
 	}
-	defer base.Close()
-	if _, err := io.Copy(f, base); err != nil {
-		return err
+	for _, name := range base {
+		if err := appendFile(f, name); err != nil {
+			return err
+		}
 	}
 	a := newArchive(f)
 	for _, d := range []string{"usr", "usr/bin", "usr/sbin", "etc", "root"} {
@@ -395,6 +399,16 @@ func (l *Lab) prepare(ctx context.Context, c *Config, dir string) error {
 		}
 	}
 	return errors.Join(a.w.Close(), f.Close())
+}
+
+func appendFile(w io.Writer, name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(w, f)
+	return err
 }
 
 // built has the programs that this process has built so far.
