@@ -356,12 +356,13 @@ func TestForcedReads(t *testing.T) {
 		ops := func(c nvme.Command) (ops []backend.Op) {
 			p.push(c)
 			p.publish()
-			for !p.cq.Ready() {
+			r.eventually("a completion", func() bool {
 				if held := b.ops(); len(held) > 0 {
 					ops = append(ops, held...)
 					b.finish(len(held))
 				}
-			}
+				return p.cq.Ready()
+			})
 			if st := p.reap(1)[0].Status(); st != nvme.StatusSuccess {
 				t.Errorf("%s: %v", c.Describe(false), st)
 			}
