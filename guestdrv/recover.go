@@ -225,11 +225,13 @@ func (c *Controller) regrant(granted int) {
 }
 
 // lateness is what a pair tells of a command past its deadline. It is called by the pair's owner.
-func (c *Controller) lateness(epoch uint64) func(queue.Late, bool) {
-	return func(l queue.Late, old bool) {
+func (c *Controller) lateness(epoch uint64) func(queue.Late, bool) bool {
+	return func(l queue.Late, old bool) bool {
 		select {
 		case c.late <- lateCommand{Late: l, old: old, epoch: epoch}:
-		default: // it tells again
+			return true
+		default:
+			return false
 		}
 	}
 }

@@ -39,6 +39,7 @@ func (c *Controller) watch() {
 	var healing chan struct{} // closed when heal has ended; nil: it does not run
 	var asked time.Time       // when CSTS was read last
 	var late []queue.Late
+	var meanwhile []lateCommand // told while heal runs
 	heal := func(cause error) {
 		done, commands := make(chan struct{}), late
 		healing, late = done, nil
@@ -58,10 +59,20 @@ func (c *Controller) watch() {
 			c.fail(c.gone())
 		case <-healing:
 			healing = nil
-			late = nil // what was late before a reset is not any more
+			for _, l := range meanwhile {
+				if l.epoch == c.epoch() { // what was late before a reset is not any more
+					late = append(late, l.Late)
+				}
+			}
+			if meanwhile = nil; len(late) > 0 {
+				heal(nil)
+			}
 		case l := <-c.late:
 			switch {
-			case healing != nil || l.epoch != c.epoch(): // it tells again, if it is still there
+			case l.epoch != c.epoch():
+			case healing != nil && l.old: // it tells again, if it is still there
+			case healing != nil: // next time it is an old one, which Abort was not tried on
+				meanwhile = append(meanwhile, l)
 			case l.old:
 				heal(&l.Late)
 			default:

@@ -57,8 +57,9 @@ type Config struct {
 	Generation uint16
 
 	// Late is told of a command past its deadline, and again, as an old one, each time that Grace has passed and it is still outstanding. It
-	// is called by who waits or reaps, and returns at once. nil: the first such command fails the queue.
-	Late  func(l Late, old bool)
+	// is called by who waits or reaps, and returns at once; false says that it could not listen and is to be told anew. nil: the first
+	// such command fails the queue.
+	Late  func(l Late, old bool) bool
 	Grace time.Duration
 	// Slow is told, by the same goroutine and once a second, that a command has been outstanding for longer than that; nil: nobody is.
 	Slow func()
@@ -105,7 +106,7 @@ type Queue struct {
 	clock   int64 // ns since start, as last read
 	timeout int64 // ns
 	grace   int64 // ns
-	late    func(Late, bool)
+	late    func(Late, bool) bool
 	slow    func()
 	told    int64 // ns, when slow was told
 	idle    uint32

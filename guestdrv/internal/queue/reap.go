@@ -96,8 +96,7 @@ func (q *Queue) Check() error {
 		if q.late == nil {
 			return q.Fail(q.tooLate(s))
 		}
-		if q.clock-s.started > q.timeout+int64(s.late)*q.grace {
-			q.late(Late{QID: q.qid, CID: s.cid, Err: q.tooLate(s)}, s.late > 0)
+		if q.clock-s.started > q.timeout+int64(s.late)*q.grace && q.late(Late{QID: q.qid, CID: s.cid, Err: q.tooLate(s)}, s.late > 0) {
 			s.late = max(s.late, s.late+1)
 		}
 	}
