@@ -48,8 +48,8 @@ func TestNoWakeUpIsLost(t *testing.T) {
 		args        []string
 		short, long string
 	}{
-		{"threads", nil, "5", "20"},
-		{"processes", []string{"--processes"}, "3", "8"},
+		{"threads", nil, "2", "20"},
+		{"processes", []string{"--processes"}, "1.5", "8"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			seconds := x.long
@@ -92,13 +92,18 @@ const (
 	noInterrupt = "did not interrupt"
 )
 
+// Short, one of the two barriers is taken out of threads and the other out of processes.
 func TestRule01_DriverBarrierIsNeeded(t *testing.T) {
 	t.Run("threads", func(t *testing.T) { caught(t, "driver", noRing) })
-	t.Run("processes", func(t *testing.T) { caught(t, "driver", noRing, "--processes") })
+	if !testing.Short() {
+		t.Run("processes", func(t *testing.T) { caught(t, "driver", noRing, "--processes") })
+	}
 }
 
 func TestRule02_DeviceBarrierIsNeeded(t *testing.T) {
-	t.Run("threads", func(t *testing.T) { caught(t, "device", noRing) })
+	if !testing.Short() {
+		t.Run("threads", func(t *testing.T) { caught(t, "device", noRing) })
+	}
 	t.Run("processes", func(t *testing.T) { caught(t, "device", noRing, "--processes") })
 }
 
