@@ -14,8 +14,12 @@ import (
 // vIOMMU there are thousands of ranges, and each I/O of the guest maps and unmaps one.
 type Table struct {
 	chunks []chunk
-	n      int // ranges
+	n      int     // ranges
+	few    []Range // all of them, if they are few: most clients', which are looked up without a search
 }
+
+// maxFew is how many ranges few has at most.
+const maxFew = 4
 
 // chunk is a run of at least one range.
 type chunk struct {
@@ -26,8 +30,26 @@ type chunk struct {
 // maxChunk is how many ranges a chunk has at most; two that have half of it together become one.
 const maxChunk = 64
 
+// newTable returns a table of chunks, which have n ranges together.
+func newTable(chunks []chunk, n int) *Table {
+	t := &Table{chunks: chunks, n: n}
+	if n <= maxFew && len(chunks) == 1 {
+		t.few = chunks[0].ranges
+	}
+	return t
+}
+
 // find returns the reachable range that holds iova, or nil.
 func (t *Table) find(iova uint64) *Range {
+	for i := range t.few {
+		if r := &t.few[i]; iova-r.IOVA < r.Size && r.mem != nil {
+			return r
+		}
+	}
+	return t.search(iova)
+}
+
+func (t *Table) search(iova uint64) *Range {
 	if r := t.rangeAt(iova); r != nil && r.mem != nil {
 		return r
 	}
@@ -36,17 +58,6 @@ func (t *Table) find(iova uint64) *Range {
 
 // rangeAt returns the range that holds iova, or nil.
 func (t *Table) rangeAt(iova uint64) *Range {
-	switch {
-	case t.n == 0:
-		return nil
-	case t.n <= 4 && len(t.chunks) == 1:
-		for i := range t.chunks[0].ranges {
-			if r := &t.chunks[0].ranges[i]; iova-r.IOVA < r.Size {
-				return r
-			}
-		}
-		return nil
-	}
 	i, j := t.seek(iova)
 	if i == len(t.chunks) {
 		return nil
@@ -86,7 +97,7 @@ func (t *Table) with(r Range) *Table {
 	i, j := t.seek(r.IOVA)
 	if i == len(t.chunks) { // above all: the last chunk grows
 		if i == 0 {
-			return &Table{chunks: []chunk{{r.end(), []Range{r}}}, n: 1}
+			return newTable([]chunk{newChunk([]Range{r})}, 1)
 		}
 		i--
 		j = len(t.chunks[i].ranges)
@@ -94,15 +105,13 @@ func (t *Table) with(r Range) *Table {
 	old := t.chunks[i].ranges
 	grown := make([]Range, 0, len(old)+1)
 	grown = append(append(append(grown, old[:j]...), r), old[j:]...)
-	n := &Table{chunks: make([]chunk, 0, len(t.chunks)+1), n: t.n + 1}
-	n.chunks = append(n.chunks, t.chunks[:i]...)
+	chunks := append(make([]chunk, 0, len(t.chunks)+1), t.chunks[:i]...)
 	if len(grown) > maxChunk {
-		n.chunks = append(n.chunks, newChunk(grown[:maxChunk/2]), newChunk(grown[maxChunk/2:]))
+		chunks = append(chunks, newChunk(grown[:maxChunk/2]), newChunk(grown[maxChunk/2:]))
 	} else {
-		n.chunks = append(n.chunks, newChunk(grown))
+		chunks = append(chunks, newChunk(grown))
 	}
-	n.chunks = append(n.chunks, t.chunks[i+1:]...)
-	return n
+	return newTable(append(chunks, t.chunks[i+1:]...), t.n+1)
 }
 
 func newChunk(ranges []Range) chunk { return chunk{ranges[len(ranges)-1].end(), ranges} }
@@ -133,21 +142,19 @@ func (t *Table) without(iova, last uint64) (n *Table, gone []Range, split *Range
 	if len(gone) == 0 {
 		return nil, nil, nil
 	}
-	n = &Table{chunks: make([]chunk, 0, len(t.chunks)+1), n: t.n - len(gone)}
-	n.chunks = append(n.chunks, t.chunks[:from]...)
+	chunks := append(make([]chunk, 0, len(t.chunks)+1), t.chunks[:from]...)
 	if len(keep) > 0 && from > 0 && len(keep)+len(t.chunks[from-1].ranges) <= maxChunk/2 {
 		keep = append(slices.Clone(t.chunks[from-1].ranges), keep...)
-		n.chunks = n.chunks[:from-1]
+		chunks = chunks[:from-1]
 	}
 	for len(keep) > maxChunk {
-		n.chunks = append(n.chunks, newChunk(keep[:maxChunk/2]))
+		chunks = append(chunks, newChunk(keep[:maxChunk/2]))
 		keep = keep[maxChunk/2:]
 	}
 	if len(keep) > 0 {
-		n.chunks = append(n.chunks, newChunk(keep))
+		chunks = append(chunks, newChunk(keep))
 	}
-	n.chunks = append(n.chunks, t.chunks[to:]...)
-	return n, gone, nil
+	return newTable(append(chunks, t.chunks[to:]...), t.n-len(gone)), gone, nil
 }
 
 // Translate appends the host memory of [iova, iova+n) to vec: one element for each range that it
