@@ -10,14 +10,14 @@ import (
 // complete stages the completion of r and gives r back.
 func (w *Worker) complete(r *request, st nvme.Status) {
 	g := r.sq.g
-	if st.Code() == nvme.StatusAbortSQDeleted && g.ctl.stopping.Load() {
-		w.give(r) // given up for a reset, it ends without a word: a driver that is told might take that for an answer
-		return
-	}
 	dw0 := uint64(0)
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
 	} else {
+		if st.Code() == nvme.StatusAbortSQDeleted && g.ctl.stopping.Load() {
+			w.give(r) // given up for a reset, it ends without a word: a driver that is told might take that for an answer
+			return
+		}
 		if st = w.failed(r, st); r.cmd.Opcode == nvme.IOCopy {
 			dw0 = r.notCopied()
 		}

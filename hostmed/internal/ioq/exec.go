@@ -140,7 +140,7 @@ func (r *request) blocks(slba, n uint64) nvme.Status {
 
 // enqueue puts r in the batch for its backend.
 func (w *Worker) enqueue(r *request) {
-	if r.sq.g.ctl.through.Load() && (r.Op == backend.OpWrite || r.Op == backend.OpWriteZeroes) {
+	if (r.Op == backend.OpWrite || r.Op == backend.OpWriteZeroes) && r.sq.g.ctl.through.Load() {
 		r.FUA = true
 	}
 	m := w.media(r.ns)
@@ -162,9 +162,7 @@ func (w *Worker) submit() {
 	w.inflight -= m.q.Inflight()
 	n := m.q.Submit(batch, w.finished[:])
 	w.inflight += m.q.Inflight()
-	for _, b := range w.finished[:n] {
-		w.finish(w.reqs[b.Owner])
-	}
+	w.finish(w.finished[:n])
 }
 
 // flushBatch submits what has been collected, and then what commands of several steps have left to do.
@@ -198,30 +196,38 @@ func (w *Worker) reap() int {
 		w.inflight -= m.q.Inflight()
 		n := m.q.Reap(w.finished[:])
 		w.inflight += m.q.Inflight()
-		for _, b := range w.finished[:n] {
-			w.finish(w.reqs[b.Owner])
-		}
+		w.finish(w.finished[:n])
 		work += n
 	}
 	w.flushBatch()
 	return work
 }
 
-// finish takes a request that its backend has done with.
-func (w *Worker) finish(r *request) {
-	w.current = r.sq.g
-	st := r.Status
-	if r.step != oneStep {
-		if st == nvme.StatusSuccess {
-			if st = w.next(r); st == waits {
-				w.again = append(w.again, r)
-				return
-			}
+// finish takes requests that their backend has done with.
+func (w *Worker) finish(done []*backend.Request) {
+	for _, b := range done {
+		r := w.reqs[b.Owner]
+		w.current = r.sq.g
+		if r.step == oneStep {
+			w.complete(r, r.Status)
+		} else {
+			w.finishStep(r)
 		}
-		if r.pair != nil {
-			w.fusedDone(r, st)
+	}
+}
+
+// finishStep takes a request of several steps when its backend has done with one.
+func (w *Worker) finishStep(r *request) {
+	st := r.Status
+	if st == nvme.StatusSuccess {
+		if st = w.next(r); st == waits {
+			w.again = append(w.again, r)
 			return
 		}
+	}
+	if r.pair != nil {
+		w.fusedDone(r, st)
+		return
 	}
 	w.complete(r, st)
 }

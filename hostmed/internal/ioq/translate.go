@@ -17,10 +17,21 @@ const keepVec = 260
 // data sets the range of a command that moves data, and translates its data pointer. toGuest says
 // which way.
 func (w *Worker) data(r *request, toGuest bool) nvme.Status {
-	if st := r.blocks(r.cmd.SLBA(), uint64(r.cmd.NLB().Count())); st != nvme.StatusSuccess {
+	c, s := &r.cmd, r.sq
+	if st := r.blocks(c.SLBA(), uint64(c.NLB().Count())); st != nvme.StatusSuccess {
 		return st
 	}
-	return w.translate(r, toGuest)
+	page := uint64(s.pageSize)
+	if off := c.PRP1 & (page - 1); off+r.Len > page || off&3 != 0 || c.PSDT() != nvme.PSDTPRP || r.Len > s.g.ctl.mdts {
+		return w.translate(r, toGuest)
+	}
+	// One page: no list to walk.
+	var ok bool
+	if r.vec, ok = s.g.ctl.mem.Table().Translate(r.vec[:0], c.PRP1, uint32(r.Len), toGuest); !ok {
+		return nvme.StatusDataTransferError.WithDNR()
+	}
+	r.Vec = r.vec
+	return nvme.StatusSuccess
 }
 
 // translate turns the command's data pointer into host memory, in r.Vec.
@@ -35,15 +46,6 @@ func (w *Worker) translate(r *request, toGuest bool) nvme.Status {
 		return w.translateSGL(r, toGuest, table)
 	}
 	page := r.sq.pageSize
-	if off := c.PRP1 & uint64(page-1); off+r.Len <= uint64(page) && off&3 == 0 {
-		// One page: no list to walk.
-		var ok bool
-		if r.vec, ok = table.Translate(r.vec[:0], c.PRP1, uint32(r.Len), toGuest); !ok {
-			return nvme.StatusDataTransferError.WithDNR()
-		}
-		r.Vec = r.vec
-		return nvme.StatusSuccess
-	}
 	ext, st := w.walker.Walk(c.PRP1, c.PRP2, uint32(r.Len), page, r.sq.maxPages, table, w.extents[:0])
 	w.extents = ext[:0]
 	if st != nvme.StatusSuccess {
