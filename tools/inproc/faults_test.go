@@ -262,6 +262,9 @@ func openSocket(t *testing.T, cfg hostmed.Config, o guestdrv.Options, wrap func(
 
 func (f *fault) run(t *testing.T, replay, mmio, socket bool) {
 	o := faultOptions()
+	if f.fails == guestdrv.ErrTimeout {
+		o.ResetTimeout = time.Second // nothing that works has to be done by then
+	}
 	if replay {
 		o.OnReset = guestdrv.ResetReplay
 	}
@@ -300,6 +303,9 @@ func (f *fault) run(t *testing.T, replay, mmio, socket bool) {
 		t.Errorf("the load ended after %v", d)
 	}
 	f.check(t, l, o)
+	if f.fails == guestdrv.ErrTimeout && replay {
+		bad.Repair() // Close waits 5 s for one that cannot be stopped: once is enough
+	}
 	begin := time.Now()
 	err := c.Close()
 	if d := time.Since(begin); d > 10*time.Second {
