@@ -157,9 +157,13 @@ func TestClientErrorReply(t *testing.T) {
 func TestClientDeadlines(t *testing.T) {
 	checkFDs(t)
 	dev := newFakeDevice()
-	c := connect(t, dev, ClientConfig{Timeout: 20 * time.Millisecond})
+	c := connect(t, dev, ClientConfig{Timeout: patience})
+	c.timeout = 20 * time.Millisecond // now that the version is negotiated
+	stuck := make(chan struct{})
+	answer := sync.OnceFunc(func() { close(stuck) })
+	t.Cleanup(answer)
 	dev.mu.Lock()
-	dev.delay = 80 * time.Millisecond
+	dev.stuck, dev.mem[0][4] = stuck, 42
 	dev.mu.Unlock()
 	p := make([]byte, 4)
 	if err := c.RegionRead(bg, 0, 0, p); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -174,19 +178,16 @@ func TestClientDeadlines(t *testing.T) {
 	if err := c.RegionRead(ctx, 0, 0, p); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("context expired before: %v", err)
 	}
-	ctx, cancel = context.WithCancel(bg)
+	ctx, cancel = context.WithTimeout(bg, patience) // so that the configured time does not come first
 	time.AfterFunc(5*time.Millisecond, cancel)
 	if err := c.RegionRead(ctx, 0, 0, p); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled: %v", err)
 	}
 	// The late replies are dropped, and the connection goes on.
-	ctx, cancel = context.WithTimeout(bg, 5*time.Second)
+	ctx, cancel = context.WithTimeout(bg, patience)
 	defer cancel()
-	dev.mu.Lock()
-	dev.delay = 0
-	dev.mem[0][0] = 42
-	dev.mu.Unlock()
-	if err := c.RegionRead(ctx, 0, 0, p); err != nil || p[0] != 42 {
+	answer()
+	if err := c.RegionRead(ctx, 0, 4, p); err != nil || p[0] != 42 {
 		t.Fatal(err, p)
 	}
 	if len(c.free) != slotCount {
@@ -211,7 +212,7 @@ func TestClientServerDoesNotRead(t *testing.T) {
 	if err := c.Reset(bg); !errors.Is(err, os.ErrDeadlineExceeded) || c.Err() != nil {
 		t.Fatalf("call: %v; connection %v", err, c.Err())
 	}
-	ctx, cancel := context.WithCancel(bg)
+	ctx, cancel := context.WithTimeout(bg, patience)
 	time.AfterFunc(5*time.Millisecond, cancel)
 	if err := c.Reset(ctx); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled: %v", err)

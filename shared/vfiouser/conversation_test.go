@@ -38,8 +38,12 @@ func (c *rawClient) send(cmd Command, flags uint32, payload []byte, fds ...int) 
 func (c *rawClient) next(cmd Command) Message {
 	c.t.Helper()
 	for len(c.in) == 0 {
-		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}, 5000); err != nil && err != unix.EINTR {
-			c.t.Fatal(err)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}, int(patience.Milliseconds()))
+		if err == unix.EINTR {
+			continue
+		}
+		if n != 1 {
+			c.t.Fatalf("%s: no reply in %v: %v", cmd, patience, err)
 		}
 		eof, err := c.r.Fill()
 		if eof || err != nil {

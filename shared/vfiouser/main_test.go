@@ -24,6 +24,9 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// patience is how long a test waits for what must come, however busy the machine is.
+const patience = 30 * time.Second
+
 // checkFDs fails the test if it ends with another number of open descriptors than it
 // has now. Call it first: cleanups run in reverse.
 func checkFDs(t testing.TB) {
@@ -110,7 +113,7 @@ type fakeDevice struct {
 	held    []int             // descriptors it was given
 	vectors map[[2]uint32]int // eventfds by index and vector
 	fail    error             // returned by everything while set
-	delay   time.Duration     // of a region read
+	stuck   chan struct{}     // a region read waits until it is closed; nil: it does not
 }
 
 func newFakeDevice() *fakeDevice {
@@ -215,12 +218,15 @@ func (d *fakeDevice) DMAUnmap(iova, size uint64, flags uint32) error {
 
 func (d *fakeDevice) RegionRead(i uint32, off uint64, p []byte) error {
 	d.mu.Lock()
+	stuck := d.stuck
+	d.mu.Unlock()
+	if stuck != nil {
+		<-stuck
+	}
+	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.fail != nil {
 		return d.fail
-	}
-	if d.delay != 0 {
-		time.Sleep(d.delay)
 	}
 	copy(p, d.mem[i][off:])
 	return nil
