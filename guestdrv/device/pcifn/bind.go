@@ -76,8 +76,8 @@ func (h *host) vfioPossible(f *Function) error {
 		return fmt.Errorf("the driver %s is not there: load it first (modprobe %s): %w", VFIO, VFIO, err)
 	}
 	if f.Group == "" && text(filepath.Join(h.sys, "module/vfio/parameters/enable_unsafe_noiommu_mode")) != "Y" {
-		return fmt.Errorf("it is in no IOMMU group, so %s cannot take it: the machine has no IOMMU, or the kernel does not use it (intel_iommu=on); without one, sysfs:%s works after guestdrv bind %s --driver none: %w",
-			VFIO, f.Address, f.Address, errors.ErrUnsupported)
+		return fmt.Errorf("it is in no IOMMU group, so %s cannot take it: the machine has no IOMMU, or the kernel does not use it (intel_iommu=on); without one, sysfs:%s works after guestdrv bind %s --driver none, and vfio:%s,noiommu once vfio's parameter enable_unsafe_noiommu_mode is Y: %w",
+			VFIO, f.Address, f.Address, f.Address, errors.ErrUnsupported)
 	}
 	return nil
 }
