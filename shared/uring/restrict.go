@@ -20,7 +20,9 @@ type Restrictions struct {
 // Restrict takes effect with Enable, for good: entries with another operation or flag end with EACCES, and nothing can be registered any
 // more. The ring must have been made with Config.Disabled, and its files, buffers and personalities registered before (5.10).
 func (r *Ring) Restrict(x Restrictions) error {
-	v := make([]restriction, 0, len(x.Ops)+2)
+	v := make([]restriction, 0, len(x.Ops)+3)
+	// From Linux 7.0 on registering is restricted only where something of it is allowed: what has no effect on a ring that is enabled.
+	v = append(v, restriction{opcode: restrictRegisterOp, value: regEnableRings})
 	for _, op := range x.Ops {
 		v = append(v, restriction{opcode: restrictSQEOp, value: op})
 	}
