@@ -18,28 +18,11 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
-// logBuffer is a log that a test can read while it is written.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func withLog(o guestdrv.Options) (guestdrv.Options, *logBuffer) {
-	log := &logBuffer{}
+func withLog(o guestdrv.Options) (guestdrv.Options, *testrig.Buffer) {
+	log := &testrig.Buffer{}
 	o.Logger = hclog.New(&hclog.LoggerOptions{Output: log, Level: hclog.Debug})
 	return o, log
 }

@@ -17,22 +17,19 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // told serves one controller and returns its socket and how often the warnings so far contain each text.
 func told(t *testing.T) (socket string, count func(text string) int) {
 	t.Helper()
-	log := &lockedBuffer{}
+	log := &testrig.Buffer{}
 	socket = filepath.Join(t.TempDir(), "s")
 	start(t, Config{
 		Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=1MiB"}}},
 		Logger:      hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: log}),
 	})
-	return socket, func(text string) int {
-		log.mu.Lock()
-		defer log.mu.Unlock()
-		return strings.Count(log.buf.String(), text)
-	}
+	return socket, func(text string) int { return strings.Count(log.String(), text) }
 }
 
 // QEMU without a memory backend hands out no descriptors.

@@ -10,12 +10,13 @@ import (
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 func attachHere(t *testing.T, mode DoorbellMode) (*Mediator, *Function) {
 	t.Helper()
 	m, err := New(Config{
-		NoSockets: true, Logger: testLog(t),
+		NoSockets: true, Logger: testrig.Log(t),
 		Controllers: []ControllerConfig{{Socket: "here", Doorbells: mode, Namespaces: []string{"null:size=1MiB"}}},
 	})
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // command runs one command of the batch API.
@@ -43,7 +44,7 @@ func TestMarksSurviveARestart(t *testing.T) {
 		socket := filepath.Join(dir, "s")
 		stop = start(t, Config{
 			Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"file:" + filepath.Join(dir, "disk") + ",size=1MiB"}}},
-			State:       filepath.Join(dir, "state"), Logger: testLog(t),
+			State:       filepath.Join(dir, "state"), Logger: testrig.Log(t),
 		})
 		return open(t, socket, guestdrv.Options{Timeout: patience / 4}), stop
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // TestGrouped: a SPEC is one medium, so controllers that name it share a namespace, and are in one subsystem.
@@ -65,7 +66,7 @@ func TestSharedNamespace(t *testing.T) {
 	for _, name := range []string{"a", "b"} {
 		cc = append(cc, ControllerConfig{Socket: filepath.Join(dir, name), Namespaces: []string{"file:" + filepath.Join(dir, "disk") + ",size=4MiB"}})
 	}
-	start(t, Config{Controllers: cc, Logger: testLog(t)})
+	start(t, Config{Controllers: cc, Logger: testrig.Log(t)})
 	a, b := open(t, cc[0].Socket, guestdrv.Options{}), open(t, cc[1].Socket, guestdrv.Options{})
 	ida, idb := a.Identify(), b.Identify()
 	if ida.Subsystem() != idb.Subsystem() || ida.Serial() != idb.Serial() || ida.CNTLID == idb.CNTLID || ida.CMIC&2 == 0 {
@@ -93,7 +94,7 @@ func TestStateOutlivesHostmed(t *testing.T) {
 	dir := t.TempDir()
 	c := Config{State: filepath.Join(dir, "state"), Controllers: []ControllerConfig{{Socket: filepath.Join(dir, "s"), Namespaces: []string{"mem:size=1MiB"}}}}
 	for cycle := uint64(1); cycle <= 3; cycle++ {
-		c.Logger = testLog(t)
+		c.Logger = testrig.Log(t)
 		stop := start(t, c)
 		client := open(t, c.Controllers[0].Socket, guestdrv.Options{})
 		var cmd nvme.Command

@@ -10,6 +10,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // within fails the test if f takes longer than what a driver and an operator are told.
@@ -125,7 +126,7 @@ func TestAbortOfDroppedCommands(t *testing.T) {
 }
 
 func TestFaultsAreAnnounced(t *testing.T) {
-	var said lockedBuffer
+	var said testrig.Buffer
 	m, err := New(Config{
 		NoSockets: true, Logger: hclog.New(&hclog.LoggerOptions{Output: &said}),
 		Controllers: []ControllerConfig{{Socket: "a", Namespaces: []string{"fault:drop,over=null:size=1MiB"}}},
@@ -134,9 +135,7 @@ func TestFaultsAreAnnounced(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	said.mu.Lock()
-	defer said.mu.Unlock()
-	if s := said.buf.String(); !strings.Contains(s, "[WARN]") || !strings.Contains(s, "on purpose") || !strings.Contains(s, "fault:drop,over=null:size=1MiB") {
+	if s := said.String(); !strings.Contains(s, "[WARN]") || !strings.Contains(s, "on purpose") || !strings.Contains(s, "fault:drop,over=null:size=1MiB") {
 		t.Errorf("the log says %q", s)
 	}
 }

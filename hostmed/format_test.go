@@ -12,6 +12,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 func formatCmd(nsid uint32, index, erase uint8) (cmd nvme.Command) {
@@ -22,7 +23,7 @@ func formatCmd(nsid uint32, index, erase uint8) (cmd nvme.Command) {
 // TestFormat: the data is gone, the blocks have another size, both controllers show it, and so does the next hostmed.
 func TestFormat(t *testing.T) {
 	dir := t.TempDir()
-	cfg := Config{State: filepath.Join(dir, "state"), Logger: testLog(t), Subsystems: []SubsystemConfig{{
+	cfg := Config{State: filepath.Join(dir, "state"), Logger: testrig.Log(t), Subsystems: []SubsystemConfig{{
 		NQN:         "nqn.2026-11.test:a",
 		Controllers: []ControllerConfig{{Socket: filepath.Join(dir, "a")}, {Socket: filepath.Join(dir, "b")}},
 		Namespaces:  []NamespaceConfig{{NSID: 1, Spec: "file:" + filepath.Join(dir, "disk") + ",size=4MiB"}, {NSID: 2, Spec: "mem:size=1MiB"}},
@@ -80,7 +81,7 @@ func TestFormat(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	stop = start(t, cfg)
 	check()
 
@@ -99,7 +100,7 @@ func TestFormat(t *testing.T) {
 	}
 	// What the operator says now comes before what a guest did.
 	cfg.Subsystems[0].Namespaces[0].Spec = "file:" + filepath.Join(dir, "disk") + ",lba=4096"
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	start(t, cfg)
 	check()
 }
@@ -211,7 +212,7 @@ func TestFormatUnderLoad(t *testing.T) {
 func TestFormatOfCreatedNamespace(t *testing.T) {
 	dir := t.TempDir()
 	cfg := managed(dir)
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	stop := start(t, cfg)
 	a := open(t, filepath.Join(dir, "a"), guestdrv.Options{})
 	nsid := create(t, a, nvme.IdentifyNamespace{NSZE: 1024, NCAP: 1024})
@@ -223,7 +224,7 @@ func TestFormatOfCreatedNamespace(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	start(t, cfg)
 	a = open(t, filepath.Join(dir, "a"), guestdrv.Options{})
 	id := identifyNamespace(t, a, nsid)

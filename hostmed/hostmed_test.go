@@ -14,12 +14,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -31,51 +31,14 @@ func start(t testing.TB, c Config) (stop func() error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	var once sync.Once
-	stop = func() (err error) {
-		once.Do(func() { cancel(); err = <-ended })
-		return err
-	}
-	t.Cleanup(func() {
-		if err := stop(); err != nil {
-			t.Errorf("shutdown: %v", err)
-		}
-	})
-	return stop
+	return testrig.Serve(t, m.Run)
 }
 
 // one serves a single controller and returns its socket.
 func one(t testing.TB, mode DoorbellMode, specs ...string) (socket string, stop func() error) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "s")
-	return socket, start(t, Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: specs, Doorbells: mode}}, Logger: testLog(t)})
-}
-
-// testLog shows what the mediator thought when a test has failed.
-func testLog(t testing.TB) hclog.Logger {
-	var b lockedBuffer
-	t.Cleanup(func() {
-		if t.Failed() {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			t.Log(b.buf.String())
-		}
-	})
-	return hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &b})
-}
-
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
+	return socket, start(t, Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: specs, Doorbells: mode}}, Logger: testrig.Log(t)})
 }
 
 func open(t testing.TB, socket string, o guestdrv.Options) *guestdrv.Controller {

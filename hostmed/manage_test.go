@@ -10,6 +10,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // managed is a subsystem with two controllers whose guests may manage namespaces, and a third whose guest may not.
@@ -68,7 +69,7 @@ func identifyController(t testing.TB, c *guestdrv.Controller) (id nvme.IdentifyC
 func TestNamespaceManagement(t *testing.T) {
 	dir := t.TempDir()
 	cfg := managed(dir)
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	stop := start(t, cfg)
 	a, logA := watched(t, filepath.Join(dir, "a"))
 	b, logB := watched(t, filepath.Join(dir, "b"))
@@ -140,7 +141,7 @@ func TestNamespaceManagement(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	start(t, cfg)
 	a, b = open(t, filepath.Join(dir, "a"), guestdrv.Options{}), open(t, filepath.Join(dir, "b"), guestdrv.Options{})
 	if ns, err = b.Namespace(nsid); err != nil {
@@ -285,7 +286,7 @@ func TestNamespaceIDsRunOut(t *testing.T) {
 func TestPoolThatCannotBeRead(t *testing.T) {
 	dir := t.TempDir()
 	cfg := managed(dir)
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	stop := start(t, cfg)
 	a := open(t, filepath.Join(dir, "a"), guestdrv.Options{})
 	first, second := create(t, a, nvme.IdentifyNamespace{NSZE: 8, NCAP: 8}), create(t, a, nvme.IdentifyNamespace{NSZE: 16, NCAP: 16})
@@ -307,7 +308,7 @@ func TestPoolThatCannotBeRead(t *testing.T) {
 			}
 		}
 	}
-	cfg.Logger = testLog(t)
+	cfg.Logger = testrig.Log(t)
 	stop = start(t, cfg)
 	a = open(t, filepath.Join(dir, "a"), guestdrv.Options{})
 	if got := nsids(t, a, nvme.CNSActiveNamespaces); !slices.Equal(got, []uint32{1, 2, second}) {

@@ -15,27 +15,20 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // serve runs a mediator until the test ends.
 func serve(t testing.TB, c Config) *Mediator {
 	t.Helper()
 	if c.Logger == nil {
-		c.Logger = testLog(t)
+		c.Logger = testrig.Log(t)
 	}
 	m, err := New(c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("shutdown: %v", err)
-		}
-	})
+	testrig.Serve(t, m.Run)
 	return m
 }
 
@@ -87,18 +80,14 @@ func eventually(t testing.TB, what string, f func() bool) {
 
 // watched is a client whose driver logs the events that come.
 func watched(t testing.TB, socket string) (*guestdrv.Controller, func() string) {
-	var b lockedBuffer
+	var b testrig.Buffer
 	c := open(t, socket, guestdrv.Options{Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: &b})})
 	eventually(t, "the driver asks for events", func() bool {
 		var cmd nvme.Command
 		cmd.SetGetFeatures(nvme.FeatureAsyncEvents, 0, nvme.FeatureCurrent)
 		return nvme.EventConfig(admin(t, c, cmd, nil))&nvme.EventConfigNamespace != 0
 	})
-	return c, func() string {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		return b.buf.String()
-	}
+	return c, b.String
 }
 
 func TestReload(t *testing.T) {

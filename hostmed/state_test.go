@@ -9,6 +9,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 func smart(t *testing.T, c *guestdrv.Controller) *nvme.SMARTLog {
@@ -31,7 +32,7 @@ func TestCountersOutlive(t *testing.T) {
 	for name, dir := range map[string]string{"reconnect": "", "restart": filepath.Join(t.TempDir(), "state")} {
 		t.Run(name, func(t *testing.T) {
 			socket := filepath.Join(t.TempDir(), "s")
-			cfg := Config{State: dir, Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=16MiB"}}}, Logger: testLog(t)}
+			cfg := Config{State: dir, Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=16MiB"}}}, Logger: testrig.Log(t)}
 			stop := start(t, cfg)
 			for i := uint64(1); i <= 3; i++ {
 				c := open(t, socket, guestdrv.Options{})
@@ -79,7 +80,7 @@ func TestStateDirectoryInUse(t *testing.T) {
 // A namespace that a guest has write protected stays so over restarts, and the data path knows.
 func TestWriteProtectionOutlives(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
-	cfg := Config{State: t.TempDir(), Logger: testLog(t),
+	cfg := Config{State: t.TempDir(), Logger: testrig.Log(t),
 		Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"file:" + filepath.Join(t.TempDir(), "disk") + ",size=16MiB"}}}}
 	buf := make([]byte, 4096)
 	for _, step := range []struct{ was, set uint32 }{{0, 1}, {1, 1}, {1, 0}, {0, 2}, {0, 0}} { // 2 is until power is off

@@ -1,7 +1,6 @@
 package hostmed
 
 import (
-	"context"
 	"path/filepath"
 	"testing"
 
@@ -10,19 +9,7 @@ import (
 
 func TestStats(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
-	m, err := New(Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=16MiB"}, Doorbells: Trap}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	}()
+	m := serve(t, Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=16MiB"}, Doorbells: Trap}}})
 	if _, err := m.Stats(socket + "x"); err == nil {
 		t.Error("a socket that nobody has was found")
 	}

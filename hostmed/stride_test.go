@@ -7,6 +7,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // Doorbells a cache line apart, or closer, in every mode: guestdrv finds them where CAP.DSTRD says. With shadow doorbells the page bounds
@@ -16,7 +17,7 @@ func TestDoorbellStride(t *testing.T) {
 		for _, dstrd := range []uint8{0, 1, 4} {
 			t.Run(fmt.Sprintf("%v/%d", mode, nvme.DoorbellStride(dstrd)), func(t *testing.T) {
 				socket := filepath.Join(t.TempDir(), "s")
-				start(t, Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=64MiB"}, Doorbells: mode, DSTRD: dstrd}}, Logger: testLog(t)})
+				start(t, Config{Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=64MiB"}, Doorbells: mode, DSTRD: dstrd}}, Logger: testrig.Log(t)})
 				c := open(t, socket, guestdrv.Options{Timeout: patience / 4})
 				if got := c.Capabilities().DSTRD(); got != dstrd {
 					t.Errorf("CAP.DSTRD %d, want %d", got, dstrd)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/tools/conformance/suite"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // serve runs a controller until the end of the test and returns its name as a device.
@@ -21,15 +21,7 @@ func serve(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	})
+	testrig.Serve(t, m.Run)
 	return "vfio-user:" + socket
 }
 

@@ -1,7 +1,6 @@
 package inproc_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // faultOptions make deadlines pass quickly. A loaded machine may let a command of a healthy controller be late too, which costs a
@@ -234,20 +234,12 @@ func TestFaultsOverSocket(t *testing.T) {
 func openSocket(t *testing.T, cfg hostmed.Config, o guestdrv.Options, wrap func(device.Device) device.Device) (*hostmed.Mediator, *guestdrv.Controller) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
-	cfg.Controllers[0].Socket, cfg.Logger = socket, testLog(t)
+	cfg.Controllers[0].Socket, cfg.Logger = socket, testrig.Log(t)
 	m, err := hostmed.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	running, stop := context.WithCancel(ctx)
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(running) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	})
+	testrig.Serve(t, m.Run)
 	dev, err := vfiouser.Open(ctx, socket)
 	if err != nil {
 		t.Fatal(err)

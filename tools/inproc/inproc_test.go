@@ -1,22 +1,19 @@
 package inproc_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
-
-	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/inproc"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 var ctx = context.Background()
@@ -27,34 +24,10 @@ const patience = time.Minute
 // name is the controller's, in place of a socket.
 const name = "a"
 
-// testLog shows what the mediator thought when a test has failed.
-func testLog(t testing.TB) hclog.Logger {
-	var b lockedBuffer
-	t.Cleanup(func() {
-		if t.Failed() {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			t.Log(b.buf.String())
-		}
-	})
-	return hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &b})
-}
-
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
 // serve starts a mediator without sockets, until the test ends.
 func serve(t testing.TB, c hostmed.Config) *hostmed.Mediator {
 	t.Helper()
-	c.NoSockets, c.Logger = true, testLog(t)
+	c.NoSockets, c.Logger = true, testrig.Log(t)
 	m, err := hostmed.New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -230,19 +203,11 @@ func TestAttachIsExclusive(t *testing.T) {
 // TestSocketAndAttach has a client on the socket and wants one in the process, and the other way round.
 func TestSocketAndAttach(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
-	m, err := hostmed.New(hostmed.Config{Logger: testLog(t), Controllers: []hostmed.ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=1MiB"}}}})
+	m, err := hostmed.New(hostmed.Config{Logger: testrig.Log(t), Controllers: []hostmed.ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=1MiB"}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	running, stop := context.WithCancel(ctx)
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(running) }()
-	defer func() {
-		stop()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	}()
+	testrig.Serve(t, m.Run)
 	c, err := guestdrv.Open(ctx, "vfio-user:"+socket, small())
 	if err != nil {
 		t.Fatal(err)

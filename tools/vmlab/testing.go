@@ -1,7 +1,6 @@
 package vmlab
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +17,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 // Open returns the lab, set up if need be. A test that cannot have it fails; with -short it is
@@ -205,7 +204,12 @@ func Hostmed(t testing.TB, c hostmed.Config) []string {
 // QEMU may abort when a server goes under a running guest, so start it before the machine: what is started first ends last.
 func Serve(t testing.TB, c *hostmed.Config) *hostmed.Mediator {
 	t.Helper()
-	log := &lockedBuffer{}
+	log := &testrig.Buffer{}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("end of hostmed's log:\n%s", lastLines(log.String(), tailLines))
+		}
+	})
 	if c.Logger == nil {
 		c.Logger = hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.Debug, Output: log})
 	}
@@ -226,18 +230,7 @@ func Serve(t testing.TB, c *hostmed.Config) *hostmed.Mediator {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		if t.Failed() {
-			t.Logf("end of hostmed's log:\n%s", lastLines(log.String(), tailLines))
-		}
-	})
+	testrig.Serve(t, m.Run)
 	return m
 }
 
@@ -259,7 +252,7 @@ func HostmedProcess(t testing.TB, args ...string) *process.Daemon {
 	if err := os.WriteFile(bin, b, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	log := &lockedBuffer{}
+	log := &testrig.Buffer{}
 	d, err := process.StartHostmed(t.Context(), bin, log, args...)
 	if err != nil {
 		t.Fatal(err)
@@ -286,22 +279,4 @@ func shortDir(t testing.TB) string {
 		}
 	})
 	return s.path
-}
-
-// lockedBuffer is written by one goroutine and read by another.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

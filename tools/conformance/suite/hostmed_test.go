@@ -1,13 +1,11 @@
 package suite
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -17,6 +15,7 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -24,25 +23,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // serve starts a mediator until the test ends.
 func serve(t *testing.T, c hostmed.Config) {
 	t.Helper()
-	var mu sync.Mutex
-	var log bytes.Buffer
-	c.Logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &log, Mutex: &mu})
+	var log testrig.Buffer
+	t.Cleanup(func() {
+		if t.Failed() && testing.Verbose() { // thousands of lines
+			t.Log(log.String())
+		}
+	})
+	c.Logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &log})
 	m, err := hostmed.New(c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("shutdown: %v", err)
-		}
-		if t.Failed() && testing.Verbose() {
-			t.Log(log.String())
-		}
-	})
+	testrig.Serve(t, m.Run)
 }
 
 func opener(socket string) func(context.Context) (device.Device, error) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 	"github.com/shadowbell/shadowbell/tools/vmlab"
 )
 
@@ -52,7 +53,7 @@ type server struct {
 	lab    *vmlab.Lab
 	t      *testing.T
 	socket string
-	log    *lockedBuffer
+	log    *testrig.Buffer
 }
 
 // serve gives hostmed's namespaces to NBD clients on this machine.
@@ -69,7 +70,7 @@ func serveDevice(t *testing.T, lab *vmlab.Lab, device string, args ...string) *s
 	if binErr != nil {
 		t.Fatal(binErr)
 	}
-	log := &lockedBuffer{}
+	log := &testrig.Buffer{}
 	s := &server{lab: lab, t: t, log: log, socket: filepath.Join(filepath.Dir(device), "nbd.sock")}
 	var err error
 	s.Daemon, err = process.StartGuestdrv(t.Context(), bin, log, append([]string{"vfio-user:" + device, "--nbd", "unix:" + s.socket}, args...)...)
@@ -148,22 +149,4 @@ func (s *server) run(name string, args ...string) string {
 		s.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
 	return out.String()
-}
-
-// lockedBuffer is written by one goroutine and read by another.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

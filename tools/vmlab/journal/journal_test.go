@@ -17,6 +17,7 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 	"github.com/shadowbell/shadowbell/tools/vmlab/journal/volatile"
 )
 
@@ -82,24 +83,6 @@ func (d *pairDisk) WriteAt(p []byte, off int64) (int, error) { return len(p), d.
 func (d *pairDisk) WriteDurable(p []byte, off int64) error   { return d.write(p, off, true) }
 func (d *pairDisk) Flush() error                             { return d.do(guestdrv.IO{Op: nvme.IOFlush}) }
 
-// lockedBuffer is written by the writers and read by the one who pulls the plug.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) acks() (Acks, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return ReadAcks(bytes.NewReader(l.b.Bytes()))
-}
-
 var build struct {
 	sync.Once
 	path string
@@ -154,7 +137,7 @@ func outages(t *testing.T, d *volatile.Disk, methods []Method, cuts int) (lost [
 	for range methods {
 		disks = append(disks, newPairDisk(t, c))
 	}
-	acks := &lockedBuffer{}
+	acks := &testrig.Buffer{}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- Run(ctx, l, disks, acks) }()
@@ -167,7 +150,7 @@ func outages(t *testing.T, d *volatile.Disk, methods []Method, cuts int) (lost [
 	r := rand.New(rand.NewPCG(1, 2))
 	for i := range cuts {
 		time.Sleep(time.Duration(r.IntN(20)) * time.Millisecond)
-		a, err := acks.acks() // what is acknowledged before the cut counts
+		a, err := ReadAcks(strings.NewReader(acks.String())) // what is acknowledged before the cut counts
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -287,13 +270,13 @@ func TestCheck(t *testing.T) {
 
 func TestFiles(t *testing.T) {
 	dir := t.TempDir()
-	acks := &lockedBuffer{}
+	acks := &testrig.Buffer{}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := RunFiles(ctx, dir, 3, 2, acks); err != nil {
 		t.Fatal(err)
 	}
-	a, err := acks.acks()
+	a, err := ReadAcks(strings.NewReader(acks.String()))
 	if err != nil {
 		t.Fatal(err)
 	}
