@@ -14,8 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -138,36 +136,14 @@ func (d *Device) AllocDMA(size uint64) (*device.DMARegion, error) {
 func (d *Device) MaxInterrupts() int { return d.f.Vectors() }
 
 // Interrupts makes n eventfds and gives the controller descriptors of its own for them, as a socket would.
-func (d *Device) Interrupts(n int) (fds []int, err error) {
-	theirs := []int{}
-	defer func() {
+func (d *Device) Interrupts(n int) ([]int, error) {
+	return device.EventFDs(n, d.f.Vectors(), func(fds []int) error {
+		theirs, err := device.Duplicates(fds)
 		if err != nil {
-			for _, fd := range fds {
-				unix.Close(fd)
-			}
-			fds = nil
+			return err
 		}
-	}()
-	for range n {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-		if err == nil {
-			fds = append(fds, fd)
-			var dup int
-			if dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil {
-				theirs = append(theirs, dup)
-			}
-		}
-		if err != nil {
-			for _, fd := range theirs {
-				unix.Close(fd)
-			}
-			return fds, fmt.Errorf("eventfd for interrupt vector %d: %w", len(theirs), err)
-		}
-	}
-	if n == 0 {
-		return fds, nil
-	}
-	return fds, d.gone(d.f.SetVectors(theirs))
+		return d.gone(d.f.SetVectors(theirs))
+	})
 }
 
 // Reset resets the function.

@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/guestdrv/device"
 )
 
 // lines are the interrupts: the device signals eventfds of its own, and a goroutine hands each on.
@@ -20,11 +22,8 @@ func (d *Device) Interrupts(n int) ([]int, error) {
 		return from, err
 	}
 	l := lines{from: from, quit: -1}
-	driver, err := l.open()
+	driver, err := device.EventFDs(n, n, l.open)
 	if err != nil {
-		for _, fd := range driver {
-			unix.Close(fd)
-		}
 		l.close()
 		return nil, err
 	}
@@ -33,24 +32,13 @@ func (d *Device) Interrupts(n int) ([]int, error) {
 	return driver, nil
 }
 
-// open makes what lines needs, and the driver's eventfds.
-func (l *lines) open() (driver []int, err error) {
+// open makes what lines needs, beside the driver's eventfds.
+func (l *lines) open(driver []int) (err error) {
 	if l.quit, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("eventfd: %w", err)
+		return fmt.Errorf("eventfd: %w", err)
 	}
-	for range l.from {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-		if err != nil {
-			return driver, fmt.Errorf("eventfd: %w", err)
-		}
-		driver = append(driver, fd)
-		dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-		if err != nil {
-			return driver, fmt.Errorf("eventfd: %w", err)
-		}
-		l.to = append(l.to, dup)
-	}
-	return driver, nil
+	l.to, err = device.Duplicates(driver)
+	return err
 }
 
 // forward hands interrupts on until stop.

@@ -41,8 +41,6 @@ type Device struct {
 
 	closeOnce sync.Once
 	closeErr  error
-	unmapOnce sync.Once
-	unmapErr  error
 }
 
 var _ device.Device = (*Device)(nil)
@@ -313,10 +311,4 @@ func (d *Device) Close() error {
 		}
 	})
 	return d.closeErr
-}
-
-// Unmap takes the registers away.
-func (d *Device) Unmap() error {
-	d.unmapOnce.Do(func() { d.unmapErr = d.Registers.Unmap() })
-	return d.unmapErr
 }

@@ -52,8 +52,6 @@ type Device struct {
 	watching  sync.WaitGroup
 	closeOnce sync.Once
 	closeErr  error
-	unmapOnce sync.Once
-	unmapErr  error
 }
 
 var _ device.Device = (*Device)(nil)
@@ -233,30 +231,9 @@ func (d *Device) MaxInterrupts() int { return d.vectors }
 
 // Interrupts makes n eventfds and hands them to the kernel.
 func (d *Device) Interrupts(n int) ([]int, error) {
-	if n > d.vectors {
-		return nil, fmt.Errorf("%d interrupt vectors wanted, the function has %d", n, d.vectors)
-	}
-	fds := make([]int, 0, n)
-	fail := func(err error) ([]int, error) {
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-		return nil, err
-	}
-	for range n {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-		if err != nil {
-			return fail(fmt.Errorf("eventfd for interrupt vector %d: %w", len(fds), err))
-		}
-		fds = append(fds, fd)
-	}
-	if n == 0 {
-		return fds, nil
-	}
-	if err := d.with(func() error { return setIRQs(d.k, d.fd, d.irqIndex, fds) }); err != nil {
-		return fail(fmt.Errorf("%d interrupt vectors: %w", n, err))
-	}
-	return fds, nil
+	return device.EventFDs(n, d.vectors, func(fds []int) error {
+		return d.with(func() error { return setIRQs(d.k, d.fd, d.irqIndex, fds) })
+	})
 }
 
 // The kernel does not wait for the lock that a reset needs.
@@ -328,10 +305,4 @@ func (d *Device) Close() error {
 		d.watching.Wait()
 	})
 	return d.closeErr
-}
-
-// Unmap takes the registers away.
-func (d *Device) Unmap() error {
-	d.unmapOnce.Do(func() { d.unmapErr = d.Registers.Unmap() })
-	return d.unmapErr
 }

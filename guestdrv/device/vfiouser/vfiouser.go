@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -48,8 +47,6 @@ type Device struct {
 	vectors  int
 	page     *shm.Region // the doorbell page, from DoorbellBase on; nil: messages
 	nextIOVA atomic.Uint64
-	unmap    sync.Once
-	unmapErr error
 
 	// Unmapped says why a doorbell page that the server offered was not mapped; "" otherwise.
 	Unmapped string
@@ -293,31 +290,10 @@ func (d *Device) MaxInterrupts() int { return d.vectors }
 
 // Interrupts makes n eventfds and hands them to the server.
 func (d *Device) Interrupts(n int) ([]int, error) {
-	if n > d.vectors {
-		return nil, fmt.Errorf("%d interrupt vectors wanted, the device has %d", n, d.vectors)
-	}
-	fds := make([]int, 0, n)
-	fail := func(err error) ([]int, error) {
-		for _, fd := range fds {
-			closeFD(fd)
-		}
-		return nil, err
-	}
-	for range n {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-		if err != nil {
-			return fail(fmt.Errorf("eventfd for interrupt vector %d: %w", len(fds), err))
-		}
-		fds = append(fds, fd)
-	}
-	if n == 0 {
-		return fds, nil
-	}
-	const flags = vfiouser.IRQSetDataEventFD | vfiouser.IRQSetTrigger
-	if err := d.client.SetIRQs(context.Background(), vfiouser.IRQMSIX, 0, flags, fds); err != nil {
-		return fail(wrap(err))
-	}
-	return fds, nil
+	return device.EventFDs(n, d.vectors, func(fds []int) error {
+		const flags = vfiouser.IRQSetDataEventFD | vfiouser.IRQSetTrigger
+		return wrap(d.client.SetIRQs(context.Background(), vfiouser.IRQMSIX, 0, flags, fds))
+	})
 }
 
 // Reset asks the server for a function reset, and then lets the function reach memory again: the configuration space was reset too.
@@ -359,12 +335,10 @@ func (d *Device) Close() error { return d.client.Close() }
 
 // Unmap takes the doorbell page away.
 func (d *Device) Unmap() error {
-	d.unmap.Do(func() {
-		if d.page != nil {
-			d.unmapErr = d.page.Close()
-		}
-	})
-	return d.unmapErr
+	if d.page == nil {
+		return nil
+	}
+	return d.page.Close()
 }
 
 // Scheme is what names of devices of this kind begin with.

@@ -2,10 +2,7 @@ package nvmetest
 
 import (
 	"errors"
-	"fmt"
 	"sync"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -114,23 +111,15 @@ func (p *inProc) MaxInterrupts() int { return len(p.d.vectors) }
 func (p *inProc) Interrupts(n int) ([]int, error) {
 	p.d.mu.Lock()
 	defer p.d.mu.Unlock()
-	if n > len(p.d.vectors) {
-		return nil, errors.New("too many vectors")
-	}
-	var fds []int
-	for i := range n {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	return device.EventFDs(n, len(p.d.vectors), func(fds []int) error {
+		own, err := device.Duplicates(fds)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		// The device's end is a descriptor of its own, as after passing it over a socket.
-		if p.d.vectors[i], err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err != nil {
-			return nil, fmt.Errorf("dup: %w", err)
-		}
-		fds = append(fds, fd)
-	}
-	p.d.ownFDs = true
-	return fds, nil
+		copy(p.d.vectors, own)
+		p.d.ownFDs = true
+		return nil
+	})
 }
 
 func (p *inProc) Reset() error          { return p.d.resetFunction() }
