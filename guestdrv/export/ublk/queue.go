@@ -68,10 +68,12 @@ type port interface {
 	// watch completes, once, when fd is readable; false: fd cannot be watched.
 	watch(fd int) bool
 	// flush hands over what was prepared and brings what the kernel holds back; wait does that and waits for an event, d at the most if d is not 0.
+	// Each is one system call.
 	flush() error
 	wait(d time.Duration) error
 	pending() bool // something is prepared
-	ready() bool   // there are events, or the kernel holds some back
+	held() bool    // the kernel holds events back
+	ready() bool   // there are events, or held
 	reap(out []event) int
 }
 
@@ -158,7 +160,7 @@ func (q *queue) begin() error {
 	for tag := range n {
 		q.port.fetch(uint16(tag), q.addrs[tag])
 	}
-	return q.port.flush()
+	return q.flush()
 }
 
 // run serves until the kernel has taken all tags back.
@@ -178,8 +180,15 @@ func (q *queue) run() error {
 	return nil
 }
 
-// step does what there is to do, without waiting, and reports whether that was anything.
+// step does what there is to do, without waiting, and reports whether that was anything. What has ended is handed over at once while the controller is at
+// work, whose time passes meanwhile. Otherwise the call that sleeps does it, which comes next: so a request that comes alone takes one system call, for
+// its end and the wait for the next request, and not two.
 func (q *queue) step() (bool, error) {
+	if q.port.held() {
+		if err := q.flush(); err != nil {
+			return true, err
+		}
+	}
 	n := q.port.reap(q.events[:])
 	for i := range q.events[:n] {
 		if err := q.take(&q.events[i]); err != nil {
@@ -200,11 +209,18 @@ func (q *queue) step() (bool, error) {
 	if q.err != nil {
 		q.refuse()
 	}
-	if q.port.pending() {
-		q.counts.Enters.Add(1)
-		return true, q.port.flush()
+	if q.busy() && q.port.pending() {
+		return true, q.flush()
 	}
 	return worked, nil
+}
+
+// busy tells whether the controller is at work.
+func (q *queue) busy() bool { return q.err == nil && q.nvme.Outstanding() > 0 }
+
+func (q *queue) flush() error {
+	q.counts.Enters.Add(1)
+	return q.port.flush()
 }
 
 // drive moves commands to the controller and results back.
@@ -374,6 +390,11 @@ func (q *queue) recover(err error) error {
 }
 
 func (q *queue) remake(why error) error {
+	if q.port.pending() {
+		if err := q.flush(); err != nil { // what has ended does not wait
+			return err
+		}
+	}
 	if err := q.nvme.Close(); err != nil && !q.backend.Again(err) {
 		return err
 	}
@@ -409,8 +430,7 @@ func (q *queue) refuse() {
 
 // rest waits for something to do: it polls for as long as that pays, but only while the controller is at work, and then sleeps on both sides.
 func (q *queue) rest() error {
-	busy := q.err == nil && q.nvme.Outstanding() > 0
-	if !busy {
+	if !q.busy() {
 		q.naps = 0
 		return q.sleep(0)
 	}

@@ -33,6 +33,8 @@ type fakePort struct {
 	prepared []ended
 	done     []ended
 	waits    []time.Duration
+	flushes  int
+	holds    bool // the events are the kernel's still
 	watched  int
 	fetches  int
 	onWait   func()
@@ -46,18 +48,30 @@ func (p *fakePort) commit(tag uint16, result int32, addr uint64) {
 	p.prepared = append(p.prepared, ended{tag, result})
 }
 func (p *fakePort) watch(fd int) bool { p.watched = fd; return fd != 99 }
-func (p *fakePort) flush() error      { p.done, p.prepared = append(p.done, p.prepared...), nil; return nil }
+func (p *fakePort) flush() error {
+	p.flushes++
+	p.take()
+	return nil
+}
+func (p *fakePort) take() {
+	p.done, p.prepared, p.holds = append(p.done, p.prepared...), nil, false
+}
 func (p *fakePort) wait(d time.Duration) error {
 	p.waits = append(p.waits, d)
 	if len(p.waits) > 10000 {
 		p.t.Fatal("the queue sleeps for ever")
 	}
 	p.onWait()
-	return p.flush()
+	p.take()
+	return nil
 }
 func (p *fakePort) pending() bool { return len(p.prepared) > 0 }
+func (p *fakePort) held() bool    { return p.holds }
 func (p *fakePort) ready() bool   { return len(p.events) > 0 }
 func (p *fakePort) reap(out []event) int {
+	if p.holds {
+		return 0
+	}
 	n := copy(out, p.events)
 	p.events = p.events[n:]
 	return n
@@ -190,6 +204,7 @@ func (r *rig) steps(t testing.TB) {
 			t.Fatal(err)
 		}
 		if !worked {
+			r.port.take() // as the sleep that comes now would
 			return
 		}
 	}
@@ -495,6 +510,7 @@ func (p *quietPort) watch(int) bool               { return true }
 func (p *quietPort) flush() error                 { return nil }
 func (p *quietPort) wait(time.Duration) error     { return nil }
 func (p *quietPort) pending() bool                { return false }
+func (p *quietPort) held() bool                   { return false }
 func (p *quietPort) ready() bool                  { return false }
 func (p *quietPort) reap(out []event) int {
 	n := copy(out, p.events)

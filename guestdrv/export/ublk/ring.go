@@ -73,19 +73,13 @@ func (p *ringPort) watch(fd int) bool {
 
 func (p *ringPort) pending() bool { return p.ring.Pending() > 0 }
 
+func (p *ringPort) held() bool { return p.ring.Held() }
+
 func (p *ringPort) ready() bool { return p.ring.Ready() > 0 || p.ring.Held() }
 
 func (p *ringPort) flush() error {
-	for p.ring.Pending() > 0 {
-		n, err := p.ring.SubmitAndFetch()
-		if err != nil && err != unix.EAGAIN && err != unix.EBUSY {
-			return fmt.Errorf("ublk queue %d: io_uring_enter: %w", p.queue, err)
-		}
-		if n == 0 {
-			return nil // short of memory, or of room for completions: reap first
-		}
-	}
-	return nil
+	_, err := p.ring.SubmitAndFetch()
+	return p.entered(err)
 }
 
 func (p *ringPort) wait(d time.Duration) error {
@@ -95,6 +89,11 @@ func (p *ringPort) wait(d time.Duration) error {
 	} else {
 		_, err = p.ring.SubmitAndWaitFor(1, d)
 	}
+	return p.entered(err)
+}
+
+// entered is about the error of an io_uring_enter. What the kernel did not take, short of memory or of room for completions, stays pending.
+func (p *ringPort) entered(err error) error {
 	if err != nil && err != unix.EAGAIN && err != unix.EBUSY {
 		return fmt.Errorf("ublk queue %d: io_uring_enter: %w", p.queue, err)
 	}
