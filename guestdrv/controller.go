@@ -159,6 +159,15 @@ func (b *Buffer) Bytes() []byte { return b.b.Bytes() }
 // IOVA returns the memory's address for IO.IOVA.
 func (b *Buffer) IOVA() uint64 { return b.b.IOVA() }
 
+// IOVA returns the address, for IO.IOVA, of memory that lies in a Buffer; false: it is other memory.
+func (c *Controller) IOVA(p []byte) (iova uint64, ok bool) {
+	off, ok := c.pool.Find(p)
+	if !ok {
+		return 0, false
+	}
+	return c.pool.IOVA(off), true
+}
+
 // Free gives the buffer back. Commands of Namespace that were cancelled may still have it: it is then kept until they end. Commands
 // of a QueuePair must have been reaped. It may be called more than once.
 func (b *Buffer) Free() {

@@ -1,6 +1,8 @@
 // Package export is what the servers that give a namespace to other programs have in common: how they see the disk (Disk,
 // and what a disk may offer beside it), and how errors become errno values. The servers are in the packages below it.
 //
+// A server takes a Disk, and finds by itself what it has beside the methods of that: Capable, Deallocator, Mapper, Memory, Queued.
+//
 // It knows nothing of the driver: *guestdrv.Namespace is a Disk, and so is memory in tests. It opens nothing and serves nothing.
 package export
 

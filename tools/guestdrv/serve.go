@@ -179,7 +179,7 @@ func (s *serveCmd) disks(c *guestdrv.Controller) (disks []disk, err error) {
 }
 
 func diskOf(c *guestdrv.Controller, ns *guestdrv.Namespace) disk {
-	return disk{disk: ns, nsid: ns.NSID(), name: fmt.Sprintf("%s, namespace %d", c.Identify().Model(), ns.NSID())}
+	return disk{disk: servedDisk{ns, c}, nsid: ns.NSID(), name: fmt.Sprintf("%s, namespace %d", c.Identify().Model(), ns.NSID())}
 }
 
 // watcher tells the servers of changes, from the time on that there are any.

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -13,8 +15,10 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 	"github.com/shadowbell/shadowbell/guestdrv/export/ublk"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 	"github.com/shadowbell/shadowbell/tools/internal/size"
 )
@@ -83,8 +87,6 @@ func ublkQueues(n int) int {
 type ublkServer struct {
 	ctl     *ublk.Control
 	dev     *ublk.Device
-	pairs   *ublkBackend
-	backend ublk.Backend // pairs, or the disk itself
 	disk    disk
 	keep    bool
 	log     hclog.Logger
@@ -103,9 +105,7 @@ func openUblk(c *guestdrv.Controller, disks []disk, s *serveCmd, log hclog.Logge
 	if err != nil {
 		return nil, err
 	}
-	u := &ublkServer{
-		pairs: &ublkBackend{ctrl: c, nsid: ns.NSID()}, disk: disks[0], keep: f.Keep, log: log, out: out, resized: make(chan int64, 1),
-	}
+	u := &ublkServer{disk: disks[0], keep: f.Keep, log: log, out: out, resized: make(chan int64, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.close())
@@ -123,7 +123,10 @@ func openUblk(c *guestdrv.Controller, disks []disk, s *serveCmd, log hclog.Logge
 	if err := u.make(f, cfg); err != nil {
 		return nil, err
 	}
-	return u, u.dev.Open(u.backend)
+	if err := u.dev.Unqueued(); err != nil {
+		u.log.Warn("too few queue pairs: the driver's own are used, a goroutine for each request", "reason", err)
+	}
+	return u, nil
 }
 
 // make takes over the device that waits for the namespace, or makes one.
@@ -132,35 +135,18 @@ func (u *ublkServer) make(f *ublkFlags, cfg ublk.Config) (err error) {
 	if !waits {
 		id, waits = waiting(u.ctl, f.ID, cfg.Identity)
 	}
-	if waits {
-		u.dev, err = ublk.Recover(u.ctl, uint32(id), cfg)
-		if err != nil {
-			return err
-		}
-		u.log.Info("block device taken over", "device", u.dev.Path())
-		if was, err := u.ctl.Params(uint32(id)); err == nil && was.Size != cfg.Params.Size {
-			u.resized <- cfg.Params.Size // it has grown meanwhile
-		}
-		info := u.dev.Info()
-		return u.choose(&info.Queues, info.Queues, info.Depth)
-	}
-	if err := u.choose(&cfg.Queues, 1, cfg.Depth); err != nil {
+	if !waits {
+		u.dev, err = ublk.Add(u.ctl, u.disk.disk, cfg)
 		return err
 	}
-	u.dev, err = ublk.Add(u.ctl, cfg)
-	return err
-}
-
-// choose makes queue pairs for up to *queues queues, and says how many. If there are fewer than least the driver's own serve, which takes more CPU.
-func (u *ublkServer) choose(queues *int, least, depth int) error {
-	n, err := u.pairs.reserve(*queues, depth)
-	if n >= least {
-		u.backend, *queues = u.pairs, n
-		return nil
+	if u.dev, err = ublk.Recover(u.ctl, uint32(id), u.disk.disk, cfg); err != nil {
+		return err
 	}
-	u.log.Warn("too few queue pairs: the driver's own are used, a goroutine for each request", "have", n, "want", least, "reason", err)
-	u.backend = ublk.NewDiskBackend(u.disk.disk)
-	return u.pairs.close()
+	u.log.Info("block device taken over", "device", u.dev.Path())
+	if was, err := u.ctl.Params(uint32(id)); err == nil && was.Size != cfg.Params.Size {
+		u.resized <- cfg.Params.Size // it has grown meanwhile
+	}
+	return nil
 }
 
 // dyingWithin is how long a device of ours may still count as served: the kernel cleans up after a process for a while.
@@ -250,9 +236,46 @@ func (u *ublkServer) close() (err error) {
 	if u.dev != nil && !u.stopped && !u.dev.Started() && !u.dev.Recovered() {
 		err = u.stop()
 	}
-	err = errors.Join(err, u.pairs.close())
 	if u.ctl != nil {
 		err = errors.Join(err, u.ctl.Close())
 	}
 	return err
+}
+
+// ublkParams are what the block device is like.
+func ublkParams(ns export.Disk, id *nvme.IdentifyNamespace, maxIO int) ublk.Params {
+	const unlimited = 1 << 31 // bytes, so that sectors fit in what the kernel has for them
+	block := ns.BlockSize()
+	caps := export.CapsOf(ns)
+	p := ublk.Params{
+		Size: ns.Size(), BlockSize: block, PhysicalBlock: block, ReadOnly: ns.ReadOnly(), VolatileCache: caps.Cache,
+		Chunk: int(id.NOIOB) * block,
+	}
+	if id.NSFEAT&nvme.NSFEATOptPerf != 0 {
+		p.PhysicalBlock = powerOfTwo(int(id.NPWG.Count())*block, block)
+		p.OptimalIO = powerOfTwo(int(id.NOWS.Count())*block, block)
+		p.DiscardUnit = powerOfTwo(int(id.NPDG.Count())*block, block)
+	}
+	if caps.Discard && !p.ReadOnly {
+		p.MaxDiscard = unlimited
+	}
+	if caps.Zeroes && !p.ReadOnly {
+		p.MaxZeroes = maxIO // what a controller that says nothing of it can be asked for: MDTS holds for it, too
+	}
+	return p
+}
+
+// powerOfTwo returns n if it is one that is a whole page at the most, or else least.
+func powerOfTwo(n, least int) int {
+	if n < least || n > 1<<20 || n&(n-1) != 0 {
+		return least
+	}
+	return n
+}
+
+// ublkIdentity stands for a namespace: what does not change as long as it is the same one.
+func ublkIdentity(c *nvme.IdentifyController, nsid uint32, id *nvme.IdentifyNamespace) uint64 {
+	h := sha256.New()
+	fmt.Fprintf(h, "shadowbell ublk 1\x00%s\x00%s\x00%s\x00%d\x00%x\x00%x", c.Serial(), c.Model(), c.Subsystem(), nsid, id.NGUID, id.EUI64)
+	return binary.LittleEndian.Uint64(h.Sum(nil))
 }

@@ -3,6 +3,7 @@ package ublk
 import (
 	"testing"
 
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -12,7 +13,7 @@ type lateNVMe struct {
 	looks int
 }
 
-func (l *lateNVMe) Reap(out []Result) (int, error) {
+func (l *lateNVMe) Reap(out []export.Result) (int, error) {
 	if l.looks++; len(l.seen) > 0 && l.looks%5 == 0 {
 		l.end(0, nvme.StatusSuccess)
 	}

@@ -4,18 +4,20 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/bits"
 	"os"
 	"runtime"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 )
 
 // The life of a device:
 //
-//	Add or Recover   /dev/ublkcN, opened
-//	Open             threads, rings, descriptors, queue pairs, buffers; every tag waits for its first request
+//	Add or Recover   queue pairs, /dev/ublkcN, threads, rings, descriptors, buffers; every tag waits for its first request
 //	(the sandbox is shut)
 //	Start            /dev/ublkbN serves, or goes on
 //	Done             a queue has failed, or the device was stopped by another
@@ -24,7 +26,7 @@ import (
 // Config says what Add makes.
 type Config struct {
 	ID       int // -1: the kernel chooses
-	Queues   int
+	Queues   int // fewer if the disk has fewer
 	Depth    int // requests of one queue that are under way
 	MaxIO    int // bytes of one request, a multiple of the page size
 	Params   Params
@@ -42,8 +44,9 @@ type Device struct {
 	keep    bool
 	started bool
 
-	queues  []*queue
-	running sync.WaitGroup
+	queues   []*queue
+	unqueued error
+	running  sync.WaitGroup
 
 	mu   sync.Mutex
 	err  error
@@ -59,8 +62,8 @@ var (
 	ErrNotQuiesced = errors.New("the ublk device does not wait for a server")
 )
 
-// Add makes a device. It serves nothing yet.
-func Add(ctl *Control, c Config) (*Device, error) {
+// Add makes a device of disk. It serves nothing yet, and all that is opened or mapped for it is.
+func Add(ctl *Control, disk export.Disk, c Config) (*Device, error) {
 	if c.Queues < 1 || c.Queues > maxQueues || c.Depth < 1 || c.Depth > maxDepth {
 		return nil, fmt.Errorf("ublk: %d queues of depth %d: 1 to %d of 1 to %d", c.Queues, c.Depth, maxQueues, maxDepth)
 	}
@@ -71,8 +74,12 @@ func Add(ctl *Control, c Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	d := &Device{ctl: ctl, keep: c.Keep, char: -1, done: make(chan struct{})}
+	if err := d.takeQueues(disk, 1, c.Queues, c.Depth); err != nil {
+		return nil, errors.Join(err, d.release())
+	}
 	info := Info{
-		Queues: c.Queues, Depth: c.Depth, MaxIO: c.MaxIO, ID: anyID, Identity: c.Identity,
+		Queues: len(d.queues), Depth: c.Depth, MaxIO: c.MaxIO, ID: anyID, Identity: c.Identity,
 		Features: features & (FeatureUserRecovery | FeatureRecoveryReissue | FeatureIoctlEncode | FeatureUpdateSize),
 	}
 	if c.ID >= 0 {
@@ -86,16 +93,17 @@ func Add(ctl *Control, c Config) (*Device, error) {
 		err = add()
 	}
 	if err != nil {
-		return nil, addError(err, c)
+		return nil, errors.Join(addError(err, c), d.release())
 	}
-	d := &Device{ctl: ctl, info: parseInfo(b[:]), keep: c.Keep, char: -1, done: make(chan struct{})}
+	d.info = parseInfo(b[:])
 	var params [setSize]byte
 	c.Params.put(params[:], d.info.MaxIO)
-	if err := ctl.command(cmdSetParams, d.info.ID, 0, params[:]); err != nil {
-		return nil, errors.Join(err, ctl.delete(d.info.ID))
+	err = ctl.command(cmdSetParams, d.info.ID, 0, params[:])
+	if err == nil {
+		err = d.open(c.Params.BlockSize)
 	}
-	if err := d.openChar(); err != nil {
-		return nil, errors.Join(err, ctl.delete(d.info.ID))
+	if err != nil {
+		return nil, errors.Join(err, d.Stop())
 	}
 	return d, nil
 }
@@ -117,9 +125,9 @@ func addError(err error, c Config) error {
 	return err
 }
 
-// Recover takes over device id, whose server has died. The requests that it had under way are served first. c's Queues, Depth, MaxIO and Params are the
-// device's own, as they were; the size and the block size are checked.
-func Recover(ctl *Control, id uint32, c Config) (*Device, error) {
+// Recover is Add for device id, whose server has died. The requests that it had under way are served first. c's Queues, Depth, MaxIO and Params are the
+// device's own, as they were; the size and the block size are checked. After an error the device waits for its next server when this process has ended.
+func Recover(ctl *Control, id uint32, disk export.Disk, c Config) (*Device, error) {
 	info, err := ctl.Info(id)
 	if err != nil {
 		return nil, err
@@ -150,8 +158,45 @@ func Recover(ctl *Control, id uint32, c Config) (*Device, error) {
 		return nil, err
 	}
 	d := &Device{ctl: ctl, info: info, again: true, keep: c.Keep, char: -1, done: make(chan struct{})}
-	return d, d.openChar()
+	if err := d.takeQueues(disk, info.Queues, info.Queues, info.Depth); err != nil {
+		return nil, errors.Join(err, d.release())
+	}
+	if err := d.open(params.BlockSize); err != nil {
+		return nil, err
+	}
+	return d, nil
 }
+
+// takeQueues makes queue pairs of the disk for most queues, or as many as it has. If these are fewer than least its methods serve.
+func (d *Device) takeQueues(disk export.Disk, least, most, depth int) error {
+	if q, ok := disk.(export.Queued); ok {
+		err := d.makeQueues(q, most, depth)
+		if len(d.queues) >= least {
+			return nil
+		}
+		d.unqueued = fmt.Errorf("%d queue pairs of %d: %w", len(d.queues), least, err)
+		if err := d.release(); err != nil {
+			return err
+		}
+	} else {
+		d.unqueued = errors.New("the disk has no queue pairs")
+	}
+	return d.makeQueues(methods{disk}, most, depth)
+}
+
+func (d *Device) makeQueues(disk export.Queued, n, depth int) error {
+	for id := range n {
+		nvme, err := disk.NewQueue(depth)
+		if err != nil {
+			return err
+		}
+		d.queues = append(d.queues, &queue{id: id, disk: disk, nvme: nvme, failed: d.fail, keep: d.keep})
+	}
+	return nil
+}
+
+// Unqueued returns why requests go through the disk's methods, with a goroutine for each of them; nil: they go through its queue pairs.
+func (d *Device) Unqueued() error { return d.unqueued }
 
 func (d *Device) openChar() error {
 	name := fmt.Sprintf("/dev/ublkc%d", d.info.ID)
@@ -180,29 +225,25 @@ func (d *Device) Info() Info { return d.info }
 // Recovered tells whether the device was there before.
 func (d *Device) Recovered() bool { return d.again }
 
-// Open makes the device ready to serve. All that is opened or mapped for it is when Open returns.
-func (d *Device) Open(b Backend) error {
-	shift := uint8(0)
-	params, err := d.ctl.Params(d.info.ID)
-	if err != nil {
+// open makes the device ready to serve.
+func (d *Device) open(blockSize int) error {
+	if err := d.openChar(); err != nil {
 		return err
 	}
-	for params.BlockSize > sectorSize<<shift {
-		shift++
-	}
-	for id := range d.info.Queues {
-		q := &queue{id: id, backend: b, shift: shift, maxIO: uint32(d.info.MaxIO), failed: d.fail, keep: d.keep}
-		d.queues = append(d.queues, q)
-		if q.nvme, err = b.NewQueue(d.info.Depth); err != nil {
-			return fmt.Errorf("queue %d of %d: %w", id, d.info.Queues, err)
+	for _, q := range d.queues[d.info.Queues:] { // the kernel has no more queues than CPUs
+		if err := q.nvme.Close(); err != nil {
+			return err
 		}
+	}
+	d.queues = d.queues[:d.info.Queues]
+	for _, q := range d.queues {
+		q.shift = uint8(bits.TrailingZeros(uint(blockSize / sectorSize)))
 		for range d.info.Depth {
-			buf, err := b.Alloc(d.info.MaxIO)
+			mem, free, err := q.disk.DMAMemory(d.info.MaxIO)
 			if err != nil {
-				return fmt.Errorf("buffers of queue %d of %d: %d of %d bytes: %w", id, d.info.Queues, d.info.Depth, d.info.MaxIO, err)
+				return fmt.Errorf("buffers of queue %d of %d: %d of %d bytes: %w", q.id, d.info.Queues, d.info.Depth, d.info.MaxIO, err)
 			}
-			q.bufs = append(q.bufs, buf)
-			q.addrs = append(q.addrs, addressOf(buf.Bytes()))
+			q.bufs = append(q.bufs, buffer{mem: mem, addr: addressOf(mem), free: free})
 		}
 	}
 	var interrupts []int
@@ -363,14 +404,12 @@ func (d *Device) wait() error {
 	}
 }
 
-// release gives back what Open took. No thread runs.
+// release gives back what was taken. No thread runs.
 func (d *Device) release() (err error) {
 	for _, q := range d.queues {
-		if q.nvme != nil {
-			err = errors.Join(err, q.nvme.Close())
-		}
+		err = errors.Join(err, q.nvme.Close())
 		for _, b := range q.bufs {
-			b.Free()
+			b.free()
 		}
 	}
 	d.queues = nil

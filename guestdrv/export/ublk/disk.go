@@ -2,7 +2,6 @@ package ublk
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -13,84 +12,45 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// DiskBackend serves any Disk, with a goroutine for each request: for controllers that have no queue pair left, at some tens of thousands of
-// requests a second less than queue pairs give.
-type DiskBackend struct {
-	disk export.Disk
+// methods stands in for the queues of a disk that has none, or too few, with a goroutine for each request: that serves some tens of thousands of
+// requests a second less.
+type methods struct{ export.Disk }
 
-	mu   sync.Mutex
-	bufs map[uint64][]byte // by the address that stands for the IOVA
-}
-
-// NewDiskBackend returns a Backend over d.
-func NewDiskBackend(d export.Disk) *DiskBackend {
-	return &DiskBackend{disk: d, bufs: map[uint64][]byte{}}
+// DMAMemory implements export.Memory.
+func (m methods) DMAMemory(n int) (p []byte, free func(), err error) {
+	return export.DMAMemory(m.Disk, n)
 }
 
 // NewQueue opens an event descriptor.
-func (b *DiskBackend) NewQueue(int) (Queue, error) {
+func (m methods) NewQueue(int) (export.Queue, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	q := &diskQueue{b: b, fd: fd}
+	q := &diskQueue{disk: m.Disk, fd: fd}
 	q.ctx, q.cancel = context.WithCancel(context.Background())
 	return q, nil
 }
 
-// Alloc returns the disk's own memory, so that nothing is copied on the way.
-func (b *DiskBackend) Alloc(n int) (Buffer, error) {
-	p, free, err := export.DMAMemory(b.disk, n)
-	if err != nil {
-		return nil, err
-	}
-	buf := &diskBuffer{mem: p, free: free, b: b}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.bufs[buf.IOVA()] = p
-	return buf, nil
-}
-
-// Again returns false: a Disk sees to that itself.
-func (b *DiskBackend) Again(error) bool { return false }
-
-func (b *DiskBackend) at(iova uint64) []byte {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.bufs[iova]
-}
-
-type diskBuffer struct {
-	mem  []byte
-	free func()
-	b    *DiskBackend
-}
-
-func (d *diskBuffer) Bytes() []byte { return d.mem }
-func (d *diskBuffer) IOVA() uint64  { return addressOf(d.mem) }
-func (d *diskBuffer) Free() {
-	d.b.mu.Lock()
-	delete(d.b.bufs, d.IOVA())
-	d.b.mu.Unlock()
-	d.free()
-}
+// Again returns false: the methods of a Disk see to that themselves.
+func (methods) Again(error) bool { return false }
 
 // diskQueue is a Queue over a Disk.
 type diskQueue struct {
-	b       *DiskBackend
+	disk    export.Disk
 	fd      int
 	ctx     context.Context
 	cancel  context.CancelFunc
 	running sync.WaitGroup
-	hidden  []Command
+	hidden  []export.Command
 	under   int // taken and not reaped
 
 	mu    sync.Mutex
-	ended []Result
+	ended []export.Result
 	armed bool // somebody sleeps on fd, or will
 }
 
-func (q *diskQueue) Submit(cmds []Command) (int, error) {
+func (q *diskQueue) Submit(cmds []export.Command) (int, error) {
 	q.hidden = append(q.hidden, cmds...)
 	q.under += len(cmds)
 	return len(cmds), nil
@@ -98,26 +58,26 @@ func (q *diskQueue) Submit(cmds []Command) (int, error) {
 
 func (q *diskQueue) Publish() error {
 	for _, c := range q.hidden {
-		q.running.Go(func() { q.end(Result{Tag: c.Tag, Status: statusOf(q.do(c))}) })
+		q.running.Go(func() { q.end(export.Result{Tag: c.Tag, Status: statusOf(q.do(c))}) })
 	}
 	q.hidden = q.hidden[:0]
 	return nil
 }
 
-func (q *diskQueue) do(c Command) error {
-	d := q.b.disk
+func (q *diskQueue) do(c export.Command) error {
+	d := q.disk
 	size := int64(d.BlockSize())
 	off, n := int64(c.LBA)*size, int64(c.Blocks)*size
 	switch c.Op {
 	case nvme.IORead:
-		_, err := d.ReadAtContext(q.ctx, q.b.at(c.IOVA)[:n], off)
+		_, err := d.ReadAtContext(q.ctx, c.Data, off)
 		return err
 	case nvme.IOWrite:
 		write := d.WriteAtContext
 		if c.FUA {
 			write = d.WriteFUA
 		}
-		_, err := write(q.ctx, q.b.at(c.IOVA)[:n], off)
+		_, err := write(q.ctx, c.Data, off)
 		return err
 	case nvme.IOFlush:
 		return d.Flush(q.ctx)
@@ -128,8 +88,7 @@ func (q *diskQueue) do(c Command) error {
 		}
 		return err
 	case nvme.IODSM:
-		r := q.b.at(c.IOVA)
-		return d.Discard(q.ctx, int64(binary.LittleEndian.Uint64(r[8:]))*size, int64(binary.LittleEndian.Uint32(r[4:]))*size)
+		return d.Discard(q.ctx, off, n)
 	}
 	return nvme.StatusInvalidOpcode.WithDNR().Err()
 }
@@ -145,7 +104,7 @@ func statusOf(err error) nvme.Status {
 	return nvme.StatusInternalError.WithDNR()
 }
 
-func (q *diskQueue) end(r Result) {
+func (q *diskQueue) end(r export.Result) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.ended = append(q.ended, r)
@@ -155,7 +114,7 @@ func (q *diskQueue) end(r Result) {
 	}
 }
 
-func (q *diskQueue) Reap(out []Result) (int, error) {
+func (q *diskQueue) Reap(out []export.Result) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n := copy(out, q.ended)

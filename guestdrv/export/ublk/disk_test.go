@@ -7,26 +7,21 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 	"github.com/shadowbell/shadowbell/guestdrv/export/internal/memdisk"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-func TestDiskBackendDoesWhatCommandsSay(t *testing.T) {
+func TestMethodsDoWhatCommandsSay(t *testing.T) {
 	d := memdisk.New(256, 4096)
-	b := NewDiskBackend(d)
+	b := methods{d}
 	q, err := b.NewQueue(8)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	var bufs [2]Buffer
-	for i := range bufs {
-		if bufs[i], err = b.Alloc(64 << 10); err != nil {
-			t.Fatal(err)
-		}
-		defer bufs[i].Free()
-	}
-	end := func(cmds ...Command) map[uint64]nvme.Status {
+	out, in := make([]byte, 8192), make([]byte, 8192)
+	end := func(cmds ...export.Command) map[uint64]nvme.Status {
 		t.Helper()
 		if n, err := q.Submit(cmds); n != len(cmds) || err != nil {
 			t.Fatal(n, err)
@@ -43,7 +38,7 @@ func TestDiskBackendDoesWhatCommandsSay(t *testing.T) {
 					t.Fatalf("no wake-up: %d, %v", n, err)
 				}
 			}
-			var out [1]Result
+			var out [1]export.Result
 			n, _ := q.Reap(out[:])
 			for _, r := range out[:n] {
 				got[r.Tag] = r.Status
@@ -52,29 +47,30 @@ func TestDiskBackendDoesWhatCommandsSay(t *testing.T) {
 		return got
 	}
 	want := bytes.Repeat([]byte("ublk"), 2048)
-	copy(bufs[0].Bytes(), want)
-	iova := [2]uint64{bufs[0].IOVA(), bufs[1].IOVA()}
-	for tag, s := range end(Command{Op: nvme.IOWrite, LBA: 2, Blocks: 2, IOVA: iova[0], Tag: 1}, Command{Op: nvme.IOFlush, Tag: 2},
-		Command{Op: nvme.IOWrite, FUA: true, LBA: 8, Blocks: 2, IOVA: iova[0], Tag: 3}) {
+	copy(out, want)
+	for tag, s := range end(export.Command{Op: nvme.IOWrite, LBA: 2, Blocks: 2, Data: out, Tag: 1}, export.Command{Op: nvme.IOFlush, Tag: 2},
+		export.Command{Op: nvme.IOWrite, FUA: true, LBA: 8, Blocks: 2, Data: out, Tag: 3}) {
 		if !s.OK() {
 			t.Errorf("command %d: %v", tag, s)
 		}
 	}
-	end(Command{Op: nvme.IORead, LBA: 2, Blocks: 2, IOVA: iova[1]})
-	if !bytes.Equal(bufs[1].Bytes()[:8192], want) {
+	if d.Count[memdisk.WriteFUA].Load() != 1 || d.Count[memdisk.Flush].Load() != 1 {
+		t.Error("not one write by FUA and one flush")
+	}
+	end(export.Command{Op: nvme.IORead, LBA: 2, Blocks: 2, Data: in})
+	if !bytes.Equal(in, want) {
 		t.Error("read something else than was written")
 	}
-	end(Command{Op: nvme.IOWriteZeroes, LBA: 2, Blocks: 1})
-	le.PutUint32(bufs[0].Bytes()[4:], 2)
-	le.PutUint64(bufs[0].Bytes()[8:], 8)
-	if got := end(Command{Op: nvme.IODSM, Blocks: 1, IOVA: iova[0], Tag: 4}); !got[4].OK() {
-		t.Errorf("discard: %v", got[4])
+	if got := end(export.Command{Op: nvme.IOWriteZeroes, LBA: 2, Blocks: 1, Tag: 7}, export.Command{Op: nvme.IODSM, LBA: 8, Blocks: 2, Data: out[:16], Tag: 4}); !got[4].OK() || !got[7].OK() {
+		t.Errorf("write zeroes: %v, discard: %v", got[7], got[4])
 	}
-	end(Command{Op: nvme.IORead, LBA: 2, Blocks: 2, IOVA: iova[1]})
-	if !bytes.Equal(bufs[1].Bytes()[:8192], append(make([]byte, 4096), want[4096:]...)) {
-		t.Error("write zeroes has zeroed something else")
+	for lba, want := range map[uint64][]byte{2: append(make([]byte, 4096), want[4096:]...), 8: make([]byte, 8192)} {
+		end(export.Command{Op: nvme.IORead, LBA: lba, Blocks: 2, Data: in})
+		if !bytes.Equal(in, want) {
+			t.Errorf("block %d: something else was zeroed, or discarded", lba)
+		}
 	}
-	got := end(Command{Op: nvme.IORead, LBA: 1 << 30, Blocks: 1, IOVA: iova[1], Tag: 5}, Command{Op: 0x77, Tag: 6})
+	got := end(export.Command{Op: nvme.IORead, LBA: 1 << 30, Blocks: 2, Data: in, Tag: 5}, export.Command{Op: 0x77, Tag: 6})
 	if got[5].OK() || got[6].Code() != nvme.StatusInvalidOpcode {
 		t.Errorf("beyond the end %v, unknown %v", got[5], got[6])
 	}
@@ -87,23 +83,22 @@ func TestDiskBackendDoesWhatCommandsSay(t *testing.T) {
 func TestQueueOverDisk(t *testing.T) {
 	const depth = 16
 	d := memdisk.New(1024, 4096)
-	b := NewDiskBackend(d)
+	b := methods{d}
 	nq, err := b.NewQueue(depth)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nq.Close()
 	port := &fakePort{t: t, desc: make([]byte, depth*ioDescSize)}
-	q := &queue{port: port, desc: port.desc, nvme: nq, backend: b, shift: 3, maxIO: 64 << 10, failed: func(err error) { t.Error(err) }}
+	q := &queue{port: port, desc: port.desc, nvme: nq, disk: b, shift: 3, failed: func(err error) { t.Error(err) }}
 	for tag := range depth {
-		buf, err := b.Alloc(64 << 10)
+		mem, free, err := b.DMAMemory(64 << 10)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer buf.Free()
-		buf.Bytes()[0] = byte(tag + 1)
-		q.bufs = append(q.bufs, buf)
-		q.addrs = append(q.addrs, uint64(tag)+1000)
+		defer free()
+		mem[0] = byte(tag + 1)
+		q.bufs = append(q.bufs, buffer{mem: mem, addr: uint64(tag) + 1000})
 	}
 	if err := q.begin(); err != nil {
 		t.Fatal(err)

@@ -7,12 +7,12 @@
 //	ublk_drv           a write's data is copied into the tag's buffer, which is DMA memory of the driver; the tag's command completes
 //	queue.take         the descriptor is read once, checked, and made an NVMe command on that buffer
 //	Queue.Submit       all that came together; one Publish, so one doorbell
-//	Queue.Reap         what has ended is committed, many with one io_uring_enter
+//	Queue.Reap         what has ended is committed, many with one io_uring_enter: the one that sleeps, if there is nothing more to do
 //	ublk_drv           a read's data is copied out of the buffer; the request ends and the tag waits for its next one
 //
-// So the kernel's copy between the page cache and the buffer is the only one. A queue is one OS thread with one ring and one queue pair
-// (Queue): there is no lock, no channel and no allocation on the way. It polls for as long as that pays, then sleeps in one system call on both the
-// ring and the controller's interrupt.
+// So the kernel's copy between the page cache and the buffer is the only one. A queue is one OS thread with one ring and one queue pair of the disk's
+// (export.Queued): there is no lock, no channel and no allocation on the way. It polls for as long as that pays, then sleeps in one system call on both
+// the ring and the controller's interrupt. A disk without queue pairs is served by its methods, with a goroutine for each request (disk.go).
 //
 // # Zero copy
 //
@@ -20,7 +20,7 @@
 // buffers, known by an index to operations of that ring on other files. They have no address in this process and none on the
 // bus: a driver in user space, which writes addresses into PRP entries, can do nothing with them. That stays so with an IOMMU, which maps what is
 // mapped in this process. UBLK_F_USER_COPY moves the same copy into a system call for each request, and UBLK_F_NEED_GET_DATA adds a round trip:
-// both cost more than the copy in the driver, which goes straight to DMA memory. The way without a copy is the library: Buffer.
+// both cost more than the copy in the driver, which goes straight to DMA memory. The way without a copy is the library: guestdrv.Buffer.
 //
 // # When the server dies
 //

@@ -8,58 +8,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/spin"
 )
-
-// Command is one NVMe command for a namespace. Its data is in memory of the Backend's.
-type Command struct {
-	Op     uint8 // nvme.IORead, IOWrite, IOFlush, IOWriteZeroes or IODSM (deallocate)
-	FUA    bool
-	Blocks uint32 // logical blocks; IODSM: ranges at IOVA
-	LBA    uint64
-	IOVA   uint64
-	Tag    uint64 // comes back in Result
-}
-
-// Result is the end of one.
-type Result struct {
-	Tag    uint64
-	Status nvme.Status
-}
-
-// Queue is a queue pair of the controller. It belongs to one goroutine at a time. An error of any method but Close is the queue's end.
-type Queue interface {
-	// Submit takes commands, in order, that the controller sees with Publish. It takes fewer than there are when the queue is full.
-	Submit(cmds []Command) (int, error)
-	Publish() error
-	// Reap takes results that are there. It does not wait.
-	Reap(out []Result) (int, error)
-	// Outstanding is how many commands have been taken and not reaped.
-	Outstanding() int
-	// EventFD is readable after an interrupt; -1: there is none, and the queue is polled.
-	EventFD() int
-	// Arm asks for the interrupt. It returns false if there is something to reap already. It looks at deadlines too.
-	Arm() (bool, error)
-	// Close gives the queue back, with what is outstanding.
-	Close() error
-}
-
-// Buffer is memory that the controller reaches at IOVA.
-type Buffer interface {
-	Bytes() []byte
-	IOVA() uint64
-	Free()
-}
-
-// Backend makes queues and buffers for one namespace.
-type Backend interface {
-	NewQueue(depth int) (Queue, error)
-	Alloc(n int) (Buffer, error)
-	// Again tells whether a queue's error means that the controller was reset: a new queue can be had, at once or soon, and the commands that
-	// were under way are sent once more.
-	Again(err error) bool
-}
 
 // port is the kernel's side of a queue: the ring, or a test.
 type port interface {
@@ -102,7 +54,14 @@ const (
 type slot struct {
 	state slotState
 	tries uint8
-	cmd   Command
+	cmd   export.Command
+}
+
+// buffer is a tag's memory, of the disk.
+type buffer struct {
+	mem  []byte
+	addr uint64 // of mem in this process
+	free func()
 }
 
 type slotState uint8
@@ -124,17 +83,15 @@ type Counts struct {
 
 // queue is one hardware queue of the device and the queue pair that serves it. All of it belongs to one OS thread.
 type queue struct {
-	id      int
-	port    port
-	desc    []byte // descriptors, written by the kernel before the tag's event
-	nvme    Queue
-	backend Backend
-	bufs    []Buffer
-	addrs   []uint64 // of bufs in this process
-	shift   uint8    // log2 of sectors in a block
-	maxIO   uint32   // bytes
-	failed  func(error)
-	keep    bool // on failure requests wait for the next server
+	id     int
+	port   port
+	desc   []byte // descriptors, written by the kernel before the tag's event
+	disk   export.Queued
+	nvme   export.Queue
+	bufs   []buffer // by tag
+	shift  uint8    // log2 of sectors in a block
+	failed func(error)
+	keep   bool // on failure requests wait for the next server
 
 	slots  []slot
 	todo   []uint16 // ring of tags whose command waits for room; as long as slots
@@ -148,9 +105,9 @@ type queue struct {
 	counts Counts
 
 	events  [batchSize]event
-	cmds    [batchSize]Command
+	cmds    [batchSize]export.Command
 	tags    [batchSize]uint16
-	results [batchSize]Result
+	results [batchSize]export.Result
 }
 
 // begin makes every tag ready for its first request.
@@ -158,7 +115,7 @@ func (q *queue) begin() error {
 	n := len(q.bufs)
 	q.slots, q.todo, q.live = make([]slot, n), make([]uint16, n), n
 	for tag := range n {
-		q.port.fetch(uint16(tag), q.addrs[tag])
+		q.port.fetch(uint16(tag), q.bufs[tag].addr)
 	}
 	return q.flush()
 }
@@ -300,9 +257,9 @@ func (q *queue) push(tag uint16) {
 }
 
 // command makes the command of a tag's request.
-func (q *queue) command(tag uint16) (Command, unix.Errno) {
+func (q *queue) command(tag uint16) (export.Command, unix.Errno) {
 	d := parseDesc(q.desc[int(tag)*ioDescSize:])
-	c := Command{Tag: uint64(tag), FUA: d.fua}
+	c := export.Command{Tag: uint64(tag), FUA: d.fua}
 	if d.op == opFlush {
 		c.Op, c.FUA = nvme.IOFlush, false
 		return c, 0
@@ -311,12 +268,14 @@ func (q *queue) command(tag uint16) (Command, unix.Errno) {
 		return c, unix.EINVAL
 	}
 	c.LBA, c.Blocks = d.start>>q.shift, d.sectors>>q.shift
+	mem := q.bufs[tag].mem
 	switch d.op {
 	case opRead, opWrite:
-		if uint64(d.sectors)*sectorSize > uint64(q.maxIO) {
+		n := uint64(d.sectors) * sectorSize
+		if n > uint64(len(mem)) {
 			return c, unix.EINVAL
 		}
-		c.Op, c.IOVA = nvme.IORead, q.bufs[tag].IOVA()
+		c.Op, c.Data = nvme.IORead, mem[:n]
 		if d.op == opWrite {
 			c.Op = nvme.IOWrite
 		}
@@ -327,11 +286,7 @@ func (q *queue) command(tag uint16) (Command, unix.Errno) {
 		c.Op = nvme.IOWriteZeroes
 	case opDiscard:
 		// A request without data has the buffer for its one range.
-		b := q.bufs[tag].Bytes()
-		le.PutUint32(b, 0)
-		le.PutUint32(b[4:], c.Blocks)
-		le.PutUint64(b[8:], c.LBA)
-		c = Command{Op: nvme.IODSM, Blocks: 1, IOVA: q.bufs[tag].IOVA(), Tag: c.Tag}
+		c.Op, c.FUA, c.Data = nvme.IODSM, false, mem[:nvme.DSMRangeSize]
 	default:
 		return c, unix.EOPNOTSUPP
 	}
@@ -339,7 +294,7 @@ func (q *queue) command(tag uint16) (Command, unix.Errno) {
 }
 
 // finish commits the end of a command, or sends it again.
-func (q *queue) finish(r *Result) {
+func (q *queue) finish(r *export.Result) {
 	tag := uint16(r.Tag)
 	s := &q.slots[tag]
 	if r.Status.OK() {
@@ -358,7 +313,7 @@ func (q *queue) finish(r *Result) {
 func (q *queue) bytes(tag uint16) int32 {
 	switch c := &q.slots[tag].cmd; c.Op {
 	case nvme.IORead, nvme.IOWrite:
-		return int32(c.Blocks << q.shift * sectorSize)
+		return int32(len(c.Data))
 	}
 	return 0
 }
@@ -369,13 +324,13 @@ func (q *queue) commit(tag uint16, result int32) {
 		q.counts.Errors.Add(1)
 	}
 	q.slots[tag].state = idle
-	q.port.commit(tag, result, q.addrs[tag])
+	q.port.commit(tag, result, q.bufs[tag].addr)
 }
 
 // recover makes the queue pair again if a reset went over it; otherwise the queue fails. What was under way goes first, in the order of tags: the
 // block layer orders nothing that is under way together.
 func (q *queue) recover(err error) error {
-	if q.backend.Again(err) {
+	if q.disk.Again(err) {
 		if err = q.remake(err); err == nil {
 			return nil
 		}
@@ -395,16 +350,16 @@ func (q *queue) remake(why error) error {
 			return err
 		}
 	}
-	if err := q.nvme.Close(); err != nil && !q.backend.Again(err) {
+	if err := q.nvme.Close(); err != nil && !q.disk.Again(err) {
 		return err
 	}
 	for deadline := time.Now().Add(remakeWithin); ; time.Sleep(remakeNap) {
-		fresh, err := q.backend.NewQueue(len(q.slots))
+		fresh, err := q.disk.NewQueue(len(q.slots))
 		if err == nil {
 			q.nvme = fresh
 			break
 		}
-		if !q.backend.Again(err) || time.Now().After(deadline) {
+		if !q.disk.Again(err) || time.Now().After(deadline) {
 			return fmt.Errorf("%w, after: %w", err, why)
 		}
 	}

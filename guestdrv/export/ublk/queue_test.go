@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"github.com/shadowbell/shadowbell/guestdrv/export"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -97,15 +98,15 @@ func (p *fakePort) stop(tags int) {
 type fakeNVMe struct {
 	size      int
 	fd        int
-	hidden    []Command // submitted
-	seen      []Command // published
-	results   []Result
+	hidden    []export.Command // submitted
+	seen      []export.Command // published
+	results   []export.Result
 	err       error
 	publishes int
 	closed    bool
 }
 
-func (f *fakeNVMe) Submit(cmds []Command) (int, error) {
+func (f *fakeNVMe) Submit(cmds []export.Command) (int, error) {
 	if f.err != nil {
 		return 0, f.err
 	}
@@ -118,7 +119,7 @@ func (f *fakeNVMe) Publish() error {
 	f.seen, f.hidden = append(f.seen, f.hidden...), nil
 	return f.err
 }
-func (f *fakeNVMe) Reap(out []Result) (int, error) {
+func (f *fakeNVMe) Reap(out []export.Result) (int, error) {
 	n := copy(out, f.results)
 	f.results = f.results[n:]
 	if n == 0 && f.err != nil {
@@ -132,20 +133,21 @@ func (f *fakeNVMe) Arm() (bool, error) { return len(f.results) == 0, f.err }
 func (f *fakeNVMe) Close() error       { f.closed = true; return nil }
 
 // end ends the i-th command that the controller has seen.
-func (f *fakeNVMe) end(i int, s nvme.Status) Command {
+func (f *fakeNVMe) end(i int, s nvme.Status) export.Command {
 	c := f.seen[i]
 	f.seen = slices.Delete(f.seen, i, i+1)
-	f.results = append(f.results, Result{Tag: c.Tag, Status: s})
+	f.results = append(f.results, export.Result{Tag: c.Tag, Status: s})
 	return c
 }
 
-type fakeBackend struct {
+// fakeDisk has queues and nothing else.
+type fakeDisk struct {
 	made    []*fakeNVMe
 	refuse  int // how often NewQueue says that the reset is not over
 	nothing bool
 }
 
-func (b *fakeBackend) NewQueue(depth int) (Queue, error) {
+func (b *fakeDisk) NewQueue(depth int) (export.Queue, error) {
 	if b.nothing {
 		return nil, errDead
 	}
@@ -157,35 +159,25 @@ func (b *fakeBackend) NewQueue(depth int) (Queue, error) {
 	b.made = append(b.made, n)
 	return n, nil
 }
-func (b *fakeBackend) Alloc(int) (Buffer, error) { return nil, errDead }
-func (b *fakeBackend) Again(err error) bool      { return errors.Is(err, errReset) }
-
-type fakeBuffer struct {
-	mem  []byte
-	iova uint64
-}
-
-func (b *fakeBuffer) Bytes() []byte { return b.mem }
-func (b *fakeBuffer) IOVA() uint64  { return b.iova }
-func (b *fakeBuffer) Free()         {}
+func (b *fakeDisk) DMAMemory(int) ([]byte, func(), error) { return nil, nil, errDead }
+func (b *fakeDisk) Again(err error) bool                  { return errors.Is(err, errReset) }
 
 type rig struct {
 	*queue
 	port     *fakePort
 	dev      *fakeNVMe
-	backend  *fakeBackend
+	disk     *fakeDisk
 	failures []error
 }
 
 func newRig(t testing.TB, depth, size int) *rig {
-	r := &rig{port: &fakePort{t: t, desc: make([]byte, depth*ioDescSize)}, dev: &fakeNVMe{size: size, fd: 5}, backend: &fakeBackend{}}
+	r := &rig{port: &fakePort{t: t, desc: make([]byte, depth*ioDescSize)}, dev: &fakeNVMe{size: size, fd: 5}, disk: &fakeDisk{}}
 	r.queue = &queue{
-		port: r.port, desc: r.port.desc, nvme: r.dev, backend: r.backend, shift: 3, maxIO: 64 << 10,
+		port: r.port, desc: r.port.desc, nvme: r.dev, disk: r.disk, shift: 3,
 		failed: func(err error) { r.failures = append(r.failures, err) },
 	}
 	for tag := range depth {
-		r.bufs = append(r.bufs, &fakeBuffer{mem: make([]byte, 4096), iova: uint64(tag+1) << 20})
-		r.addrs = append(r.addrs, uint64(tag)+1000)
+		r.bufs = append(r.bufs, buffer{mem: make([]byte, 64<<10), addr: uint64(tag) + 1000})
 	}
 	if err := r.begin(); err != nil {
 		t.Fatal(err)
@@ -211,6 +203,12 @@ func (r *rig) steps(t testing.TB) {
 	t.Fatal("there is always something to do")
 }
 
+// same tells whether two commands are, with their data in the same place.
+func same(a, b export.Command) bool {
+	return a.Op == b.Op && a.FUA == b.FUA && a.Blocks == b.Blocks && a.LBA == b.LBA && a.Tag == b.Tag &&
+		len(a.Data) == len(b.Data) && addressOf(a.Data) == addressOf(b.Data)
+}
+
 func TestRequestsBecomeCommands(t *testing.T) {
 	r := newRig(t, 8, 8)
 	r.port.request(0, opRead, 16, 80)
@@ -219,21 +217,18 @@ func TestRequestsBecomeCommands(t *testing.T) {
 	r.port.request(3, opDiscard, 80, 800)
 	r.port.request(4, opWriteZeroes|opFUA, 8<<16, 0)
 	r.steps(t)
-	want := []Command{
-		{Op: nvme.IORead, LBA: 10, Blocks: 2, IOVA: 1 << 20, Tag: 0},
-		{Op: nvme.IOWrite, FUA: true, LBA: 1, Blocks: 1, IOVA: 2 << 20, Tag: 1},
+	want := []export.Command{
+		{Op: nvme.IORead, LBA: 10, Blocks: 2, Data: r.bufs[0].mem[:8192], Tag: 0},
+		{Op: nvme.IOWrite, FUA: true, LBA: 1, Blocks: 1, Data: r.bufs[1].mem[:4096], Tag: 1},
 		{Op: nvme.IOFlush, Tag: 2},
-		{Op: nvme.IODSM, Blocks: 1, IOVA: 4 << 20, Tag: 3},
+		{Op: nvme.IODSM, LBA: 100, Blocks: 10, Data: r.bufs[3].mem[:16], Tag: 3},
 		{Op: nvme.IOWriteZeroes, FUA: true, Blocks: 1 << 16, Tag: 4},
 	}
-	if !slices.Equal(r.dev.seen, want) {
+	if !slices.EqualFunc(r.dev.seen, want, same) {
 		t.Fatalf("the controller got\n%+v, want\n%+v", r.dev.seen, want)
 	}
 	if r.dev.publishes != 1 {
 		t.Errorf("%d doorbells for one batch", r.dev.publishes)
-	}
-	if b := r.bufs[3].Bytes(); le.Uint32(b[4:]) != 10 || le.Uint64(b[8:]) != 100 {
-		t.Errorf("range to discard % x", b[:16])
 	}
 	for range 5 {
 		r.dev.end(0, nvme.StatusSuccess)
@@ -289,15 +284,15 @@ func TestResetSendsAgainWhatWasUnderWay(t *testing.T) {
 		r.port.request(tag, opWrite, 8, uint64(tag)*8)
 	}
 	r.steps(t)
-	before := append([]Command(nil), r.dev.seen...)
+	before := append([]export.Command(nil), r.dev.seen...)
 	r.dev.err = errReset
-	r.backend.refuse = 2
+	r.disk.refuse = 2
 	r.steps(t)
-	if !r.dev.closed || len(r.backend.made) != 1 {
-		t.Fatalf("the old queue pair closed: %v, made %d", r.dev.closed, len(r.backend.made))
+	if !r.dev.closed || len(r.disk.made) != 1 {
+		t.Fatalf("the old queue pair closed: %v, made %d", r.dev.closed, len(r.disk.made))
 	}
-	fresh := r.backend.made[0]
-	if len(fresh.seen) != 3 || !slices.Equal(fresh.seen[:2], before) {
+	fresh := r.disk.made[0]
+	if len(fresh.seen) != 3 || !slices.EqualFunc(fresh.seen[:2], before, same) {
 		t.Fatalf("after the reset %+v, before it %+v", fresh.seen, before)
 	}
 	for range 3 {
@@ -317,7 +312,7 @@ func TestDeadControllerEndsRequestsInErrors(t *testing.T) {
 	r.port.request(0, opWrite, 8, 0)
 	r.steps(t)
 	r.dev.err = errReset
-	r.backend.nothing = true
+	r.disk.nothing = true
 	r.port.request(1, opFlush, 0, 0)
 	r.steps(t)
 	r.port.request(2, opRead, 8, 0)
@@ -429,8 +424,8 @@ func TestEveryRequestEndsOnce(t *testing.T) {
 				free[e.tag] = true
 			}
 			r.port.done = nil
-			if n := len(r.backend.made); n > 0 {
-				dev = r.backend.made[n-1]
+			if n := len(r.disk.made); n > 0 {
+				dev = r.disk.made[n-1]
 			}
 		}
 		for range rapid.IntRange(1, 60).Draw(rt, "turns") {
@@ -473,7 +468,7 @@ func TestEveryRequestEndsOnce(t *testing.T) {
 func TestNothingIsAllocatedPerRequest(t *testing.T) {
 	r := newRig(t, 64, 64)
 	r.port.done, r.port.prepared = make([]ended, 0, 1<<10), make([]ended, 0, 64)
-	r.dev.seen, r.dev.hidden, r.dev.results = make([]Command, 0, 64), make([]Command, 0, 64), make([]Result, 0, 64)
+	r.dev.seen, r.dev.hidden, r.dev.results = make([]export.Command, 0, 64), make([]export.Command, 0, 64), make([]export.Result, 0, 64)
 	events := make([]event, 64)
 	for tag := range uint16(64) {
 		r.port.request(tag, opWrite, 8, 0)
@@ -523,7 +518,7 @@ type quietNVMe struct {
 	n    int
 }
 
-func (q *quietNVMe) Submit(cmds []Command) (int, error) {
+func (q *quietNVMe) Submit(cmds []export.Command) (int, error) {
 	for i := range cmds {
 		q.tags[q.n] = cmds[i].Tag
 		q.n++
@@ -531,10 +526,10 @@ func (q *quietNVMe) Submit(cmds []Command) (int, error) {
 	return len(cmds), nil
 }
 func (q *quietNVMe) Publish() error { return nil }
-func (q *quietNVMe) Reap(out []Result) (int, error) {
+func (q *quietNVMe) Reap(out []export.Result) (int, error) {
 	n := min(q.n, len(out))
 	for i := range n {
-		out[i] = Result{Tag: q.tags[i]}
+		out[i] = export.Result{Tag: q.tags[i]}
 	}
 	q.n -= n
 	return n, nil
