@@ -7,6 +7,8 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -82,20 +84,35 @@ func TestRepliesOutOfOrder(t *testing.T) {
 // TestLoneClient: requests of a client that waits for each reply take no worker, and one that begins to have several under way is seen to.
 func TestLoneClient(t *testing.T) {
 	s, d := one(t, 512, nil)
-	g := &gate{op: memdisk.Read, open: make(chan struct{})}
 	var held atomic.Pointer[gate]
+	var worker atomic.Bool // the last operation was one's
 	d.Before = func(ctx context.Context, op memdisk.Op, off, n int64) error {
+		worker.Store(byWorker())
 		if g := held.Load(); g != nil {
 			return g.before(ctx, op, off, n)
 		}
 		return nil
 	}
 	c := open(t, s, structured, "1")
-	for range 3 * loneClient {
-		c.do(cmdRead, 0, 0, 512, nil)
-	}
-	held.Store(g)
-	for range 4 {
+	var g *gate
+	// A reader that has to wait for a core finds the request there when it comes to look, and takes the client for one that does not wait.
+	waitFor(t, func() bool {
+		held.Store(nil)
+		for range 3 * loneClient {
+			c.do(cmdRead, 0, 0, 512, nil)
+		}
+		g = &gate{op: memdisk.Read, open: make(chan struct{})}
+		held.Store(g)
+		c.request(cmdRead, 0, 0, 512, nil)
+		g.settles(t, 1)
+		if !worker.Load() {
+			return true
+		}
+		close(g.open)
+		c.result(0)
+		return false
+	})
+	for range 3 {
 		c.request(cmdRead, 0, 0, 512, nil)
 		g.settles(t, 1) // the first one, in the reader's own hands
 	}
@@ -107,6 +124,21 @@ func TestLoneClient(t *testing.T) {
 	for range 4 {
 		if r := c.result(0); r.errno != 0 {
 			t.Error(r.errno)
+		}
+	}
+}
+
+// byWorker tells whether it is a connection's worker that calls.
+func byWorker() bool {
+	var pcs [64]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs[:])])
+	for {
+		f, more := frames.Next()
+		if strings.HasSuffix(f.Function, "(*conn).worker") {
+			return true
+		}
+		if !more {
+			return false
 		}
 	}
 }
