@@ -82,6 +82,7 @@ func (c *Controller) serveAdmin() (more bool) {
 		}
 		c.interrupt()
 		tailStands, headStands := a.tail.arm(sqTail), a.head.arm(cqHead)
+		c.dp.AdminTaken(a.tail.register, a.head.register)
 		switch {
 		case budget == 0:
 			return true

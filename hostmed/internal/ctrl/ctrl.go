@@ -129,6 +129,8 @@ type DataPath interface {
 	// AdminDoorbells returns where queue 0's doorbells are written by MMIO, or the mapped
 	// doorbell page's first two words. Shadow pages are not its business (R16).
 	AdminDoorbells() (sqTail, cqHead *atomic.Uint32)
+	// AdminTaken says which values of them the controller knows; it looks again when they are others, or when it is kicked.
+	AdminTaken(sqTail, cqHead uint32)
 	// ZeroAdminDoorbells sets both to 0. Whatever the driver then writes is new, also what they held before.
 	ZeroAdminDoorbells()
 }

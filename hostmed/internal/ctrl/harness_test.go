@@ -66,7 +66,9 @@ func (m ram) word(iova uint64) *atomic.Uint32 {
 type fakePath struct {
 	calls      []string
 	tail, head atomic.Uint32
+	taken      [2]uint32
 	interrupts int
+	onIRQ      func()
 	cqs, sqs   map[uint16]bool
 	shadow, ei *shm.Region
 	aborts     map[uint16]bool // by CID
@@ -127,9 +129,16 @@ func (f *fakePath) SetCoalescing(thr, time uint8)         { f.note("SetCoalescin
 func (f *fakePath) SetVectorConfig(v uint16, off bool)    { f.note("SetVectorConfig %d %v", v, off) }
 func (f *fakePath) SetDULBE(nsid uint32, on bool)         { f.note("SetDULBE %d %v", nsid, on) }
 func (f *fakePath) SetWriteCache(on bool)                 { f.note("SetWriteCache %v", on) }
-func (f *fakePath) Interrupt(uint16)                      { f.interrupts++ }
 func (f *fakePath) AdminDoorbells() (t, h *atomic.Uint32) { return &f.tail, &f.head }
+func (f *fakePath) AdminTaken(t, h uint32)                { f.taken = [2]uint32{t, h} }
 func (f *fakePath) ZeroAdminDoorbells()                   { f.tail.Store(0); f.head.Store(0) }
+
+func (f *fakePath) Interrupt(uint16) {
+	f.interrupts++
+	if f.onIRQ != nil {
+		f.onIRQ()
+	}
+}
 
 func (f *fakePath) Stop() {
 	if f.onStop != nil {

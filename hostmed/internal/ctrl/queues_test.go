@@ -129,6 +129,34 @@ func TestAbort(t *testing.T) {
 	}
 }
 
+// A driver that sends its next command at each interrupt is served within one kick: what is said to be taken is what came last.
+func TestAdminTakenIsWhatCameLast(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	more := 3 * adminDepth
+	h.dp.onIRQ = func() {
+		e, ok := h.cq.Next()
+		if !ok {
+			t.Fatal("an interrupt without a completion")
+		}
+		if err := h.sq.Released(e.SQHead()); err != nil {
+			t.Fatal(err)
+		}
+		h.dp.head.Store(h.cq.Head())
+		if more--; more > 0 {
+			h.push(nvme.Command{Opcode: 0xff})
+			h.dp.tail.Store(h.sq.Tail())
+		}
+	}
+	h.push(nvme.Command{Opcode: 0xff})
+	h.dp.tail.Store(h.sq.Tail())
+	if h.c.AdminKick() || more != 0 {
+		t.Fatalf("%d commands were not run", more)
+	}
+	if want := [2]uint32{h.dp.tail.Load(), h.dp.head.Load()}; h.dp.taken != want {
+		t.Errorf("%v taken, want %v", h.dp.taken, want)
+	}
+}
+
 // The queue table against a naive model.
 func TestQueueModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {

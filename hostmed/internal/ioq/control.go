@@ -60,7 +60,7 @@ type Controller struct {
 	bar       *shm.Region
 	bells     *shm.Region
 	admin     [2]*atomic.Uint32 // queue 0's
-	adminSeen [2]uint32         // the home worker's
+	adminSeen atomic.Uint64     // what they held when they were last looked at: the tail, and the head in the upper half
 	shadow    *shm.Region       // the doorbell page and its event indices; nil: none
 	ei        *shm.Region
 	shared    atomic.Bool // shadow != nil
@@ -411,20 +411,21 @@ func (c *Controller) SetVectorConfig(vector uint16, disabled bool) {
 // AdminDoorbells returns queue 0's doorbell registers.
 func (c *Controller) AdminDoorbells() (sqTail, cqHead *atomic.Uint32) { return c.admin[0], c.admin[1] }
 
-// ZeroAdminDoorbells sets them to 0. Where the worker watches them, it forgets what it has seen: a driver that resets the controller rings
-// the same values again, and the worker need not have looked in between.
+// ZeroAdminDoorbells sets them to 0. A driver that resets the controller rings the same values again, and the worker need not have looked in
+// between: what was seen is 0 too.
 func (c *Controller) ZeroAdminDoorbells() {
-	zero := func() {
-		c.admin[0].Store(0)
-		c.admin[1].Store(0)
-		c.adminSeen = [2]uint32{}
-	}
-	if c.mode != ctrl.Mmap {
-		zero()
-		return
-	}
-	c.cfg.Home.Call(zero)
+	c.admin[0].Store(0)
+	c.admin[1].Store(0)
+	c.AdminTaken(0, 0)
 }
+
+// AdminTaken is what the session has taken, which the home worker compares mapped doorbells with. A tail that has come round to where the
+// worker last saw it, past commands that the session ran without being told, is new.
+func (c *Controller) AdminTaken(sqTail, cqHead uint32) {
+	c.adminSeen.Store(bothBells(sqTail, cqHead))
+}
+
+func bothBells(sqTail, cqHead uint32) uint64 { return uint64(cqHead)<<32 | uint64(sqTail) }
 
 // Stats returns what the controller has done so far.
 func (c *Controller) Stats() Stats {

@@ -300,12 +300,12 @@ func (w *Worker) lookMapped() {
 	w.lookAdmin()
 }
 
-// lookAdmin looks at the mapped doorbells of queue 0, whose commands the session runs.
+// lookAdmin looks at the mapped doorbells of queue 0, whose commands the session runs. Once the session is told of values it is not told again:
+// it may have no use for them yet. If it takes others meanwhile, it says so after this (AdminTaken).
 func (w *Worker) lookAdmin() {
 	for _, c := range w.watched {
-		tail, head := c.admin[0].Load(), c.admin[1].Load()
-		if tail != c.adminSeen[0] || head != c.adminSeen[1] {
-			c.adminSeen = [2]uint32{tail, head}
+		if now := bothBells(c.admin[0].Load(), c.admin[1].Load()); now != c.adminSeen.Load() {
+			c.adminSeen.Store(now)
 			w.nap = firstNap
 			c.cfg.OnAdmin()
 		}

@@ -445,3 +445,15 @@ func TestMappedAdminDoorbellIsSeenAfterAReset(t *testing.T) {
 		r.eventually("the session to be told", func() bool { return r.admin.Load() > i })
 	}
 }
+
+// The session goes on as long as it finds commands, so that a tail can come round to the same value between two looks of the worker.
+func TestMappedAdminDoorbellIsSeenAfterALap(t *testing.T) {
+	r := newRig(t, rigConfig{mode: ctrl.Mmap})
+	tail, _ := r.ctl.AdminDoorbells()
+	tail.Store(1)
+	for i := range uint32(50) {
+		r.eventually("the session to be told", func() bool { return r.admin.Load() > i })
+		// In a queue of two entries it has run this command and the next, whose tail was 0; then came a third.
+		r.ctl.AdminTaken(0, 0)
+	}
+}
