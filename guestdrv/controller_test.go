@@ -29,9 +29,9 @@ func withLog(o guestdrv.Options) (guestdrv.Options, *testrig.Buffer) {
 
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !cond(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not in 5 s", what)
+			t.Fatalf("%s: not in %v", what, patience)
 		}
 	}
 }
@@ -138,7 +138,12 @@ func TestIdleCostsNothing(t *testing.T) {
 	if err := namespaceRead(c); err != nil {
 		t.Fatal(err)
 	}
-	// The events are configured behind Open's back.
+	settle(t, c)
+}
+
+// settle waits until nothing goes on any more: the events are configured behind Open's back.
+func settle(t *testing.T, c opened) {
+	t.Helper()
 	eventually(t, "quiet for 50 ms", func() bool {
 		before, rings := c.Stats(), c.dev.Rings.Load()
 		time.Sleep(50 * time.Millisecond)

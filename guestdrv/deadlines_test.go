@@ -48,6 +48,7 @@ func TestFatalErrorUnderPair(t *testing.T) {
 // TestLateCommandOfPairIsAborted ends it with the status of an aborted command; pair and controller live on. The deadline is a whole number of
 // seconds, at which a pair also has the controller looked at: that once swallowed what it told of its late command, and cost a reset.
 func TestLateCommandOfPairIsAborted(t *testing.T) {
+	t.Parallel()
 	for _, poll := range []bool{false, true} {
 		t.Run(fmt.Sprintf("poll=%v", poll), func(t *testing.T) {
 			t.Parallel()
@@ -83,6 +84,7 @@ func TestLateCommandOfPairIsAborted(t *testing.T) {
 
 // TestAdminCommandWithLongDeadline is a Format: it may take longer than other commands, if its caller says so.
 func TestAdminCommandWithLongDeadline(t *testing.T) {
+	t.Parallel()
 	m := newMoody(nvmetest.Config{})
 	inner := m.cfg.Command
 	m.cfg.Command = func(qid uint16, cmd *nvme.Command) nvmetest.Verdict {
@@ -93,13 +95,13 @@ func TestAdminCommandWithLongDeadline(t *testing.T) {
 	}
 	o := quickOptions()
 	c := openInProc(t, m.cfg, o)
-	long, cancel := context.WithTimeout(ctx, time.Minute)
+	long, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	go func() {
 		for c.dev.Held() == 0 {
 			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(3 * o.Timeout)
+		time.Sleep(2 * o.Timeout)
 		c.dev.Release()
 	}()
 	_, err := c.Admin(long, &nvme.Command{Opcode: nvme.AdminFormatNVM, NSID: 1}, nil)
@@ -131,21 +133,24 @@ func TestCompletionFromBeforeResetMatchesNothing(t *testing.T) {
 		}
 		return v
 	}
-	o := quickOptions()
-	o.Timeout = 700 * time.Millisecond // the second command is still waited for when the old completion comes
+	o := testOptions()
 	o.Queues = 1
 	c := openInProc(t, m.cfg, o)
 	ns := namespace(t, c, 1)
+	done := make(chan error)
+	read := func() {
+		_, err := ns.ReadAt(make([]byte, 512), 0)
+		done <- err
+	}
 	m.drop.Store(1)
-	if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, guestdrv.ErrReset) {
+	go read()
+	eventually(t, "the device has fetched it", func() bool { return old.Load() != 0 })
+	c.ForceReset(errors.New("the test wants it"))
+	if err := <-done; !errors.Is(err, guestdrv.ErrReset) {
 		t.Fatal(err)
 	}
 	m.hold.Store(true)
-	done := make(chan error)
-	go func() {
-		_, err := ns.ReadAt(make([]byte, 512), 0)
-		done <- err
-	}()
+	go read()
 	for c.dev.Held() == 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -180,8 +185,9 @@ func TestPairAfterResetBeginsElsewhere(t *testing.T) {
 		if err := pairOnce(c.Controller); err != nil {
 			t.Fatal(err)
 		}
-		c.ForceReset(errors.New("the test wants it"))
-		eventually(t, "a reset", func() bool { return c.Stats().Resets == uint64(i+1) })
+		if err := c.ResetByForce(errors.New("the test wants it")); err != nil || c.Stats().Resets != uint64(i+1) {
+			t.Errorf("%v, %d resets", err, c.Stats().Resets)
+		}
 	}
 	mu.Lock()
 	defer mu.Unlock()
@@ -192,11 +198,12 @@ func TestPairAfterResetBeginsElsewhere(t *testing.T) {
 
 // TestOpenKeepsCommandDeadlines opens a device that loses an admin command, with a context that could wait for much longer.
 func TestOpenKeepsCommandDeadlines(t *testing.T) {
+	t.Parallel()
 	m := newMoody(nvmetest.Config{})
 	m.mute.Store(true)
 	dev := nvmetest.New(m.cfg)
 	defer dev.Close()
-	long, cancel := context.WithTimeout(ctx, time.Minute)
+	long, cancel := context.WithTimeout(ctx, 2*patience)
 	defer cancel()
 	begin := time.Now()
 	_, err := guestdrv.OpenDevice(long, dev.InProc(), quickOptions())
@@ -204,13 +211,14 @@ func TestOpenKeepsCommandDeadlines(t *testing.T) {
 		t.Fatal("opened")
 	}
 	mustMention(t, err, guestdrv.ErrTimeout, "IDENTIFY")
-	if d := time.Since(begin); d > 20*time.Second {
+	if d := time.Since(begin); d > patience {
 		t.Errorf("took %v", d)
 	}
 }
 
 // TestAbortsKeepToACL makes many commands late at once on a controller that takes one Abort at a time (ACL 0).
 func TestAbortsKeepToACL(t *testing.T) {
+	t.Parallel()
 	var flying, most, aborts atomic.Int64
 	m := newMoody(nvmetest.Config{})
 	inner := m.cfg.Command
@@ -224,7 +232,7 @@ func TestAbortsKeepToACL(t *testing.T) {
 	}
 	o, log := withLog(quickOptions())
 	o.Queues = 1
-	o.Timeout = 1600 * time.Millisecond
+	o.Timeout = 4 * time.Second
 	c := openInProc(t, m.cfg, o)
 	ns := namespace(t, c, 1)
 	m.hold.Store(true)

@@ -23,9 +23,7 @@ func TestDeadDeviceWakesEverybody(t *testing.T) {
 				}
 				return nvmetest.Verdict{}
 			}
-			o := testOptions()
-			o.Timeout = time.Minute
-			c := v.open(t, cfg, o)
+			c := v.open(t, cfg, testOptions())
 			ns := namespace(t, c, 1)
 			// Before the readers, who take all DMA memory that there is.
 			p, err := c.NewQueuePair(guestdrv.QueuePairOptions{Poll: true})
@@ -62,7 +60,7 @@ func TestDeadDeviceWakesEverybody(t *testing.T) {
 			p.Close()
 			begin := time.Now()
 			c.Close()
-			if d := time.Since(begin); d > 2*time.Second {
+			if d := time.Since(begin); d > patience/2 {
 				t.Errorf("close took %v", d)
 			}
 		})
@@ -146,7 +144,7 @@ func TestHangupInEveryPhase(t *testing.T) {
 			}
 			c.Close()
 		}
-		if d := time.Since(begin); d > 4*time.Second {
+		if d := time.Since(begin); d > patience/2 {
 			t.Errorf("message %d: took %v", n, d)
 		}
 		srv.Close()
@@ -170,7 +168,7 @@ func TestOpenEndsWithContext(t *testing.T) {
 	defer cancel()
 	begin := time.Now()
 	_, err := guestdrv.OpenDevice(short, dev.InProc(), testOptions())
-	if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) > 5*time.Second {
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) > patience/2 {
 		t.Fatalf("%v after %v", err, time.Since(begin))
 	}
 }

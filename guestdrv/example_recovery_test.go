@@ -27,7 +27,7 @@ func ExampleResetMode() {
 			return nvmetest.Verdict{}
 		}
 		dev := nvmetest.New(cfg)
-		c, err := guestdrv.OpenDevice(context.Background(), dev.InProc(), guestdrv.Options{Timeout: 100 * time.Millisecond, OnReset: mode})
+		c, err := guestdrv.OpenDevice(context.Background(), dev.InProc(), guestdrv.Options{Timeout: 2 * time.Second, OnReset: mode})
 		if err != nil {
 			log.Fatal(err)
 		}
@@ -106,7 +106,7 @@ func ExampleQueuePair_reset() {
 	dev := nvmetest.New(cfg)
 	defer dev.Close()
 	ctx := context.Background()
-	c, err := guestdrv.OpenDevice(ctx, dev.InProc(), guestdrv.Options{Timeout: 100 * time.Millisecond})
+	c, err := guestdrv.OpenDevice(ctx, dev.InProc(), guestdrv.Options{Timeout: 2 * time.Second})
 	if err != nil {
 		log.Fatal(err)
 	}

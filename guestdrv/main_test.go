@@ -3,6 +3,7 @@ package guestdrv_test
 import (
 	"bytes"
 	"context"
+	"flag"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -15,13 +16,29 @@ import (
 	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// Parallel tests are those that wait for deadlines to pass: that takes no cores.
+	_ = flag.Set("test.parallel", "12")
+	goleak.VerifyTestMain(m)
+}
 
 var ctx = context.Background()
 
-// testOptions keeps tests quick: a small pool, and deadlines that do not make a broken device take half a minute.
+// patience is longer than anything takes that works, under the race detector on a busy machine.
+const patience = time.Minute
+
+// testOptions have a small pool, and a deadline that no command misses which a device executes.
 func testOptions() guestdrv.Options {
-	return guestdrv.Options{DMASize: 8 << 20, Queues: 2, MaxQueuePairs: 4, QueueDepth: 32, Timeout: 5 * time.Second}
+	return guestdrv.Options{DMASize: 8 << 20, Queues: 2, MaxQueuePairs: 4, QueueDepth: 32, Timeout: patience}
+}
+
+// quickOptions are for commands that do miss it. All others have to keep it on a busy machine, and those that set the controller up; who is
+// aborted has a quarter of it.
+func quickOptions() guestdrv.Options {
+	o := testOptions()
+	o.Timeout = 2 * time.Second
+	o.ResetTimeout = 20 * time.Second
+	return o
 }
 
 // opened is a controller and the device behind it.

@@ -317,13 +317,7 @@ func TestCancelLeavesBufferToDevice(t *testing.T) {
 	if _, err := ns.ReadAt(make([]byte, 512), 0); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(2 * time.Second)
-	for !overlaps() {
-		if time.Now().After(deadline) {
-			t.Fatal("the buffer's memory never came back")
-		}
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the buffer's memory comes back", overlaps)
 }
 
 func TestCancelledBeforeItBegins(t *testing.T) {

@@ -79,7 +79,7 @@ func TestArmKeepsDeadlines(t *testing.T) {
 		return nvmetest.Verdict{}
 	}
 	o := testOptions()
-	o.Timeout = 50 * time.Millisecond
+	o.Timeout = time.Second
 	c := openInProc(t, cfg, o)
 	p, err := c.NewQueuePair(guestdrv.QueuePairOptions{})
 	if err != nil {
@@ -93,7 +93,7 @@ func TestArmKeepsDeadlines(t *testing.T) {
 	if err := p.Publish(); err != nil {
 		t.Fatal(err)
 	}
-	for begin := time.Now(); time.Since(begin) < 10*time.Second; time.Sleep(5 * time.Millisecond) {
+	for begin := time.Now(); time.Since(begin) < patience; time.Sleep(5 * time.Millisecond) {
 		if _, err := p.Arm(); err != nil {
 			return
 		}

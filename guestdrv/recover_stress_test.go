@@ -24,11 +24,10 @@ func TestResetsUnderLoad(t *testing.T) {
 	for _, v := range variants {
 		for _, mode := range []guestdrv.ResetMode{guestdrv.ResetFail, guestdrv.ResetReplay} {
 			t.Run(fmt.Sprintf("%s/%v", v.name, mode), func(t *testing.T) {
-				o := testOptions()
+				o := patientOptions()
 				o.OnReset = mode
-				o.Timeout = 20 * time.Second
 				cfg := v.cfg
-				cfg.CAP = nvme.CAP(0).WithMQES(1023).WithTO(20).WithCSS(1)
+				cfg.CAP = nvme.CAP(0).WithMQES(1023).WithTO(120).WithCSS(1)
 				c := v.open(t, cfg, o)
 				ns := namespace(t, c, 1)
 				// PRP lists and rings are taken now, so that free memory can be compared.
@@ -88,10 +87,8 @@ func TestResetsUnderLoad(t *testing.T) {
 				for range 2 {
 					work("pair", func(*rand.Rand) error { return pairOnce(c.Controller) })
 				}
-				end := time.Now().Add(300 * time.Millisecond)
-				resets := 0
-				for ; time.Now().Before(end); resets++ {
-					for seen := ok.Load(); ok.Load() < seen+3 && c.Err() == nil && time.Now().Before(end); {
+				for end, resets := time.Now().Add(300*time.Millisecond), 0; time.Now().Before(end) || resets < 3; resets++ {
+					for seen := ok.Load(); ok.Load() < seen+3 && c.Err() == nil; {
 						time.Sleep(time.Millisecond)
 					}
 					c.ForceReset(errors.New("the test wants it"))
@@ -99,11 +96,11 @@ func TestResetsUnderLoad(t *testing.T) {
 				}
 				stop.Store(true)
 				wg.Wait()
-				if c.Err() != nil {
-					t.Fatal(c.Err())
+				if err := c.AwaitLive(); err != nil {
+					t.Fatal(err)
 				}
-				if n := c.Stats().Resets; n == 0 {
-					t.Error("no reset")
+				if n := c.Stats().Resets; n < 3 {
+					t.Errorf("%d resets", n)
 				}
 				eventually(t, "all memory is back", func() bool { return c.FreeMemory() == free })
 				t.Logf("%d resets, %d steps done, %d lost", c.Stats().Resets, ok.Load(), lost.Load())
@@ -159,8 +156,10 @@ func TestFaultsUnderLoad(t *testing.T) {
 	if testing.Short() {
 		t.Skip("seconds of load: not with -short")
 	}
+	t.Parallel()
 	for _, mode := range []guestdrv.ResetMode{guestdrv.ResetFail, guestdrv.ResetReplay} {
 		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
 			var bad atomic.Bool
 			var n atomic.Uint64
 			cfg := nvmetest.Config{}
@@ -170,18 +169,19 @@ func TestFaultsUnderLoad(t *testing.T) {
 				}
 				return nvmetest.Verdict{}
 			}
-			o := testOptions()
+			o := quickOptions()
 			o.OnReset = mode
-			o.Timeout = 300 * time.Millisecond
+			o.Timeout = 800 * time.Millisecond
 			c := openInProc(t, cfg, o)
 			ns := namespace(t, c, 1)
 			bad.Store(true)
 			var wg sync.WaitGroup
-			end := time.Now().Add(1500 * time.Millisecond)
+			end := time.Now().Add(3 * time.Second)
+			on := func() bool { return time.Now().Before(end) || c.Stats().Resets < 2 && c.Err() == nil }
 			for i := range 8 {
 				wg.Go(func() {
 					p, got := randomBytes(32<<10), make([]byte, 32<<10)
-					for time.Now().Before(end) {
+					for on() {
 						_, err := ns.WriteAt(p, int64(i)*64<<10)
 						if err == nil {
 							_, err = ns.ReadAt(got, int64(i)*64<<10)
@@ -190,7 +190,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 						case err == nil && !bytes.Equal(p, got):
 							t.Error("data differs")
 							return
-						case err != nil && !errors.Is(err, guestdrv.ErrReset):
+						case err != nil && !errors.Is(err, guestdrv.ErrReset) && !errors.Is(err, guestdrv.ErrTimeout): // aborted in time, if this machine is slow
 							t.Error(err)
 							return
 						}
@@ -198,8 +198,8 @@ func TestFaultsUnderLoad(t *testing.T) {
 				})
 			}
 			wg.Go(func() {
-				for time.Now().Before(end) {
-					time.Sleep(250 * time.Millisecond)
+				for on() {
+					time.Sleep(400 * time.Millisecond)
 					c.dev.Fault()
 				}
 			})
@@ -209,7 +209,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 				_, err := ns.ReadAt(make([]byte, 512), 0)
 				return err == nil
 			})
-			if s := c.Stats(); s.Resets == 0 {
+			if s := c.Stats(); s.Resets < 2 {
 				t.Errorf("%d resets", s.Resets)
 			}
 			mustReadWrite(t, ns)

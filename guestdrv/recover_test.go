@@ -65,19 +65,16 @@ func newMoody(cfg nvmetest.Config) *moody {
 	return m
 }
 
-func quickOptions() guestdrv.Options {
-	o := testOptions()
-	o.Timeout = 300 * time.Millisecond
-	o.ResetTimeout = 5 * time.Second
-	return o
-}
-
 // TestReset gives the controller a fault, and looks at what the reader of that moment gets and whether the controller lives on.
 func TestReset(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		name   string
 		fault  func(m *moody, c opened)
 		replay bool
+		// The reader's command is late and can be aborted.
+		aborted bool
+
 		is     []error  // of the reader's error; none: it succeeds
 		isNot  error    // what it is not
 		says   []string // in it
@@ -97,7 +94,7 @@ func TestReset(t *testing.T) {
 			is: []error{guestdrv.ErrReset, guestdrv.ErrTimeout}, says: []string{"READ nsid=1"}, resets: 2,
 		},
 		{
-			name: "a late command can be aborted", fault: func(m *moody, _ opened) { m.hold.Store(true) },
+			name: "a late command can be aborted", fault: func(m *moody, _ opened) { m.hold.Store(true) }, aborted: true,
 			is: []error{guestdrv.ErrTimeout}, isNot: guestdrv.ErrReset, says: []string{"READ nsid=1", "was aborted"},
 		},
 		{
@@ -132,6 +129,9 @@ func TestReset(t *testing.T) {
 				t.Parallel()
 				m := newMoody(v.cfg)
 				o := quickOptions()
+				if tc.aborted {
+					o.Timeout *= 2 // and with it the time to abort it
+				}
 				if tc.replay {
 					o.OnReset = guestdrv.ResetReplay
 				}
@@ -144,7 +144,7 @@ func TestReset(t *testing.T) {
 				got := make([]byte, len(want))
 				begin := time.Now()
 				_, err := ns.ReadAt(got, 0)
-				if d := time.Since(begin); d > 4*time.Second {
+				if d := time.Since(begin); d > patience {
 					t.Errorf("took %v", d)
 				}
 				if len(tc.is) == 0 {
@@ -193,6 +193,7 @@ func TestReset(t *testing.T) {
 
 // TestResetsThatDoNoGood is a controller that comes back each time and never executes an I/O command.
 func TestResetsThatDoNoGood(t *testing.T) {
+	t.Parallel()
 	m := newMoody(nvmetest.Config{})
 	c := openInProc(t, m.cfg, quickOptions())
 	ns := namespace(t, c, 1)
@@ -208,6 +209,7 @@ func TestResetsThatDoNoGood(t *testing.T) {
 }
 
 func TestLateAdminCommandResets(t *testing.T) {
+	t.Parallel()
 	m := newMoody(nvmetest.Config{})
 	c := openInProc(t, m.cfg, quickOptions())
 	ns := namespace(t, c, 1)
@@ -231,27 +233,42 @@ func TestLateAdminCommandResets(t *testing.T) {
 	}
 }
 
+// patientOptions are for a reset that takes its time, of a controller whose CAP.TO allows for that.
+func patientOptions() guestdrv.Options {
+	o := testOptions()
+	o.ResetTimeout = patience
+	return o
+}
+
+// beginReset loses the next I/O command, which do is to send, and returns when the controller has been disabled for it. It stays so.
+func beginReset(t *testing.T, m *moody, c opened, do func()) {
+	t.Helper()
+	resets := c.dev.Resets.Load()
+	m.asleep.Store(true)
+	m.drop.Store(1)
+	do()
+	eventually(t, "the device has fetched it", func() bool { return m.drop.Load() == 0 })
+	c.ForceReset(errors.New("the test wants it"))
+	eventually(t, "a reset", func() bool { return c.dev.Resets.Load() > resets })
+}
+
 // TestOthersWaitDuringReset starts every kind of call while the controller takes its time to come back.
 func TestOthersWaitDuringReset(t *testing.T) {
-	m := newMoody(nvmetest.Config{CAP: nvme.CAP(0).WithMQES(1023).WithTO(20).WithCSS(1)})
-	c := openInProc(t, m.cfg, quickOptions())
+	m := newMoody(nvmetest.Config{CAP: nvme.CAP(0).WithMQES(1023).WithTO(120).WithCSS(1)})
+	c := openInProc(t, m.cfg, patientOptions())
 	ns := namespace(t, c, 1)
 	old, err := c.NewQueuePair(guestdrv.QueuePairOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	resets := c.dev.Resets.Load()
-	m.asleep.Store(true)
-	m.drop.Store(1)
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, guestdrv.ErrReset) {
-			t.Errorf("the one that was late: %v", err)
-		}
+	beginReset(t, m, c, func() {
+		wg.Go(func() {
+			if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, guestdrv.ErrReset) {
+				t.Errorf("the one that was lost: %v", err)
+			}
+		})
 	})
-	for c.dev.Resets.Load() == resets {
-		time.Sleep(time.Millisecond)
-	}
 	var ended atomic.Int64
 	call := func(what string, f func() error) {
 		wg.Go(func() {
@@ -307,30 +324,24 @@ func TestCloseDuringReset(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			m := newMoody(v.cfg)
-			m.cfg.CAP = m.cfg.CAP.WithTO(120)
-			o := quickOptions()
-			o.ResetTimeout = time.Minute
+			m.cfg.CAP = m.cfg.CAP.WithTO(240)
+			o := patientOptions()
+			o.ResetTimeout *= 2
 			c := v.open(t, m.cfg, o)
 			ns := namespace(t, c, 1)
-			resets := c.dev.Resets.Load()
-			m.asleep.Store(true)
-			m.drop.Store(1)
 			done := make(chan error, 2)
-			go func() {
-				_, err := ns.ReadAt(make([]byte, 512), 0)
-				done <- err
-			}()
-			for c.dev.Resets.Load() == resets {
-				time.Sleep(time.Millisecond)
+			read := func() {
+				go func() {
+					_, err := ns.ReadAt(make([]byte, 512), 0)
+					done <- err
+				}()
 			}
-			go func() {
-				_, err := ns.ReadAt(make([]byte, 512), 0)
-				done <- err
-			}()
-			time.Sleep(5 * time.Millisecond)
+			beginReset(t, m, c, read)
+			read()
+			time.Sleep(5 * time.Millisecond) // it may wait by then
 			begin := time.Now()
 			c.Close()
-			if d := time.Since(begin); d > 2*time.Second {
+			if d := time.Since(begin); d > patience {
 				t.Errorf("Close took %v", d)
 			}
 			for range 2 {
@@ -345,21 +356,17 @@ func TestCloseDuringReset(t *testing.T) {
 // TestDeviceGoneDuringReset must not wait for registers that nobody answers for.
 func TestDeviceGoneDuringReset(t *testing.T) {
 	m := newMoody(nvmetest.Config{CAP: nvme.CAP(0).WithMQES(1023).WithTO(120).WithCSS(1)})
-	o := quickOptions()
-	o.ResetTimeout = time.Minute
-	c := openSocket(t, m.cfg, o)
+	c := openSocket(t, m.cfg, patientOptions())
 	ns := namespace(t, c, 1)
-	resets := c.dev.Resets.Load()
-	m.asleep.Store(true)
-	m.drop.Store(1)
-	go func() {
-		for c.dev.Resets.Load() == resets {
-			time.Sleep(time.Millisecond)
-		}
-		c.gone()
-	}()
-	_, err := ns.ReadAt(make([]byte, 512), 0)
-	if !errors.Is(err, guestdrv.ErrReset) && !errors.Is(err, guestdrv.ErrGone) {
+	done := make(chan error, 1)
+	beginReset(t, m, c, func() {
+		go func() {
+			_, err := ns.ReadAt(make([]byte, 512), 0)
+			done <- err
+		}()
+	})
+	c.gone()
+	if err := <-done; !errors.Is(err, guestdrv.ErrReset) && !errors.Is(err, guestdrv.ErrGone) {
 		t.Errorf("got %v", err)
 	}
 	if _, err := ns.ReadAt(make([]byte, 512), 0); !errors.Is(err, guestdrv.ErrGone) {

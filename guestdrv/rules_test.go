@@ -307,7 +307,7 @@ func TestRule34_PeerClearsNonblock(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("Close hangs")
 	}
 }

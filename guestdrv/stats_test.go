@@ -23,6 +23,7 @@ func TestStatsTellOpcodesApart(t *testing.T) {
 	forAll(t, func(t *testing.T, v variant) {
 		c := v.open(t, v.cfg, testOptions())
 		ns := namespace(t, c, 1)
+		settle(t, c)
 		before := c.Stats()
 		must := func(err error) {
 			t.Helper()
