@@ -25,7 +25,7 @@ func TestRule34_FailDoesNotBlock(t *testing.T) {
 	}()
 	select {
 	case <-done:
-	case <-time.After(2 * time.Second):
+	case <-time.After(patience):
 		t.Error("Fail hangs in a write to the eventfd")
 		var b [8]byte
 		_, _ = unix.Read(p.fd, b[:])
@@ -54,7 +54,7 @@ func TestRule34_DrainTakesAllAndNeverWaits(t *testing.T) {
 	}()
 	select {
 	case <-done:
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Error("drain waits on an empty eventfd")
 		_, _ = unix.Write(p.fd, three[:])
 		<-done
