@@ -71,7 +71,7 @@ func TestStopAndContinue(t *testing.T) {
 			}
 			until := func(want bool) {
 				t.Helper()
-				for end := time.Now().Add(10 * time.Second); stopped(c.Process.Pid) != want || stopped(pid) != want; time.Sleep(time.Millisecond) {
+				for end := time.Now().Add(patience); stopped(c.Process.Pid) != want || stopped(pid) != want; time.Sleep(time.Millisecond) {
 					if time.Now().After(end) {
 						t.Fatalf("stopped: first process %v, second %v; want %v", stopped(c.Process.Pid), stopped(pid), want)
 					}

@@ -177,7 +177,7 @@ func roleSleep(string) {
 	pid := ownPID()
 	enterAll(Policy{})
 	fmt.Println(pid)
-	time.Sleep(time.Minute)
+	time.Sleep(2 * patience)
 }
 
 // roleIgnoreHUP becomes roleSleep with SIGHUP ignored, as nohup does.

@@ -247,7 +247,7 @@ func workSocket(w *work) error {
 		if _, err := w.conn.Write([]byte("x")); err != nil {
 			return err
 		}
-		if err := w.conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := w.conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 			return err
 		}
 		if _, err := w.conn.Read(buf); err != nil {

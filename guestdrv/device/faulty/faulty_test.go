@@ -113,7 +113,7 @@ func TestStatus(t *testing.T) {
 }
 
 func TestUnplug(t *testing.T) {
-	f, c, _ := open(t, guestdrv.Options{Timeout: 200 * time.Millisecond})
+	f, c, _ := open(t, guestdrv.Options{})
 	f.Unplug()
 	if v, err := f.Read64(nvme.RegCAP); v != 1<<64-1 || err != nil {
 		t.Errorf("CAP %#x, %v", v, err)
@@ -187,9 +187,9 @@ func TestHooks(t *testing.T) {
 
 // TestLostInterrupts has the driver find completions by looking.
 func TestLostInterrupts(t *testing.T) {
-	f, c, _ := open(t, guestdrv.Options{Timeout: 2 * time.Second})
+	f, c, _ := open(t, guestdrv.Options{Timeout: 4 * time.Second}) // it looks eight times as often
 	f.SetHooks(faulty.Hooks{Interrupt: func(int) bool { return false }})
-	for range 20 {
+	for range 10 {
 		if err := read(c); err != nil {
 			t.Fatal(err)
 		}

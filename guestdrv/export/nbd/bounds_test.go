@@ -281,8 +281,9 @@ func TestTooManyClients(t *testing.T) {
 
 // TestShutdown: what is under way is finished, what comes later is refused, and a client that stays is let go.
 func TestShutdown(t *testing.T) {
+	t.Parallel()
 	s, d, g := gated(t, memdisk.Write, nil)
-	s.quiet = 2 * time.Second // for machines that are slow
+	s.quiet = within / 6 // for machines that are slow
 	c := open(t, s, structured, "1")
 	before := c.request(cmdWrite, 0, 0, 512, bytes.Repeat([]byte{5}, 512))
 	g.settles(t, 1)

@@ -18,7 +18,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // within is what a test waits at most for something that comes at once.
-const within = 20 * time.Second
+const within = time.Minute
 
 // client is a client that sends what it is told to, byte by byte.
 type client struct {

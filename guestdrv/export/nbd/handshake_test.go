@@ -192,7 +192,7 @@ func TestExportName(t *testing.T) {
 
 // TestHandshakeOfNoClient: the server hangs up, at once or when its patience ends.
 func TestHandshakeOfNoClient(t *testing.T) {
-	s, _ := one(t, 512, func(c *Config) { c.Handshake = 200 * time.Millisecond })
+	s, _ := one(t, 512, func(c *Config) { c.Handshake = 2 * time.Second })
 	for name, act := range map[string]func(c *client){
 		"says nothing":                  func(c *client) {},
 		"says half of its flags":        func(c *client) { c.send(uint16(0)) },
@@ -207,6 +207,7 @@ func TestHandshakeOfNoClient(t *testing.T) {
 		"hangs up after half an option": func(c *client) { c.send(uint32(3), "IHAVEOPT"); c.close() },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := dial(t, s)
 			c.recv(18)
 			act(c)
