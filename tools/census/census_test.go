@@ -75,7 +75,7 @@ func newRig(t *testing.T) *rig {
 // census runs a program under census and adds up what it used. while runs beside it, with census's process.
 func (r *rig) census(want int, stdin []byte, stderr *os.File, while func(*os.Process), program string, args ...string) {
 	r.t.Helper()
-	ctx, cancel := context.WithTimeout(r.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(r.t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.bin["census"], append([]string{r.bin[program]}, args...)...)
 	var out, errs bytes.Buffer
@@ -125,7 +125,7 @@ func TestEveryRuleIsUsed(t *testing.T) {
 	r.census(0, nil, nil, nil, "guestdrv", append(bench, "1", "--nsid", "2", "--poll", "--idle", "50ms", "--cpus", "0")...)
 	r.census(0, nil, tty, nil, "guestdrv", append(bench, "1", "--nsid", "2", "--spin", "off")...)
 	// A command that is late: Abort, and a reset of the controller.
-	r.census(1, nil, nil, nil, "guestdrv", "read", d, "--nsid", "3", "--timeout", "300ms", "--file", os.DevNull)
+	r.census(1, nil, nil, nil, "guestdrv", "read", d, "--nsid", "3", "--timeout", "2s", "--file", os.DevNull)
 	socket := filepath.Join(r.dir, "nbd")
 	r.census(0, nil, nil, func(p *os.Process) {
 		nbdClient(t, socket)
@@ -192,7 +192,7 @@ func terminal(t *testing.T) *os.File {
 func nbdClient(t *testing.T, socket string) {
 	t.Helper()
 	var c net.Conn
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		var err error
 		if c, err = net.Dial("unix", socket); err == nil {
 			break
@@ -203,7 +203,7 @@ func nbdClient(t *testing.T, socket string) {
 		}
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	send := func(parts ...any) {
 		for _, p := range parts {
 			if err := binary.Write(c, binary.BigEndian, p); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -76,13 +77,31 @@ func TestSandboxLines(t *testing.T) {
 	}
 }
 
+// output is what a program prints, which a test can read while it runs.
+type output struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.String()
+}
+
 // demoIn prepares the program with a temporary directory of its own, to see what it leaves there.
-func demoIn(t *testing.T, args ...string) (cmd *exec.Cmd, tmp string, stdout, stderr *bytes.Buffer) {
+func demoIn(t *testing.T, args ...string) (cmd *exec.Cmd, tmp string, stdout, stderr *output) {
 	t.Helper()
 	tmp = t.TempDir()
 	cmd = exec.CommandContext(t.Context(), filepath.Join(bin, "demo"), append([]string{"--bin", bin}, args...)...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
-	stdout, stderr = &bytes.Buffer{}, &bytes.Buffer{}
+	stdout, stderr = &output{}, &output{}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	return cmd, tmp, stdout, stderr
 }
@@ -115,26 +134,37 @@ func TestDemo(t *testing.T) {
 			t.Errorf("%q is missing in\n%s", s, stdout)
 		}
 	}
-	if strings.Contains(stdout.String(), "\x1b") || stderr.Len() != 0 {
-		t.Errorf("control characters, or something on stderr: %q", stderr)
+	if strings.Contains(stdout.String(), "\x1b") || stderr.String() != "" {
+		t.Errorf("control characters, or something on stderr: %q", stderr.String())
 	}
 	checkLeftovers(t, tmp)
 }
 
 func TestInterruptedDemoCleansUp(t *testing.T) {
-	for _, after := range []time.Duration{50 * time.Millisecond, 700 * time.Millisecond} {
-		cmd, tmp, _, stderr := demoIn(t, "--runtime", "20s")
+	for when, begun := range map[string]func(tmp, stdout string) bool{
+		"as soon as there is something to clean up": func(tmp, _ string) bool {
+			left, err := os.ReadDir(tmp)
+			return err == nil && len(left) > 0
+		},
+		"in a measurement": func(_, stdout string) bool { return strings.Contains(stdout, "The experiment of 2014") },
+	} {
+		cmd, tmp, stdout, stderr := demoIn(t, "--runtime", "100s")
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(after)
+		for begin := time.Now(); !begun(tmp, stdout.String()); time.Sleep(time.Millisecond) {
+			if time.Since(begin) > time.Minute {
+				_ = cmd.Process.Kill()
+				t.Fatalf("%s: it does not come to that: %s", when, stdout)
+			}
+		}
 		if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)
 		}
 		err := cmd.Wait()
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || exit.ExitCode() != 1 || stderr.String() != "demo: interrupted\n" {
-			t.Errorf("after %v: %v, %q", after, err, stderr)
+			t.Errorf("%s: %v, %q", when, err, stderr.String())
 		}
 		checkLeftovers(t, tmp)
 	}
@@ -145,7 +175,7 @@ func TestFailedDemoCleansUp(t *testing.T) {
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 2 || !strings.Contains(stderr.String(), "missing") || strings.Count(stderr.String(), "\n") != 1 {
-		t.Errorf("%v, %q", err, stderr)
+		t.Errorf("%v, %q", err, stderr.String())
 	}
 	checkLeftovers(t, tmp)
 }

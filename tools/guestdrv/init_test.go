@@ -135,7 +135,7 @@ func reaperChild() {
 		fmt.Println(describe(<-ended))
 	}
 	// The orphan is reaped too, and after a time without children another start is waited for.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid()))
 		if err != nil || len(b) == 0 || time.Now().After(deadline) {
 			fmt.Printf("children: %q\n", b)

@@ -78,11 +78,11 @@ func TestServeNBD(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := net.DialTimeout("unix", socket, 10*time.Second)
+		c, err := net.DialTimeout("unix", socket, patience)
 		if err != nil {
 			t.Fatal(errors.Join(err, d.Stop()))
 		}
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(patience))
 		hello := make([]byte, 18)
 		if _, err := io.ReadFull(c, hello); err != nil || string(hello[:16]) != "NBDMAGICIHAVEOPT" {
 			t.Errorf("greeting %q, %v", hello, err)
@@ -108,12 +108,12 @@ func TestServeNBDEndsWithItsController(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := net.DialTimeout("unix", socket, 10*time.Second)
+	c, err := net.DialTimeout("unix", socket, patience)
 	if err != nil {
 		t.Fatal(errors.Join(err, d.Stop()))
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	if err := h.Stop(); err != nil {
 		t.Error(err)
 	}
