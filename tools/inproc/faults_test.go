@@ -19,11 +19,11 @@ import (
 	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
-// faultOptions make deadlines pass quickly. A loaded machine may let a command of a healthy controller be late too, which costs a
-// reset and no more.
+// faultOptions are for rows in which a deadline has to pass. All commands beside the one that misses it have to keep it, and a reset its own: on a
+// busy machine too.
 func faultOptions() guestdrv.Options {
 	o := small()
-	o.Timeout, o.ResetTimeout = 300*time.Millisecond, 3*time.Second
+	o.Timeout, o.ResetTimeout = 2*time.Second, 10*time.Second
 	return o
 }
 
@@ -33,7 +33,7 @@ func bound(o guestdrv.Options) time.Duration {
 	if o.OnReset == guestdrv.ResetReplay {
 		d *= 2
 	}
-	return d + 4*time.Second
+	return d + patience/3
 }
 
 // fault is a row of the table: what goes wrong under load, and what the driver makes of it.
@@ -49,6 +49,9 @@ type fault struct {
 	fails  error                // the controller, for good; nil: it lives on, and was reset or not:
 	resets func(n uint64) bool  // how often it was reset
 	says   string               // in the error that one is about
+	few    bool                 // what goes on is slow: a dozen commands afterwards are enough
+
+	timeout time.Duration // Options.Timeout, if not that of faultOptions: patience where no deadline has to pass
 }
 
 func none(n uint64) bool { return n == 0 }
@@ -89,49 +92,49 @@ func faults() []fault {
 		{name: "a write is dropped", rules: "drop@write@after=20@first=1", one: late, resets: some},
 		{name: "several are dropped", rules: "drop@after=50@first=3", one: late, resets: some},
 		{name: "a command is dropped twice", rules: "drop@read@lba=0-127@after=10@first=12", replay: true, one: late, resets: some},
-		{name: "a command can be aborted", rules: "hold@write@after=20@first=1", one: []error{guestdrv.ErrTimeout}, none: noReset, resets: none, says: "was aborted"},
-		{name: "a read is late", rules: "delay=900ms@read@after=20@first=1", one: late, resets: some},
-		{name: "a write is late", rules: "delay=900ms@write@after=20@first=1", one: late, resets: some},
-		{name: "late, within the deadline", rules: "delay=50ms@rate=1/50", resets: none},
-		{name: "a status without DNR", rules: "status=unrecovered-read-error@read@after=20@first=1", status: nvme.StatusUnrecoveredRead, none: noReset, resets: none},
-		{name: "a status with DNR", rules: "status=write-fault+dnr@write@after=20@first=1", status: nvme.StatusWriteFault.WithDNR(), none: noReset, resets: none},
-		{name: "a status of a path", rules: "status=3/70@after=20@first=1", status: nvme.StatusHostPathError, none: noReset, resets: none},
-		{name: "a torn write", rules: "torn@write@after=20@first=1", status: nvme.StatusWriteFault, none: noReset, resets: none},
+		{name: "a command can be aborted", rules: "hold@write@after=20@first=1", one: []error{guestdrv.ErrTimeout}, none: noReset, resets: none, says: "was aborted", timeout: 4 * time.Second},
+		{name: "a read is late", rules: "delay=4s@read@after=20@first=1", one: late, resets: some},
+		{name: "a write is late", rules: "delay=4s@write@after=20@first=1", one: late, resets: some},
+		{name: "late, within the deadline", rules: "delay=50ms@rate=1/50", resets: none, timeout: patience},
+		{name: "a status without DNR", rules: "status=unrecovered-read-error@read@after=20@first=1", status: nvme.StatusUnrecoveredRead, none: noReset, resets: none, timeout: patience},
+		{name: "a status with DNR", rules: "status=write-fault+dnr@write@after=20@first=1", status: nvme.StatusWriteFault.WithDNR(), none: noReset, resets: none, timeout: patience},
+		{name: "a status of a path", rules: "status=3/70@after=20@first=1", status: nvme.StatusHostPathError, none: noReset, resets: none, timeout: patience},
+		{name: "a torn write", rules: "torn@write@after=20@first=1", status: nvme.StatusWriteFault, none: noReset, resets: none, timeout: patience},
 		{
-			name: "an identifier that nobody used", mmio: true, one: protocol, fails: guestdrv.ErrProtocol, says: "not outstanding",
+			name: "an identifier that nobody used", mmio: true, timeout: patience, one: protocol, fails: guestdrv.ErrProtocol, says: "not outstanding",
 			strike: func(d *faulty.Device) { d.SetHooks(once(func(cmd *nvme.Command) { cmd.CID ^= 0x4000 })) },
 		},
 		{
-			name: "an identifier of another generation", mmio: true, one: protocol, fails: guestdrv.ErrProtocol,
+			name: "an identifier of another generation", mmio: true, timeout: patience, one: protocol, fails: guestdrv.ErrProtocol,
 			strike: func(d *faulty.Device) { d.SetHooks(once(func(cmd *nvme.Command) { cmd.CID -= 0x40 })) },
 		},
 		{
-			name: "one identifier twice", mmio: true, one: protocol, fails: guestdrv.ErrProtocol,
+			name: "one identifier twice", mmio: true, timeout: patience, one: protocol, fails: guestdrv.ErrProtocol,
 			strike: func(d *faulty.Device) { d.SetHooks(faulty.Hooks{Command: duplicate()}) },
 		},
 		{
 			// The first read is outstanding when the error comes, whatever the others do.
-			name: "CFS until it is disabled", rules: "drop@read@first=1", one: []error{guestdrv.ErrReset, guestdrv.ErrFatal}, resets: some, says: "CFS",
+			name: "CFS until it is disabled", timeout: patience, rules: "drop@read@first=1", one: []error{guestdrv.ErrReset, guestdrv.ErrFatal}, resets: some, says: "CFS",
 			strike: func(d *faulty.Device) { d.Fail(faulty.Disabled) },
 		},
 		{
-			name: "CFS for good", strike: func(d *faulty.Device) { d.Fail(faulty.Repaired) },
+			name: "CFS for good", timeout: patience, strike: func(d *faulty.Device) { d.Fail(faulty.Repaired) },
 			one: []error{guestdrv.ErrFatal}, fails: guestdrv.ErrFatal, says: "CFS",
 		},
 		{
-			name: "unplugged, without a word", strike: (*faulty.Device).Unplug,
+			name: "unplugged, without a word", timeout: patience, strike: (*faulty.Device).Unplug,
 			one: []error{guestdrv.ErrGone}, fails: guestdrv.ErrGone, says: "all ones",
 		},
 		{
 			// As QEMU has it.
-			name: "unplugged, and zeroes are read", rules: "drop@read@after=100@first=1",
+			name: "unplugged, and zeroes are read", timeout: patience, rules: "drop@read@after=100@first=1",
 			strike: func(d *faulty.Device) {
 				d.SetHooks(faulty.Hooks{Read: func(uint32, uint64) (uint64, error) { return 0, nil }})
 			},
 			one: []error{guestdrv.ErrGone}, fails: guestdrv.ErrGone, says: "read as zeroes",
 		},
 		{
-			name: "unplugged, with notice", strike: func(d *faulty.Device) { d.End(errCable) },
+			name: "unplugged, with notice", timeout: patience, strike: func(d *faulty.Device) { d.End(errCable) },
 			one: []error{guestdrv.ErrGone, errCable}, fails: guestdrv.ErrGone,
 		},
 		{
@@ -166,18 +169,27 @@ func faults() []fault {
 			// One by itself is made up for by the next.
 			name: "doorbells of a queue are lost until a reset", mmio: true, one: late, resets: some,
 			strike: func(d *faulty.Device) {
-				var found atomic.Bool
+				var lost, found atomic.Bool
 				d.SetHooks(faulty.Hooks{
-					Ring: func(off, _ uint32) bool { return off != nvme.SQTailDoorbell(1, 0) || found.Load() },
+					Ring: func(off, _ uint32) bool {
+						if off != nvme.SQTailDoorbell(1, 0) || found.Load() {
+							return true
+						}
+						lost.Store(true)
+						return false
+					},
 					Write: func(off uint32, v uint64) bool {
-						found.Store(found.Load() || off == nvme.RegCC && !nvme.CC(v).EN())
+						if lost.Load() && off == nvme.RegCC && !nvme.CC(v).EN() {
+							found.Store(true)
+						}
 						return true
 					},
 				})
 			},
 		},
 		{
-			name: "interrupts are lost", resets: none,
+			// The driver looks eight times in a Timeout.
+			name: "interrupts are lost", resets: none, few: true,
 			strike: func(d *faulty.Device) { d.SetHooks(faulty.Hooks{Interrupt: func(int) bool { return false }}) },
 		},
 	}
@@ -257,6 +269,9 @@ func (f *fault) run(t *testing.T, replay, mmio, socket bool) {
 	if f.fails == guestdrv.ErrTimeout {
 		o.ResetTimeout = time.Second // nothing that works has to be done by then
 	}
+	if f.timeout != 0 {
+		o.Timeout = f.timeout
+	}
 	if replay {
 		o.OnReset = guestdrv.ResetReplay
 	}
@@ -300,7 +315,7 @@ func (f *fault) run(t *testing.T, replay, mmio, socket bool) {
 	}
 	begin := time.Now()
 	err := c.Close()
-	if d := time.Since(begin); d > 10*time.Second {
+	if d := time.Since(begin); d > patience {
 		t.Errorf("Close took %v", d)
 	}
 	if err != nil && f.fails == nil {
@@ -310,7 +325,7 @@ func (f *fault) run(t *testing.T, replay, mmio, socket bool) {
 	if err := m.Close(); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(begin); d > 10*time.Second {
+	if d := time.Since(begin); d > patience {
 		t.Errorf("hostmed took %v to end", d)
 	}
 }
@@ -325,8 +340,11 @@ func (f *fault) lives(t *testing.T, l *load, replay bool) {
 	case f.status != 0, len(f.one) > 0:
 		l.until("an error", func() bool { return len(l.noted()) > 0 })
 	}
-	at := l.good.Load()
-	l.until("commands that succeed afterwards", func() bool { return l.good.Load() > at+300 })
+	at, want := l.good.Load(), uint64(300)
+	if f.few {
+		want = 12
+	}
+	l.until("commands that succeed afterwards", func() bool { return l.good.Load() > at+want })
 	if err := l.c.Err(); err != nil {
 		t.Errorf("the controller has failed: %v", err)
 	}

@@ -17,6 +17,9 @@ const (
 	loadSize = 4096      // bytes of each command
 	loadArea = 1 << 20   // each worker's, of which it uses some blocks
 	loadUsed = 16 * 4096 // of its area
+
+	// pause is between two commands of a worker, which leaves the machine to the other rows: a fault is waited for, and this does not hurry it.
+	pause = time.Millisecond
 )
 
 // load is a driver at work: goroutines that write, read back and verify, and one with a queue pair that reads. Errors are noted, with how long
@@ -88,7 +91,7 @@ func (l *load) writer(ns *guestdrv.Namespace, id int) {
 		if !on {
 			return
 		}
-		time.Sleep(100 * time.Microsecond)
+		time.Sleep(pause)
 	}
 }
 
@@ -123,7 +126,7 @@ func (l *load) pair() {
 				}
 				return err
 			})
-			time.Sleep(100 * time.Microsecond)
+			time.Sleep(pause)
 			var se *guestdrv.StatusError
 			ok = ok || l.lastIs(&se) && on // a status ends the command and not the pair
 		}

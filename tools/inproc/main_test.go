@@ -1,6 +1,7 @@
 package inproc_test
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"runtime"
@@ -12,6 +13,8 @@ import (
 
 // TestMain wants nothing left of all that the tests opened: no goroutine, no descriptor, no mapping of shared memory.
 func TestMain(m *testing.M) {
+	// Parallel tests wait for deadlines to pass most of the time.
+	_ = flag.Set("test.parallel", "6")
 	warm()
 	before := descriptors()
 	code := m.Run()
