@@ -159,9 +159,8 @@ func (w *Worker) submit() {
 	m := w.batchOf
 	batch := w.batch
 	w.batch = w.batch[:0]
-	w.inflight -= m.q.Inflight()
 	n := m.q.Submit(batch, w.finished[:])
-	w.inflight += m.q.Inflight()
+	w.inflight += len(batch) - n
 	w.finish(w.finished[:n])
 }
 
@@ -193,9 +192,8 @@ func (w *Worker) reap() int {
 		if m == nil || m.q.Inflight() == 0 {
 			continue
 		}
-		w.inflight -= m.q.Inflight()
 		n := m.q.Reap(w.finished[:])
-		w.inflight += m.q.Inflight()
+		w.inflight -= n
 		w.finish(w.finished[:n])
 		work += n
 	}
