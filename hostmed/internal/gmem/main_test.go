@@ -126,9 +126,9 @@ func (t *Table) all() (ranges []Range) {
 
 // tableOf returns a table of sorted ranges.
 func tableOf(ranges []Range) *Table {
-	t := &Table{n: len(ranges)}
+	var chunks []chunk
 	for c := range slices.Chunk(ranges, maxChunk) {
-		t.chunks = append(t.chunks, newChunk(c))
+		chunks = append(chunks, newChunk(c))
 	}
-	return t
+	return newTable(chunks, len(ranges))
 }

@@ -157,6 +157,15 @@ func (t *Table) without(iova, last uint64) (n *Table, gone []Range, split *Range
 	return newTable(append(chunks, t.chunks[to:]...), t.n-len(gone)), gone, nil
 }
 
+// Within returns the host memory of [iova, iova+n), which is not empty, if it lies in one range and may be written if it is to be.
+func (t *Table) Within(iova, n uint64, write bool) (vec unix.Iovec, ok bool) {
+	r := t.find(iova)
+	if r == nil || n > r.end()-iova || write && !r.Writable {
+		return vec, false
+	}
+	return unix.Iovec{Base: &r.mem[iova-r.IOVA], Len: n}, true
+}
+
 // Translate appends the host memory of [iova, iova+n) to vec: one element for each range that it
 // crosses, joined with vec's last where they touch. It returns false, with vec as it
 // was, if some of it is not mapped, or is to be written and may not be. It
@@ -185,7 +194,16 @@ func (t *Table) Translate(vec []unix.Iovec, iova uint64, n uint32, write bool) (
 // TranslateAll is Translate for the extents of a command.
 func (t *Table) TranslateAll(vec []unix.Iovec, extents []prp.Extent, write bool) ([]unix.Iovec, bool) {
 	ok := true
+	var r *Range // of the extent before, where most lie too
 	for i := range extents {
+		e := &extents[i]
+		if r == nil || e.IOVA-r.IOVA >= r.Size {
+			r = t.find(e.IOVA)
+		}
+		if r != nil && uint64(e.Len) <= r.end()-e.IOVA && (r.Writable || !write) {
+			vec = appendVec(vec, r.mem[e.IOVA-r.IOVA:], uint64(e.Len))
+			continue
+		}
 		if vec, ok = t.Translate(vec, extents[i].IOVA, extents[i].Len, write); !ok {
 			return vec, false
 		}

@@ -100,6 +100,12 @@ func TestTranslateAgainstNaiveModel(t *testing.T) {
 				if !slices.Equal(lens, want) {
 					t.Fatalf("%#x, +%#x: elements of %v bytes, want %v", iova, length, lens, want)
 				}
+				one := slices.ContainsFunc(tab.all(), func(r Range) bool {
+					return r.IOVA <= iova && iova+uint64(length) <= r.end() && r.Mem != nil && (r.Writable || !write)
+				})
+				if seg, ok := tab.Within(iova, uint64(length), write); length > 0 && (ok != one || ok && seg != got[0]) {
+					t.Fatalf("Within %#x, +%#x, write %v: %v, %v, want %v, %v", iova, length, write, seg, ok, got, one)
+				}
 				// The bytes themselves: each page begins with its number in the file.
 				p := make([]byte, length)
 				if readOK := tab.ReadIOVA(iova, p); readOK != ok && !write {
@@ -180,6 +186,36 @@ func TestTranslateAll(t *testing.T) {
 	}
 	if vec, ok := tab.TranslateAll(nil, nil, true); !ok || len(vec) != 0 {
 		t.Error("no extents are no failure")
+	}
+}
+
+// TranslateAll is Translate for one extent after the other.
+func TestTranslateAllAgainstTranslate(t *testing.T) {
+	for _, n := range []int{1, 4, 5, 100} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			m, _ := scattered(t, n)
+			tab := m.Table()
+			first, last := tab.all()[0].IOVA, tab.all()[tab.n-1].end()
+			extent := rapid.Custom(func(t *rapid.T) prp.Extent {
+				iova := rapid.Uint64Range(first, last).Draw(t, "iova") &^ 3
+				return prp.Extent{IOVA: iova, Len: rapid.OneOf(rapid.Just(uint32(page)), rapid.Uint32Range(1, 3*page)).Draw(t, "length")}
+			})
+			rapid.Check(t, func(t *rapid.T) {
+				extents := rapid.SliceOfN(extent, 0, 8).Draw(t, "extents")
+				write := rapid.Bool().Draw(t, "write")
+				var want []unix.Iovec
+				wantOK := true
+				for _, e := range extents {
+					if want, wantOK = tab.Translate(want, e.IOVA, e.Len, write); !wantOK {
+						break
+					}
+				}
+				got, ok := tab.TranslateAll(nil, extents, write)
+				if ok != wantOK || ok && !slices.Equal(got, want) {
+					t.Fatalf("%v, write %v: %v, %v, want %v, %v", extents, write, got, ok, want, wantOK)
+				}
+			})
+		})
 	}
 }
 

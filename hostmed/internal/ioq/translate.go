@@ -22,16 +22,15 @@ func (w *Worker) data(r *request, toGuest bool) nvme.Status {
 		return st
 	}
 	page := uint64(s.pageSize)
-	if off := c.PRP1 & (page - 1); off+r.Len > page || off&3 != 0 || c.PSDT() != nvme.PSDTPRP || r.Len > s.g.ctl.mdts {
-		return w.translate(r, toGuest)
+	if off := c.PRP1 & (page - 1); off+r.Len <= page && off&3 == 0 && c.PSDT() == nvme.PSDTPRP && r.Len <= s.g.ctl.mdts {
+		// One page: no list to walk.
+		if seg, ok := s.g.ctl.mem.Table().Within(c.PRP1, r.Len, toGuest); ok {
+			r.vec = append(r.vec[:0], seg)
+			r.Vec = r.vec
+			return nvme.StatusSuccess
+		}
 	}
-	// One page: no list to walk.
-	var ok bool
-	if r.vec, ok = s.g.ctl.mem.Table().Translate(r.vec[:0], c.PRP1, uint32(r.Len), toGuest); !ok {
-		return nvme.StatusDataTransferError.WithDNR()
-	}
-	r.Vec = r.vec
-	return nvme.StatusSuccess
+	return w.translate(r, toGuest)
 }
 
 // translate turns the command's data pointer into host memory, in r.Vec.
