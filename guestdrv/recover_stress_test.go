@@ -161,7 +161,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 		t.Run(mode.String(), func(t *testing.T) {
 			t.Parallel()
 			var bad atomic.Bool
-			var n atomic.Uint64
+			var n, good atomic.Uint64
 			cfg := nvmetest.Config{}
 			cfg.Command = func(qid uint16, _ *nvme.Command) nvmetest.Verdict {
 				if bad.Load() && qid != 0 && n.Add(1)%300 == 0 {
@@ -171,7 +171,6 @@ func TestFaultsUnderLoad(t *testing.T) {
 			}
 			o := quickOptions()
 			o.OnReset = mode
-			o.Timeout = 800 * time.Millisecond
 			c := openInProc(t, cfg, o)
 			ns := namespace(t, c, 1)
 			bad.Store(true)
@@ -193,20 +192,28 @@ func TestFaultsUnderLoad(t *testing.T) {
 						case err != nil && !errors.Is(err, guestdrv.ErrReset) && !errors.Is(err, guestdrv.ErrTimeout): // aborted in time, if this machine is slow
 							t.Error(err)
 							return
+						case err == nil:
+							good.Add(1)
 						}
 					}
 				})
 			}
 			wg.Go(func() {
-				for on() {
-					time.Sleep(400 * time.Millisecond)
-					c.dev.Fault()
+				// Not before it has got somewhere: a controller that stops whenever it was brought back is given up.
+				for seen := uint64(0); on(); time.Sleep(100 * time.Millisecond) {
+					if now := good.Load(); now > seen+100 {
+						c.dev.Fault()
+						seen = now
+					}
 				}
 			})
 			wg.Wait()
 			bad.Store(false)
 			eventually(t, "it is well again", func() bool {
 				_, err := ns.ReadAt(make([]byte, 512), 0)
+				if c.Err() != nil {
+					t.Fatal(c.Err())
+				}
 				return err == nil
 			})
 			if s := c.Stats(); s.Resets < 2 {
