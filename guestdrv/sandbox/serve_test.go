@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -184,8 +185,8 @@ func tryAll(tries []try) {
 
 func TestUsesLetNothingElseThrough(t *testing.T) {
 	for name, who := range users() {
-		dir := testBinary + ".serve." + name // t.TempDir is below directories that only this user may enter
-		if err := errors.Join(os.Mkdir(dir, 0), os.Chmod(dir, 0o777)); err != nil {
+		dir, err := os.MkdirTemp(filepath.Dir(testBinary), "serve-") // t.TempDir is below directories that only this user may enter
+		if err := errors.Join(err, os.Chmod(dir, 0o777)); err != nil {
 			t.Fatal(err)
 		}
 		for _, role := range []string{"server", "ring", "device"} {
