@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -42,20 +43,22 @@ func corners() {
 	wg.Wait()
 
 	// A heap that grows and is given back, while goroutines that never call anything are preempted by signals.
-	stop := time.Now().Add(300 * time.Millisecond)
+	var enough atomic.Bool
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
-			for n := 0; n&0xfffff != 0 || time.Now().Before(stop); n++ {
+			for !enough.Load() {
 			}
 		})
 	}
 	var keep [][]byte
-	for time.Now().Before(stop) {
+	for begin, given := time.Now(), 0; given < 3 || time.Since(begin) < 300*time.Millisecond; {
 		if keep = append(keep, make([]byte, 1<<20)); len(keep) > 100 {
 			keep = nil
 			debug.FreeOSMemory()
+			given++
 		}
 	}
+	enough.Store(true)
 	wg.Wait()
 	runtime.SetDefaultGOMAXPROCS() // looks at the CPUs and the cgroup again
 
