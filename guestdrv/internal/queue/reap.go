@@ -4,7 +4,6 @@ import (
 	"fmt"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
-	"github.com/shadowbell/shadowbell/shared/ring"
 )
 
 // Completion is the end of one command.
@@ -26,9 +25,20 @@ func (q *Queue) Reap(out []Completion) (int, error) {
 		if !ok {
 			break
 		}
-		if err := q.complete(e, &out[n]); err != nil {
-			return n, q.Fail(err)
+		cid := e.CID()
+		i := cid & q.slotMask
+		if int(i) >= len(q.slots) || !q.slots[i].busy || q.slots[i].cid != cid {
+			return n, q.Fail(fmt.Errorf("%w: queue %d completed command identifier %#x, which is not outstanding", ErrProtocol, q.qid, cid))
 		}
+		if e.SQID() != q.qid {
+			return n, q.Fail(fmt.Errorf("%w: a completion in CQ %d names SQ %d", ErrProtocol, q.qid, e.SQID()))
+		}
+		if err := q.sq.Released(e.SQHead()); err != nil {
+			return n, q.Fail(fmt.Errorf("%w: queue %d: %w", ErrProtocol, q.qid, err))
+		}
+		s, c := &q.slots[i], &out[n]
+		c.Tag, c.Started, c.Status, c.Result, c.Slot, c.Opcode = s.tag, s.started, e.Status(), e.Result(), i, s.opcode
+		q.release(i)
 		n++
 	}
 	if n == 0 {
@@ -42,24 +52,6 @@ func (q *Queue) Reap(out []Completion) (int, error) {
 		return n, q.publishHead()
 	}
 	return n, nil
-}
-
-func (q *Queue) complete(e ring.Entry, c *Completion) error {
-	cid := e.CID()
-	i := cid & q.slotMask
-	if int(i) >= len(q.slots) || !q.slots[i].busy || q.slots[i].cid != cid {
-		return fmt.Errorf("%w: queue %d completed command identifier %#x, which is not outstanding", ErrProtocol, q.qid, cid)
-	}
-	if e.SQID() != q.qid {
-		return fmt.Errorf("%w: a completion in CQ %d names SQ %d", ErrProtocol, q.qid, e.SQID())
-	}
-	if err := q.sq.Released(e.SQHead()); err != nil {
-		return fmt.Errorf("%w: queue %d: %w", ErrProtocol, q.qid, err)
-	}
-	s := &q.slots[i]
-	c.Tag, c.Started, c.Status, c.Result, c.Slot, c.Opcode = s.tag, s.started, e.Status(), e.Result(), i, s.opcode
-	q.release(i)
-	return nil
 }
 
 // lookIdle is what an empty Reap costs beyond its load: now and then a look at the clock, so
