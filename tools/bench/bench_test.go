@@ -2,12 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
 	"github.com/shadowbell/shadowbell/tools/internal/cpus"
 	"github.com/shadowbell/shadowbell/tools/internal/load"
 )
@@ -42,6 +44,19 @@ func TestCaseNames(t *testing.T) {
 	for _, name := range []string{"null/shadow/qd32", "null/trap/qd32", "null/shadow/qd32/each", "null/trap/qd32/each"} {
 		if !seen[name] {
 			t.Errorf("case %q, which others are compared with, is missing", name)
+		}
+	}
+}
+
+// A filter that matches nothing measured nothing, and whoever wrote it has to know.
+func TestCaseThatMatchesNothing(t *testing.T) {
+	err := (&grammar{Case: "null/qd32"}).Run(t.Context(), &cli.Output{})
+	if !errors.As(err, new(cli.UsageError)) {
+		t.Fatalf("error %v, want one that is the user's", err)
+	}
+	for _, c := range cases() {
+		if !strings.Contains(err.Error(), c.name) {
+			t.Errorf("%q does not name %s", err, c.name)
 		}
 	}
 }

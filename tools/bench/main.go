@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
@@ -56,13 +57,15 @@ func (g *grammar) Run(ctx context.Context, out *cli.Output) (err error) {
 		return cli.Usagef("--case: %w", err)
 	}
 	var chosen []benchCase
+	var names []string
 	for _, c := range cases() {
+		names = append(names, c.name)
 		if match.MatchString(c.name) {
 			chosen = append(chosen, c)
 		}
 	}
 	if len(chosen) == 0 {
-		return cli.Usagef("--case %s matches none; --list names them all", g.Case)
+		return cli.Usagef("--case %s matches none of %s", g.Case, strings.Join(names, ", "))
 	}
 	if g.List {
 		return list(out, chosen)
