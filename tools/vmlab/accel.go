@@ -74,7 +74,7 @@ func (l *Lab) probe(ctx context.Context) (why string) {
 		return err.Error()
 	}
 	defer tmp.remove()
-	if err := os.Symlink(filepath.Join(l.dir, initramfsFile), tmp.file(initrdFile)); err != nil {
+	if err := os.Symlink(filepath.Join(l.dir, "initramfs"), tmp.file(initrdFile)); err != nil {
 		return err.Error()
 	}
 	c := Config{CPUs: 1, MemoryMiB: 256, Append: "vmlab=probe"}

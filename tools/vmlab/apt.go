@@ -142,21 +142,15 @@ func mirrorsOf(out string) []string {
 	return mirrors
 }
 
-// download fetches the packages, what they depend on, and the kernel, which would drag in an initramfs maker.
+// download fetches the packages, what they depend on, and the kernels.
 func (b *build) download() error {
 	if err := b.fetch("tools", packages...); err != nil {
 		return err
 	}
-	out, err := b.tool("apt-cache", "depends", kernelPackage)
-	if err != nil {
+	if err := b.fetchKernel("tools", suite); err != nil {
 		return err
 	}
-	_, image, ok := strings.Cut(out, "Depends: ")
-	image, _, _ = strings.Cut(image, "\n")
-	if !ok || !strings.HasPrefix(image, "linux-image-") {
-		return fmt.Errorf("%s depends on no kernel image: %q", kernelPackage, out)
-	}
-	if _, err := b.tool("apt-get", "download", "-qq", image); err != nil {
+	if err := b.fetchKernel(newerDir, backports); err != nil {
 		return err
 	}
 	if err := b.fetch("debian", debianPackages...); err != nil {
@@ -185,6 +179,37 @@ func (b *build) fetch(dir string, names ...string) error {
 	}
 	_, err := b.tool("apt-get", append([]string{"-o", "Dir::Cache::Archives=" + b.apt(dir), "install", "-qq", "--download-only"}, names...)...)
 	return err
+}
+
+// fetchKernel downloads a release's newest kernel, without what else it depends on, which would drag in an initramfs maker.
+func (b *build) fetchKernel(dir, release string) error {
+	out, err := b.tool("apt-cache", "depends", "--recurse", "--important", kernelPackage+"/"+release)
+	if err != nil {
+		return err
+	}
+	names := kernelPackages(out)
+	if len(names) == 0 {
+		return fmt.Errorf("%s of %s depends on no kernel: %q", kernelPackage, release, out)
+	}
+	if err := os.MkdirAll(b.apt(dir), 0o755); err != nil {
+		return err
+	}
+	_, err = b.toolIn(dir, "apt-get", append([]string{"download", "-qq"}, names...)...)
+	return err
+}
+
+// kernelPackages finds the packages of one version of the kernel in what apt-cache depends --recurse prints. Before Linux 6.19 it was one, now
+// what was in that is in several.
+func kernelPackages(out string) []string {
+	var names []string
+	for line := range strings.Lines(out) {
+		name := strings.TrimSuffix(line, "\n")
+		version, ok := strings.CutSuffix(name, kernelFlavour)
+		if ok && strings.HasPrefix(name, "linux-") && strings.ContainsAny(version, "0123456789") && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // unpack makes the tree that the programs run from.
@@ -242,8 +267,13 @@ func (b *build) extract(dir, root string) error {
 
 // tool runs one of apt's programs in the cache of packages.
 func (b *build) tool(name string, args ...string) (string, error) {
+	return b.toolIn("tools", name, args...)
+}
+
+// toolIn is tool with the directory where download puts things.
+func (b *build) toolIn(dir, name string, args ...string) (string, error) {
 	cmd := exec.Command(name, append([]string{"-c", b.apt("apt.conf")}, args...)...)
-	cmd.Dir = b.apt("tools") // where download puts things
+	cmd.Dir = b.apt(dir)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
 	return command(b.ctx, cmd)
 }

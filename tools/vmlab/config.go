@@ -40,12 +40,22 @@ const (
 	FromDisk
 )
 
+// Kernel is which of the lab's two a guest runs.
+type Kernel string
+
+const (
+	// Stable is the stock kernel of Debian stable.
+	Stable Kernel = "stable"
+	// Backports is the newest that Debian has for it, with newerModules only.
+	Backports Kernel = "backports"
+)
+
 // Config is a machine to boot. The zero value is a q35 with 2 CPUs, 512 MiB and no disk.
 type Config struct {
 	Machine   Machine
 	Firmware  Firmware
 	Boot      Boot
-	Kernel    Kernel // of a Direct guest
+	Kernel    Kernel // Stable if empty
 	CPUs      int
 	MemoryMiB int
 	// Devices are plugged in from the start, in this order on the bus.
@@ -116,6 +126,9 @@ func (c *Config) check() error {
 	if c.Firmware == "" {
 		c.Firmware = SeaBIOS
 	}
+	if c.Kernel == "" {
+		c.Kernel = Stable
+	}
 	if c.CPUs == 0 {
 		c.CPUs = 2
 	}
@@ -128,8 +141,8 @@ func (c *Config) check() error {
 	if c.Within == 0 {
 		c.Within = defaultWithin
 	}
-	if c.Kernel != Debian && c.Boot != Direct {
-		return fmt.Errorf("the modules of Ubuntu's kernel are in the initramfs only: use Boot: Direct")
+	if c.Kernel != Stable && (c.Boot != Direct || c.Initramfs != nil) {
+		return fmt.Errorf("the modules of kernel %s go with the lab's initramfs only: use Boot: Direct, and no initramfs of its own", c.Kernel)
 	}
 	if c.Initramfs != nil {
 		c.NoAgent = true
@@ -248,9 +261,6 @@ func (c *Config) kernel(l *Lab, accel, dir string) []string {
 		image = "bzImage" // neither enters a vmlinux
 	}
 	line := kernelLine(accel)
-	if c.Kernel == Ubuntu {
-		line += " vmlab_modules=nvme"
-	}
 	args := []string{"-kernel", filepath.Join(l.kernelDir(c.Kernel), image)}
 	if c.Boot == Direct {
 		args = append(args, "-initrd", filepath.Join(dir, initrdFile))

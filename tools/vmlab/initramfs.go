@@ -13,7 +13,7 @@ import (
 	"github.com/cavaliergopher/cpio"
 )
 
-// initScript is the first process of a guest. What the kernel does not know of its command line (vmlab=…, vmlab_modules=…) is in its environment.
+// initScript is the first process of a guest. What the kernel does not know of its command line (vmlab=…) is in its environment.
 const initScript = `#!/bin/busybox sh
 export PATH=/usr/bin:/usr/sbin HOME=/root TERM=${TERM:-vt100}
 mount -t proc proc /proc
@@ -26,7 +26,6 @@ mount -t debugfs debug /sys/kernel/debug
 mount -t tracefs trace /sys/kernel/tracing
 hostname guest
 ip link set lo up 2>/dev/null
-[ -z "$vmlab_modules" ] || modprobe -a $vmlab_modules
 if [ "$vmlab" = probe ]; then
 	echo ` + probeWord + `
 	poweroff -f
@@ -40,9 +39,6 @@ if [ "$vmlab" = shell ]; then
 fi
 while :; do wait; sleep 1; done
 `
-
-// initramfsFile is what all guests begin with, with the modules of Debian's kernel.
-const initramfsFile = "initramfs"
 
 const probeWord = "vmlab-probe-is-up"
 
@@ -127,7 +123,7 @@ func (a *archive) tree(dir string) error {
 
 // initramfs writes the part of the guests' first file system that is the same for all.
 func (b *build) initramfs() error {
-	f, err := os.Create(filepath.Join(b.dir, initramfsFile))
+	f, err := os.Create(filepath.Join(b.dir, "initramfs"))
 	if err != nil {
 		return err
 	}

@@ -11,35 +11,102 @@ import (
 	"strings"
 )
 
-// kernel takes bzImage from its package and cuts vmlinux out of it: QEMU enters that by PVH, which
-// is 4 s faster under emulation. microvm and boot loaders need bzImage.
-func (b *build) kernel() error {
-	images, err := filepath.Glob(filepath.Join(b.root, "boot/vmlinuz-*"))
-	if err != nil || len(images) != 1 {
-		return fmt.Errorf("expected one kernel in the packages, found %v (%v)", images, err)
+// newerDir has the kernel from backports: in the lab bzImage, vmlinux and moduleArchive.
+const newerDir = "backports"
+
+// moduleArchive has the modules that are not in the initramfs.
+const moduleArchive = "modules.cpio"
+
+// kernelDir is where a kernel's bzImage and vmlinux are.
+func (l *Lab) kernelDir(k Kernel) string {
+	if k == Backports {
+		return filepath.Join(l.dir, newerDir)
 	}
-	image, err := os.ReadFile(images[0])
+	return l.dir
+}
+
+// kernel makes the stable kernel ready.
+func (b *build) kernel() error {
+	version, err := kernelVersion(b.root)
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(images[0], filepath.Join(b.dir, "bzImage")); err != nil {
-		return err
-	}
-	b.note = strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
-	return b.vmlinux(image)
+	b.note = version
+	return b.takeKernel(b.root, version, b.dir)
 }
 
-// vmlinux cuts the kernel out of a bzImage.
-func (b *build) vmlinux(image []byte) error {
+// modules makes the tree of the stable kernel's modules.
+func (b *build) modules() error {
+	version, err := kernelVersion(b.root)
+	if err != nil {
+		return err
+	}
+	return b.takeModules(b.root, version, filepath.Join(b.dir, "modules"), guestModules)
+}
+
+// newerKernel makes the kernel from backports ready, and an archive of its modules, which few guests want.
+func (b *build) newerKernel() error {
+	dir := filepath.Join(b.dir, newerDir)
+	root, modules := filepath.Join(dir, "root"), filepath.Join(dir, "modules")
+	if err := b.extract(newerDir, root); err != nil {
+		return err
+	}
+	version, err := kernelVersion(root)
+	if err != nil {
+		return err
+	}
+	if err := b.takeKernel(root, version, dir); err != nil {
+		return err
+	}
+	if err := b.takeModules(root, version, modules, newerModules); err != nil {
+		return err
+	}
+	f, err := os.Create(filepath.Join(dir, moduleArchive))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	a := newArchive(f)
+	a.dirs["lib"] = true // a link in the initramfs
+	if err := a.tree(modules); err != nil {
+		return err
+	}
+	b.note = version
+	return errors.Join(a.w.Close(), f.Close(), os.RemoveAll(root), os.RemoveAll(modules))
+}
+
+// kernelVersion is the version of the one kernel that a tree has.
+func kernelVersion(root string) (string, error) {
+	versions, err := os.ReadDir(filepath.Join(root, "usr/lib/modules"))
+	if err != nil || len(versions) != 1 {
+		return "", fmt.Errorf("expected the modules of one kernel, found %v (%v)", versions, err)
+	}
+	return versions[0].Name(), nil
+}
+
+// takeKernel takes bzImage from its package and cuts vmlinux out of it: QEMU enters that by PVH, which
+// is 4 s faster under emulation. microvm and boot loaders need bzImage.
+func (b *build) takeKernel(root, version, dir string) error {
+	from := filepath.Join(root, "boot/vmlinuz-"+version)
+	if _, err := os.Stat(from); err != nil {
+		from = filepath.Join(root, "usr/lib/modules", version, "vmlinuz") // its place in newer packages
+	}
+	image, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(from, filepath.Join(dir, "bzImage")); err != nil {
+		return err
+	}
 	payload, err := kernelPayload(image)
 	if err != nil {
 		return err
 	}
-	zst := filepath.Join(b.dir, "vmlinux.zst")
+	zst := filepath.Join(dir, "vmlinux.zst")
 	if err := os.WriteFile(zst, payload, 0o644); err != nil {
 		return err
 	}
-	vmlinux := filepath.Join(b.dir, "vmlinux")
+	vmlinux := filepath.Join(dir, "vmlinux")
 	if _, err := output(b.ctx, b.root, "zstd", "-q", "-d", "--rm", zst, "-o", vmlinux); err != nil {
 		return err
 	}
@@ -73,23 +140,18 @@ func kernelPayload(image []byte) ([]byte, error) {
 	return payload, nil
 }
 
-// modules makes the tree of guestModules and of what they depend on: unpacked, since busybox's modprobe reads no xz.
-func (b *build) modules() error {
-	versions, err := os.ReadDir(filepath.Join(b.root, "usr/lib/modules"))
-	if err != nil || len(versions) != 1 {
-		return fmt.Errorf("expected the modules of one kernel, found %v (%v)", versions, err)
-	}
-	version := versions[0].Name()
-	if err := b.depmod(b.root, version); err != nil {
+// takeModules makes the tree base of the named modules and of what they depend on: unpacked, since busybox's modprobe reads no xz.
+func (b *build) takeModules(root, version, base string, names []string) error {
+	if err := b.depmod(root, version); err != nil {
 		return err
 	}
-	from := filepath.Join(b.root, "usr/lib/modules", version)
+	from := filepath.Join(root, "usr/lib/modules", version)
 	deps, err := os.ReadFile(filepath.Join(from, "modules.dep"))
 	if err != nil {
 		return err
 	}
-	to := filepath.Join(b.dir, "modules/usr/lib/modules", version)
-	wanted, err := moduleClosure(string(deps), guestModules)
+	to := filepath.Join(base, "usr/lib/modules", version)
+	wanted, err := moduleClosure(string(deps), names)
 	if err != nil {
 		return err
 	}
@@ -112,11 +174,11 @@ func (b *build) modules() error {
 			return err
 		}
 	}
-	if err := os.Symlink("usr/lib", filepath.Join(b.dir, "modules/lib")); err != nil {
+	if err := os.Symlink("usr/lib", filepath.Join(base, "lib")); err != nil {
 		return err
 	}
 	b.note = fmt.Sprintf("%d", len(wanted))
-	return errors.Join(b.depmod(filepath.Join(b.dir, "modules"), version), os.RemoveAll(from))
+	return errors.Join(b.depmod(base, version), os.RemoveAll(from))
 }
 
 func (b *build) depmod(base, version string) error {

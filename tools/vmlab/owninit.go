@@ -23,7 +23,7 @@ type Initramfs struct {
 }
 
 // write writes the archive.
-func (i *Initramfs) write(ctx context.Context, l *Lab, k Kernel, w io.Writer) error {
+func (i *Initramfs) write(ctx context.Context, l *Lab, w io.Writer) error {
 	a := newArchive(w)
 	for name, program := range i.Programs {
 		b, err := buildProgram(ctx, program)
@@ -35,7 +35,7 @@ func (i *Initramfs) write(ctx context.Context, l *Lab, k Kernel, w io.Writer) er
 		}
 	}
 	for name, module := range i.Modules {
-		b, err := l.module(k, module)
+		b, err := l.module(module)
 		if err != nil {
 			return err
 		}
@@ -46,9 +46,9 @@ func (i *Initramfs) write(ctx context.Context, l *Lab, k Kernel, w io.Writer) er
 	return a.w.Close()
 }
 
-// module takes a module of a kernel, unpacked, from where the lab has them.
-func (l *Lab) module(k Kernel, name string) ([]byte, error) {
-	f, err := os.Open(l.modules(k))
+// module takes a kernel module, unpacked, from the lab's initramfs.
+func (l *Lab) module(name string) ([]byte, error) {
+	f, err := os.Open(filepath.Join(l.dir, "initramfs"))
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +57,7 @@ func (l *Lab) module(k Kernel, name string) ([]byte, error) {
 	for {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			return nil, fmt.Errorf("kernel module %s: the lab has not got it: add it to guestModules or ubuntuModules", name)
+			return nil, fmt.Errorf("kernel module %s: the lab has not got it: add it to guestModules", name)
 		}
 		if err != nil {
 			return nil, err

@@ -8,14 +8,15 @@ import (
 )
 
 // recipeVersion stands for how a cache is made: whoever changes that raises it, and each machine makes it anew.
-const recipeVersion = 3
+const recipeVersion = 4
 
 const (
 	suite     = "trixie"
 	backports = "trixie-backports"
 
-	// kernelPackage depends on the newest stock kernel for virtual machines.
-	kernelPackage = "linux-image-cloud-amd64"
+	// kernelPackage depends on the newest stock kernel for virtual machines that a suite has.
+	kernelPackage = "linux-image" + kernelFlavour
+	kernelFlavour = "-cloud-amd64"
 )
 
 // fromBackports has a vfio-user client: QEMU 10.1 or newer. Its firmware comes along.
@@ -43,6 +44,9 @@ var guestModules = []string{
 	"nvmet", "nvmet-tcp", "nvme-loop", "ublk_drv", "nbd", "vfat", "nls_cp437", "nls_iso8859-1", "efivarfs", "xfs",
 }
 
+// newerModules are those of the kernel from backports.
+var newerModules = []string{"ublk_drv", "vfio_iommu_type1", "vfio-pci"}
+
 // debianPackages are the system that is installed on disks, besides what Debian cannot do without.
 var debianPackages = []string{"?essential", "systemd-sysv", "udev", "kmod", "e2fsprogs"}
 
@@ -53,7 +57,7 @@ var trimmed = []string{"usr/share/doc", "usr/share/man", "usr/share/info", "usr/
 func recipeKey() string {
 	h := sha256.New()
 	fmt.Fprint(h, recipeVersion, suite, backports, kernelPackage, initScript)
-	for _, list := range [][]string{fromBackports, packages, guestPrograms, guestModules, debianPackages, debianFiles, debianLinks, trimmed} {
+	for _, list := range [][]string{fromBackports, packages, guestPrograms, guestModules, newerModules, debianPackages, debianFiles, debianLinks, trimmed} {
 		fmt.Fprintln(h, strings.Join(list, " "))
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16]

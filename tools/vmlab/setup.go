@@ -18,7 +18,6 @@ import (
 const (
 	envDir    = "SHADOWBELL_VMLAB"        // the cache directory
 	envMirror = "SHADOWBELL_VMLAB_MIRROR" // where Debian's packages are, instead of what apt is configured for
-	envUbuntu = "SHADOWBELL_VMLAB_UBUNTU" // where Ubuntu's are, instead of ubuntuMirror
 	envAccel  = "SHADOWBELL_VMLAB_ACCEL"  // kvm or tcg, instead of what was probed
 )
 
@@ -107,39 +106,32 @@ func (l *Lab) make(ctx context.Context) error {
 		return err
 	}
 	b := &build{ctx: ctx, dir: tmp, root: filepath.Join(tmp, "root")}
-	return b.make(l.dir, l.log, []step{
+	begin := time.Now()
+	fmt.Fprintf(l.log, "vmlab: setting up in %s\n", l.dir)
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
 		{"package lists", b.lists},
 		{"download", b.download},
 		{"unpack", b.unpack},
 		{"kernel", b.kernel},
 		{"modules", b.modules},
 		{"initramfs", b.initramfs},
+		{"newer kernel", b.newerKernel},
 		{"debian", b.debian},
-	})
-}
-
-// step is one of what makes a cache.
-type step struct {
-	name string
-	do   func() error
-}
-
-// make takes the steps, a line for each on log, and renames b.dir to dir, or removes it.
-func (b *build) make(dir string, log io.Writer, steps []step) error {
-	begin := time.Now()
-	fmt.Fprintf(log, "vmlab: setting up in %s\n", dir)
-	for _, s := range steps {
+	} {
 		b.note = ""
 		at := time.Now()
-		if err := s.do(); err != nil {
-			return errors.Join(fmt.Errorf("vmlab set-up, %s: %w", s.name, err), os.RemoveAll(b.dir))
+		if err := step.do(); err != nil {
+			return errors.Join(fmt.Errorf("vmlab set-up, %s: %w", step.name, err), os.RemoveAll(tmp))
 		}
-		fmt.Fprintf(log, "vmlab: %-13s %5.1f s  %s\n", s.name, time.Since(at).Seconds(), b.note)
+		fmt.Fprintf(l.log, "vmlab: %-13s %5.1f s  %s\n", step.name, time.Since(at).Seconds(), b.note)
 	}
-	if err := os.Rename(b.dir, dir); err != nil {
+	if err := os.Rename(tmp, l.dir); err != nil {
 		return err
 	}
-	fmt.Fprintf(log, "vmlab: ready after %.1f s\n", time.Since(begin).Seconds())
+	fmt.Fprintf(l.log, "vmlab: ready after %.1f s\n", time.Since(begin).Seconds())
 	return nil
 }
 

@@ -132,6 +132,35 @@ Some other line
 	}
 }
 
+// TestKernelPackages: one package, as Debian stable's kernels have it, and several.
+func TestKernelPackages(t *testing.T) {
+	for out, want := range map[string][]string{
+		`linux-image-cloud-amd64
+  Depends: linux-image-6.12.9+deb13-cloud-amd64
+linux-image-6.12.9+deb13-cloud-amd64
+  Depends: kmod
+  Depends: linux-base
+ |Depends: initramfs-tools
+kmod
+linux-base
+`: {"linux-image-6.12.9+deb13-cloud-amd64"},
+		`linux-image-cloud-amd64
+  Depends: linux-image-7.3.4+deb13-cloud-amd64
+  Depends: linux-modules-cloud-amd64
+linux-image-7.3.4+deb13-cloud-amd64
+  Depends: linux-binary-7.3.4+deb13-cloud-amd64
+linux-modules-cloud-amd64
+linux-binary-7.3.4+deb13-cloud-amd64
+linux-modules-7.3.4+deb13-cloud-amd64
+`: {"linux-image-7.3.4+deb13-cloud-amd64", "linux-binary-7.3.4+deb13-cloud-amd64", "linux-modules-7.3.4+deb13-cloud-amd64"},
+		"": nil,
+	} {
+		if got := kernelPackages(out); !slices.Equal(got, want) {
+			t.Errorf("%v, want %v, of\n%s", got, want, out)
+		}
+	}
+}
+
 func TestModuleClosure(t *testing.T) {
 	const dep = "kernel/a/one-x.ko.xz: kernel/b/two.ko.xz kernel/b/three.ko.xz\nkernel/b/two.ko.xz: kernel/b/three.ko.xz\nkernel/b/three.ko.xz:\nkernel/c/four.ko.xz:\n"
 	got, err := moduleClosure(dep, []string{"one_x", "two"})
@@ -178,7 +207,8 @@ func TestConfigThatCannotBe(t *testing.T) {
 		{Config{Machine: Microvm, VIOMMU: true}, "use q35"},
 		{Config{Machine: Microvm, Firmware: OVMF}, "OVMF"},
 		{Config{Machine: Microvm, Boot: FromDisk}, "disk"},
-		{Config{Kernel: Ubuntu, Boot: RootDisk}, "Boot: Direct"},
+		{Config{Kernel: Backports, Boot: RootDisk}, "Boot: Direct"},
+		{Config{Kernel: Backports, Initramfs: &Initramfs{}}, "no initramfs of its own"},
 		{Config{Ports: 13}, "at most 12"},
 		{Config{Devices: make([]Device, 15)}, "at most 14"},
 	} {

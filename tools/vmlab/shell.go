@@ -16,7 +16,7 @@ func (l *Lab) Dir() string { return l.dir }
 func (l *Lab) QEMU() []string { return program(l.root(), "qemu-system-x86_64").Args }
 
 const motd = `
-This is a stock kernel; the disk is hostmed's. Try
+This is a stock kernel of Debian's; the disk is hostmed's. Try
 
   nvme list
   nvme id-ctrl /dev/nvme0 | less
@@ -31,9 +31,6 @@ poweroff -f, the end of this shell, or Ctrl-A X end the machine.
 func (l *Lab) Shell(ctx context.Context, c Config, stdout, stderr *os.File) error {
 	c.Append += " vmlab=shell"
 	if err := c.check(); err != nil {
-		return err
-	}
-	if err := l.Fetch(ctx, c.Kernel); err != nil {
 		return err
 	}
 	accel, _, err := l.Accel(ctx)

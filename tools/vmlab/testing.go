@@ -2,7 +2,6 @@ package vmlab
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -37,13 +36,9 @@ func Open(t testing.TB) *Lab {
 	return l
 }
 
-// Boot is Start for a test: the machine is killed at its end, and the end of its console shown if it failed. A kernel that is on no mirror
-// skips the test, outside of CI: all other tests do without.
+// Boot is Start for a test: the machine is killed at its end, and the end of its console shown if it failed.
 func (l *Lab) Boot(t testing.TB, c Config) *VM {
 	t.Helper()
-	if err := l.Fetch(t.Context(), c.Kernel); errors.Is(err, ErrMirror) && os.Getenv("CI") != "true" {
-		t.Skip(err)
-	}
 	vm, err := l.Start(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

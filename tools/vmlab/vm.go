@@ -49,9 +49,6 @@ func (l *Lab) Start(ctx context.Context, c Config) (*VM, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	if err := l.Fetch(ctx, c.Kernel); err != nil {
-		return nil, err
-	}
 	for tries := 1; ; tries++ {
 		vm, err := l.start(ctx, c)
 		if err == nil || tries == maxTries || !strings.Contains(err.Error(), stalePatch) {
@@ -369,11 +366,11 @@ func (l *Lab) prepare(ctx context.Context, c *Config, dir string) error {
 	}
 	defer f.Close()
 	if c.Initramfs != nil {
-		return errors.Join(c.Initramfs.write(ctx, l, c.Kernel, f), f.Close())
+		return errors.Join(c.Initramfs.write(ctx, l, f), f.Close())
 	}
-	base := []string{filepath.Join(l.dir, initramfsFile)}
-	if c.Kernel != Debian {
-		base = append(base, l.modules(c.Kernel))
+	base := []string{filepath.Join(l.dir, "initramfs")}
+	if c.Kernel == Backports {
+		base = append(base, filepath.Join(l.kernelDir(c.Kernel), moduleArchive))
 	}
 	for _, name := range base {
 		if err := appendFile(f, name); err != nil {

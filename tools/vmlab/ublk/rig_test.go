@@ -31,7 +31,12 @@ const (
 // boot boots a stock guest whose kernel driver has let go of all disks.
 func boot(t *testing.T, way string, devices ...vmlab.Device) *guest {
 	t.Helper()
-	g := &guest{VM: vmlab.Open(t).Boot(t, vmlab.Config{Programs: []string{"guestdrv"}, MemoryMiB: 768, VIOMMU: way == byVFIO, Devices: devices})}
+	return bootKernel(t, vmlab.Stable, way, devices...)
+}
+
+func bootKernel(t *testing.T, kernel vmlab.Kernel, way string, devices ...vmlab.Device) *guest {
+	t.Helper()
+	g := &guest{VM: vmlab.Open(t).Boot(t, vmlab.Config{Kernel: kernel, Programs: []string{"guestdrv"}, MemoryMiB: 768, VIOMMU: way == byVFIO, Devices: devices})}
 	g.Run(t, "modprobe ublk_drv")
 	if way == byVFIO {
 		g.Run(t, "modprobe -a vfio_iommu_type1 vfio-pci")
