@@ -9,13 +9,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/shadowbell/shadowbell/tools/internal/load"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
+	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
 var bin string // the directory of all three programs
@@ -77,31 +77,13 @@ func TestSandboxLines(t *testing.T) {
 	}
 }
 
-// output is what a program prints, which a test can read while it runs.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.String()
-}
-
 // demoIn prepares the program with a temporary directory of its own, to see what it leaves there.
-func demoIn(t *testing.T, args ...string) (cmd *exec.Cmd, tmp string, stdout, stderr *output) {
+func demoIn(t *testing.T, args ...string) (cmd *exec.Cmd, tmp string, stdout, stderr *testrig.Buffer) {
 	t.Helper()
 	tmp = t.TempDir()
 	cmd = exec.CommandContext(t.Context(), filepath.Join(bin, "demo"), append([]string{"--bin", bin}, args...)...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
-	stdout, stderr = &output{}, &output{}
+	stdout, stderr = &testrig.Buffer{}, &testrig.Buffer{}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	return cmd, tmp, stdout, stderr
 }
