@@ -362,6 +362,40 @@ func TestRule31_CopiedOnce(t *testing.T) {
 	}
 }
 
+// R31: Prefetch is no read: what the other side writes after it is what Fetch copies. The batches go over the wrap too.
+func TestRule31_PrefetchReadsNothing(t *testing.T) {
+	onEach(t, func(t *testing.T, size uint32, memory func(bytes uint64) *shm.Region) {
+		mem := memory(uint64(size) * SQESize)
+		p, c := newSQ(t, mem, size)
+		n := min(size-1, 16)
+		for round := range uint64(3) {
+			for i := range n {
+				cmd := command(round + uint64(i))
+				p.Push(&cmd)
+			}
+			at := c.Head()
+			if c.Prefetch(n); c.Head() != at {
+				t.Fatalf("the head moved from %d to %d", at, c.Head())
+			}
+			late := command(1000 + round)
+			commands(mem, size)[at] = late
+			for i := range n {
+				want := command(round + uint64(i))
+				if i == 0 {
+					want = late
+				}
+				var got nvme.Command
+				if c.Fetch(&got); got != want {
+					t.Fatalf("round %d: entry %d is %+v, want %+v", round, i, got, want)
+				}
+			}
+			if err := p.Released(uint16(c.Head())); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 // R31: the device's half knows its tail and phase itself and never asks CQ memory.
 func TestRule31_CQNeverReadBack(t *testing.T) {
 	const size = 5

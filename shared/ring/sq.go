@@ -99,6 +99,11 @@ func (q *SQConsumer) Pending(tail uint32) (uint32, error) {
 	return n, nil
 }
 
+// Prefetch says that the next n entries are about to be fetched. It reads none of them, and the caller has seen Pending >= n.
+func (q *SQConsumer) Prefetch(n uint32) {
+	prefetch(&q.entries[q.head], min(n, q.size-q.head)) // what lies behind the wrap comes once a lap
+}
+
 // Fetch copies the next entry once (R31) and moves the head. The caller has seen Pending > 0 by an
 // atomic load of the tail (R4).
 func (q *SQConsumer) Fetch(cmd *nvme.Command) {

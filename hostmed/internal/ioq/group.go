@@ -151,6 +151,9 @@ func (g *group) headDoorbell() uint32 {
 
 // fetch takes n commands out of s.
 func (w *Worker) fetch(s *sq, n uint32) {
+	if n > 1 {
+		s.cons.Prefetch(n)
+	}
 	for range n {
 		r := w.take(s)
 		w.pending = r
