@@ -217,8 +217,8 @@ func TestHandshakeOfNoClient(t *testing.T) {
 		})
 	}
 	// Extended headers exclude the option that has no errors.
-	s, _ = one(t, 512, nil)
-	c := dial(t, s)
+	other, _ := one(t, 512, nil)
+	c := dial(t, other)
 	c.greet(3)
 	c.acked(optExtendedHeaders)
 	c.option(optExportName, "1")
