@@ -40,8 +40,9 @@ type ioQueue struct {
 }
 
 // newIOQueue creates queue pair qid for depth commands at least, or as many as the controller allows, with an interrupt unless
-// vector is noVector. cfg says how the queue waits: its EventFD, Timeout and Quiet.
-func (c *Controller) newIOQueue(ctx context.Context, qid uint16, depth uint32, vector int, cfg queue.Config) (*ioQueue, error) {
+// vector is noVector. cfg says how the queue waits: its EventFD, Timeout and Quiet. epoch is that in which the controller was last seen live: a
+// reset that has begun since may go over any of the commands.
+func (c *Controller) newIOQueue(ctx context.Context, epoch uint64, qid uint16, depth uint32, vector int, cfg queue.Config) (*ioQueue, error) {
 	size := min(max(depth+1, minEntries), queue.MaxSize, c.adm.Capabilities().MQES().Count())
 	sqBytes, cqBytes := roundUp(uint64(size)*ring.SQESize), roundUp(uint64(size)*ring.CQESize)
 	rings, err := c.pool.Take(sqBytes + cqBytes)
@@ -49,7 +50,6 @@ func (c *Controller) newIOQueue(ctx context.Context, qid uint16, depth uint32, v
 		return nil, fmt.Errorf("rings of queue %d: %w", qid, err)
 	}
 	q := &ioQueue{c: c, qid: qid, vector: vector, size: size, rings: rings, lists: make([]prp.ListPage, size-1), listSize: listSize(c.maxTransfer)}
-	epoch := c.epoch()
 	cfg.Generation = uint16(epoch)
 	known, err := q.create(ctx, sqBytes, cqBytes, cfg)
 	if err != nil {

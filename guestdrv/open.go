@@ -249,7 +249,7 @@ func (c *Controller) openLane(ctx context.Context) error {
 		return err
 	}
 	// The lane waits and keeps the deadlines; the queue does neither.
-	q, err := c.newIOQueue(ctx, qid, c.opts.QueueDepth, vector, queue.Config{EventFD: -1})
+	q, err := c.newIOQueue(ctx, c.epoch(), qid, c.opts.QueueDepth, vector, queue.Config{EventFD: -1})
 	if err != nil {
 		return err
 	}

@@ -125,7 +125,7 @@ func (c *Controller) newPair(o QueuePairOptions, epoch uint64) (*QueuePair, erro
 		eventFD = c.eventFDs[vector]
 	}
 	ctx := context.Background()
-	io, err := c.newIOQueue(ctx, qid, o.Depth, vector, queue.Config{
+	io, err := c.newIOQueue(ctx, epoch, qid, o.Depth, vector, queue.Config{
 		EventFD: eventFD, Quiet: c.quiet, NoSpin: o.NoSpin, Timeout: c.opts.Timeout, Late: c.lateness(epoch), Grace: c.opts.grace(), Slow: c.slowness,
 	})
 	if err != nil {
