@@ -40,9 +40,11 @@ func (c *Controller) watch() {
 	var asked time.Time       // when CSTS was read last
 	var late []queue.Late
 	var meanwhile []lateCommand // told while heal runs
+	var aborting bool           // heal runs because of late commands
+	var aborted time.Time       // when that had ended last
 	heal := func(cause error) {
 		done, commands := make(chan struct{}), late
-		healing, late = done, nil
+		healing, late, aborting = done, nil, len(late) > 0
 		go func() {
 			defer close(done)
 			c.heal(commands, cause)
@@ -59,6 +61,9 @@ func (c *Controller) watch() {
 			c.fail(c.gone())
 		case <-healing:
 			healing = nil
+			if aborting {
+				aborted = time.Now()
+			}
 			for _, l := range meanwhile {
 				if l.epoch == c.epoch() { // what was late before a reset is not any more
 					late = append(late, l.Late)
@@ -70,7 +75,7 @@ func (c *Controller) watch() {
 		case l := <-c.late:
 			switch {
 			case l.epoch != c.epoch():
-			case healing != nil && l.old: // it tells again, if it is still there
+			case l.old && (healing != nil || time.Since(aborted) < c.opts.grace()/2): // told before that had ended: it tells again, if it is still there
 			case healing != nil: // next time it is an old one, which Abort was not tried on
 				meanwhile = append(meanwhile, l)
 			case l.old:
