@@ -123,7 +123,7 @@ func TestResetsUnderLoad(t *testing.T) {
 				t.Parallel()
 				m := serve(t, one(hostmed.ControllerConfig{Doorbells: mode, Namespaces: []string{"fault:drop@rate=1/400,over=mem:size=64MiB"}}))
 				o := faultOptions()
-				o.Timeout, o.OnReset = 500*time.Millisecond, on
+				o.Timeout, o.OnReset = 1500*time.Millisecond, on
 				c := open(t, m, name, o)
 				l := startLoad(t, c, 4)
 				l.until("resets", func() bool { return c.Stats().Resets >= resets || c.Err() != nil })
