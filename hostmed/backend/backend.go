@@ -24,10 +24,11 @@ const (
 	OpFlush                 // nothing: all writes that were completed before it become durable
 	OpWriteZeroes           // Off, Len, FUA, Dealloc
 	OpDiscard               // Off, Len; a hint, except that Info.DiscardZeroes says what is read afterwards
+	OpCommand               // Cmd, one that Info.Native has, as it is; Off, Len, Vec are its range and data, if it has any
 )
 
 func (o Op) String() string {
-	names := [...]string{"read", "write", "flush", "write zeroes", "discard"}
+	names := [...]string{"read", "write", "flush", "write zeroes", "discard", "command"}
 	if int(o) < len(names) {
 		return names[o]
 	}
@@ -49,25 +50,45 @@ type Request struct {
 	Len     uint64 // bytes, a multiple of the LBA size
 	Vec     []Seg  // guest memory, Len bytes in all (read, write); the slice must not be on a stack
 
+	// Cmd is the guest's command that the request is, or is a part of; nil: hostmed itself asks. A backend that speaks NVMe takes from it, beside
+	// what it is for OpCommand, hints and protection fields of the command that Op stands for. NSID, SLBA and data pointer in it are the guest's.
+	Cmd *nvme.Command
+
 	Status nvme.Status // the result
+	DW0    uint32      // OpCommand: Dword 0 of the completion
 	Owner  uint64      // the caller's; the backend leaves it alone
 	Priv   [2]uint64   // the backend's while the request is with it
 }
 
 // Info describes a namespace's medium. It does not change while a queue is open; see Alterable.
 type Info struct {
-	Name          string // for people and logs: the spec without its defaults, "file:/srv/a.img"
-	Blocks        uint64 // size in LBAs
-	LBAShift      uint8  // log2 of the LBA size in bytes, 9 to 16
-	ReadOnly      bool   // writes are refused
-	Discard       bool   // OpDiscard gives space back
-	DiscardZeroes bool   // after OpDiscard the range reads as zeroes
-	WriteZeroes   bool   // OpWriteZeroes is better than writing zeroes
-	VolatileCache bool   // OpFlush and FUA mean something
-	Maps          bool   // the Backend is a Mapper
-	OptimalBlocks uint32 // LBAs that a discard should be a multiple of and aligned to; 0: not known
+	Name          string  // for people and logs: the spec without its defaults, "file:/srv/a.img"
+	Blocks        uint64  // size in LBAs
+	LBAShift      uint8   // log2 of the LBA size in bytes, 9 to 16
+	ReadOnly      bool    // writes are refused
+	Discard       bool    // OpDiscard gives space back
+	DiscardZeroes bool    // after OpDiscard the range reads as zeroes
+	WriteZeroes   bool    // OpWriteZeroes is better than writing zeroes
+	VolatileCache bool    // OpFlush and FUA mean something
+	Maps          bool    // the Backend is a Mapper
+	Native        Opcodes // I/O commands that the backend takes as OpCommand: the medium does them itself
+	OptimalBlocks uint32  // LBAs that a discard should be a multiple of and aligned to; 0: not known
 	NGUID         [16]byte
 	UUID          [16]byte // both stable: derived from the spec, for a file from its path
+}
+
+// Opcodes is a set of opcodes of the NVM command set below 80h.
+type Opcodes [2]uint64
+
+// Has says whether op is in the set.
+func (o Opcodes) Has(op uint8) bool { return op < 128 && o[op>>6]>>(op&63)&1 != 0 }
+
+// With returns the set with ops.
+func (o Opcodes) With(ops ...uint8) Opcodes {
+	for _, op := range ops {
+		o[op>>6&1] |= 1 << (op & 63)
+	}
+	return o
 }
 
 // MaxLBAShift is log2 of the largest block size in bytes.
@@ -118,6 +139,31 @@ type Queue interface {
 
 	// Close waits for what is in flight, drops the results, and gives the queue's resources back.
 	Close() error
+}
+
+// Poller is a Queue whose owner must come back to Reap, again and again, as long as something is in flight and Polled says so: nothing else tells that
+// it is done.
+type Poller interface {
+	Queue
+	// Polled does not change while the queue is open.
+	Polled() bool
+}
+
+// Event is what a Watched backend has seen of its medium.
+type Event uint8
+
+// The events.
+const (
+	EventChanged Event = iota // its size may be another: Alterable.Resized tells
+	EventGone                 // it is away and does not come back; every request fails
+)
+
+// Watched is a Backend whose medium changes without anybody here asking.
+type Watched interface {
+	Backend
+	// Watch makes f hear of events, from any goroutine and one at a time, until Close has returned. It is called once at the most. f may not call
+	// the backend, nor wait for anything that does.
+	Watch(f func(Event))
 }
 
 // Keeper is a Queue that may keep a request back for long, or for ever: one with faults does so on purpose. The memory of such a request is

@@ -60,7 +60,7 @@ func TestParseFaultsSaysWhatIsWrong(t *testing.T) {
 		"fault:drop@lba=9-3" + over:                   {"@lba=0-2047"},
 		"fault:drop,over=fault:drop,over=mem:size=1M": {"no other fault"},
 		"fault:drop,over=file:a,over=b":               {`"over=b" is no option of file`},
-		"fault:drop,over=ram:size=1M":                 {"over=", "null:, mem: or file:"},
+		"fault:drop,over=ram:size=1M":                 {"over=", "it must begin with"},
 		"fault:drop,over=mem:size=0":                  {"size=0 is nothing"},
 	} {
 		_, err := ParseSpec(in)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -42,18 +43,78 @@ const (
 // Spec is a parsed namespace specification.
 type Spec struct {
 	Kind     Kind
-	Path     string // KindFile
-	Size     uint64 // bytes, a multiple of LBA; 0: not given (KindFile only)
+	Path     string // of kinds that begin with one
+	Size     uint64 // bytes, a multiple of LBA; 0: not given
 	LBA      uint32 // bytes
-	ReadOnly bool   // KindFile
+	ReadOnly bool
 	Faults   string // rules of fault:, as written; empty: none
 }
 
-// options is what each kind takes.
-var options = map[Kind]string{
-	KindNull: "size=, lba=",
-	KindMem:  "size=, lba=",
-	KindFile: "size=, lba=, readonly",
+// syntax is what a spec of one kind looks like.
+type syntax struct {
+	path    string // an example of what it begins with; empty: it begins with an option
+	sized   bool   // size= must be given
+	options []option
+}
+
+// option is a part of a spec after its path.
+type option struct {
+	key     string
+	example string // of its value; empty: it takes none
+	set     func(s *Spec, value string) error
+}
+
+var (
+	optSize = option{"size", "1GiB", func(s *Spec, v string) (err error) {
+		if s.Size, err = ParseSize(v); err == nil && s.Size == 0 {
+			err = fmt.Errorf("size=%s is nothing: give the size of the namespace, as in size=1GiB", v)
+		}
+		return err
+	}}
+	optLBA = option{"lba", "4096", func(s *Spec, v string) (err error) {
+		s.LBA, err = parseLBA(v)
+		return err
+	}}
+	optReadOnly = option{key: "readonly", set: func(s *Spec, _ string) error {
+		s.ReadOnly = true
+		return nil
+	}}
+)
+
+var syntaxes = map[Kind]syntax{
+	KindNull: {sized: true, options: []option{optSize, optLBA}},
+	KindMem:  {sized: true, options: []option{optSize, optLBA}},
+	KindFile: {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
+}
+
+// takes names the options of x.
+func (x syntax) takes() string {
+	var names []string
+	for _, o := range x.options {
+		name := o.key
+		if o.example != "" {
+			name += "="
+		}
+		names = append(names, name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// parse sets the option that field is.
+func (x syntax) parse(s *Spec, field string) error {
+	key, value, hasValue := strings.Cut(field, "=")
+	i := slices.IndexFunc(x.options, func(o option) bool { return o.key == key })
+	switch {
+	case i < 0 && x.path != "":
+		return fmt.Errorf("%q is no option of %s, which takes %s (a comma in the path is written twice)", field, s.Kind, x.takes())
+	case i < 0:
+		return fmt.Errorf("%q is no option of %s, which takes %s", field, s.Kind, x.takes())
+	case hasValue && x.options[i].example == "":
+		return fmt.Errorf("%s takes no value", key)
+	case !hasValue && x.options[i].example != "":
+		return fmt.Errorf("%s needs a value, as in %s=%s", key, key, x.options[i].example)
+	}
+	return x.options[i].set(s, value)
 }
 
 // ParseSpec parses a namespace specification (see SpecHelp). The error is one line that names what is
@@ -73,63 +134,56 @@ func ParseSpec(s string) (Spec, error) {
 
 // parsePlain is ParseSpec for specs without faults.
 func parsePlain(s string) (Spec, error) {
+	say := func(format string, a ...any) (Spec, error) {
+		return Spec{}, fmt.Errorf("namespace %q: %w", s, fmt.Errorf(format, a...))
+	}
 	kind, rest, ok := strings.Cut(s, ":")
-	takes, known := options[Kind(kind)]
+	x, known := syntaxes[Kind(kind)]
 	if !ok || !known {
-		return Spec{}, fmt.Errorf("namespace %q: it must begin with null:, mem: or file: (or, for tests, fault:), as in mem:size=1GiB or file:/srv/disk.img", s)
+		return say("it must begin with %s (or, for tests, fault:), as in mem:size=1GiB or file:/srv/disk.img", kindNames())
 	}
 	spec := Spec{Kind: Kind(kind), LBA: defaultLBA}
 	fields := splitCommas(rest)
-	if spec.Kind == KindFile {
+	if x.path != "" {
 		spec.Path, fields = fields[0], fields[1:]
 		if spec.Path == "" {
-			return Spec{}, fmt.Errorf("namespace %q: the path is missing, as in file:/srv/disk.img", s)
+			return say("the path is missing, as in %s:%s", kind, x.path)
 		}
 		if strings.ContainsFunc(spec.Path, func(r rune) bool { return r < ' ' }) {
-			return Spec{}, fmt.Errorf("namespace %q: the path contains a control character: rename the file", s)
+			return say("the path contains a control character: rename the file")
 		}
 	} else if rest == "" {
 		fields = nil
 	}
 	seen := map[string]bool{}
 	for _, f := range fields {
-		key, value, hasValue := strings.Cut(f, "=")
+		key, _, _ := strings.Cut(f, "=")
 		if seen[key] {
-			return Spec{}, fmt.Errorf("namespace %q: %s is given twice", s, key)
+			return say("%s is given twice", key)
 		}
 		seen[key] = true
-		var err error
-		switch {
-		case key == "size" && hasValue:
-			spec.Size, err = ParseSize(value)
-			if err == nil && spec.Size == 0 {
-				err = fmt.Errorf("size=%s is nothing: give the size of the namespace, as in size=1GiB", value)
-			}
-		case key == "lba" && hasValue:
-			spec.LBA, err = parseLBA(value)
-		case key == "readonly" && !hasValue && spec.Kind == KindFile:
-			spec.ReadOnly = true
-		case key == "readonly" && spec.Kind == KindFile:
-			err = fmt.Errorf("readonly takes no value")
-		case (key == "size" || key == "lba") && !hasValue:
-			err = fmt.Errorf("%s needs a value, as in size=1GiB or lba=4096", key)
-		default:
-			err = fmt.Errorf("%q is no option of %s, which takes %s", f, kind, takes)
-			if spec.Kind == KindFile {
-				err = fmt.Errorf("%w (a comma in the path is written twice)", err)
-			}
-		}
-		if err != nil {
-			return Spec{}, fmt.Errorf("namespace %q: %w", s, err)
+		if err := x.parse(&spec, f); err != nil {
+			return say("%w", err)
 		}
 	}
-	if spec.Size == 0 && spec.Kind != KindFile {
-		return Spec{}, fmt.Errorf("namespace %q: size= is missing, as in %s:size=1GiB", s, kind)
+	if spec.Size == 0 && x.sized {
+		return say("size= is missing, as in %s:size=1GiB", kind)
 	}
 	if err := checkMultiple(spec.Size, spec.LBA); err != nil {
-		return Spec{}, fmt.Errorf("namespace %q: size=%d %w", s, spec.Size, err)
+		return say("size=%d %w", spec.Size, err)
 	}
 	return spec, nil
+}
+
+// kindNames lists the kinds: "a:, b: or c:".
+func kindNames() string {
+	var names []string
+	for k := range syntaxes {
+		names = append(names, string(k)+":")
+	}
+	slices.Sort(names)
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
 // splitCommas splits at single commas; two in a row stand for one that belongs to the text.
@@ -207,7 +261,7 @@ func (s Spec) String() string {
 	}
 	b.WriteString(string(s.Kind) + ":")
 	sep := ""
-	if s.Kind == KindFile {
+	if s.Path != "" {
 		b.WriteString(strings.ReplaceAll(s.Path, ",", ",,"))
 		sep = ","
 	}

@@ -36,9 +36,9 @@ func TestParseSpec(t *testing.T) {
 
 func TestParseSpecSaysWhatIsWrongAndWhatWouldBeRight(t *testing.T) {
 	for in, want := range map[string][]string{
-		"":                              {"null:, mem: or file:"},
-		"ram:size=1G":                   {"null:, mem: or file:", "ram:size=1G"},
-		"mem":                           {"null:, mem: or file:"},
+		"":                              {"it must begin with"},
+		"ram:size=1G":                   {"it must begin with", "ram:size=1G"},
+		"mem":                           {"it must begin with"},
 		"mem:":                          {"size= is missing", "mem:size=1GiB"},
 		"mem:size=":                     {"not a size", "10GiB"},
 		"mem:size":                      {"size needs a value"},
