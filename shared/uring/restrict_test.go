@@ -133,10 +133,14 @@ func pollWakes(t *testing.T, cfg Config) {
 	if _, err := unix.Write(fd, []byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
 		t.Error(err)
 	}
-	if _, err := r.SubmitAndWaitFor(1, time.Minute); err != nil {
-		t.Error(err)
+	n := 0
+	for end := time.Now().Add(time.Minute); n == 0 && time.Now().Before(end); n = r.Reap(out[:]) {
+		if _, err := r.SubmitAndWaitFor(1, time.Minute); err != nil { // less if there is a signal
+			t.Error(err)
+			return
+		}
 	}
-	if n := r.Reap(out[:]); n != 1 || out[0].UserData != 5 || out[0].Res&unix.POLLIN == 0 {
+	if n != 1 || out[0].UserData != 5 || out[0].Res&unix.POLLIN == 0 {
 		t.Errorf("%d completions, the first %+v", n, out[0])
 	}
 	// Level: what is readable when the poll is added completes it, by a call that does not wait.

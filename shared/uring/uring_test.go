@@ -336,7 +336,7 @@ func TestEventFDSignalsAndCancel(t *testing.T) {
 			t.Fatal("an empty pipe was read")
 		}
 		unix.Write(pipe[1], []byte("hello"))
-		if !readable(5000) {
+		if !readable(30_000) {
 			t.Fatal("no signal")
 		}
 		unix.Read(evfd, eight[:])
