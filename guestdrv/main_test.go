@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/device"
 )
 
 func TestMain(m *testing.M) {

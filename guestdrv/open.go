@@ -7,12 +7,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

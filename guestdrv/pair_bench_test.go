@@ -5,11 +5,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/ring"

@@ -12,9 +12,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/tools/conformance/suite"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 )
 
 // reaper is the duty of a first process: it waits for all children, its own and those that others have left.

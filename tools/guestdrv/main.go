@@ -16,9 +16,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
 	"github.com/shadowbell/shadowbell/guestdrv/sandbox"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 

@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/internal/load"
 	"github.com/shadowbell/shadowbell/tools/internal/size"

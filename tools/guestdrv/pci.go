@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 	"github.com/shadowbell/shadowbell/tools/internal/size"
 	"github.com/shadowbell/shadowbell/tools/internal/text"

@@ -11,10 +11,10 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/faulty"
 	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/testrig"
 )

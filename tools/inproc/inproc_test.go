@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/tools/inproc"
 	"github.com/shadowbell/shadowbell/tools/testrig"

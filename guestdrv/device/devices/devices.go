@@ -17,11 +17,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
-	"github.com/shadowbell/shadowbell/guestdrv/device/sysfspci"
-	"github.com/shadowbell/shadowbell/guestdrv/device/vfiopci"
 	"github.com/shadowbell/shadowbell/guestdrv/device/vfiouser"
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/sysfspci"
+	"github.com/shadowbell/shadowbell/shared/device/vfiopci"
 )
 
 // Scheme is what names of PCI functions begin with whose way is to be chosen.

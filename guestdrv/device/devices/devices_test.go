@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 )
 
 func TestNamesThatAreNone(t *testing.T) {

@@ -15,7 +15,7 @@ import (
 	"fmt"
 	"sync"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

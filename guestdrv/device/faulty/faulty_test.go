@@ -11,9 +11,9 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/device"
 	"github.com/shadowbell/shadowbell/guestdrv/device/faulty"
 	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

@@ -15,7 +15,7 @@ import (
 	"math/bits"
 	"sync"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 

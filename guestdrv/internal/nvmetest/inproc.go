@@ -4,7 +4,7 @@ import (
 	"errors"
 	"sync"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )

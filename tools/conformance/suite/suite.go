@@ -17,7 +17,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 )
 
 // Case is one thing that the specification demands.

@@ -12,8 +12,8 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/pcifn"
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
 	"github.com/shadowbell/shadowbell/tools/internal/text"
 	"github.com/shadowbell/shadowbell/tools/vmlab"
 )

@@ -20,8 +20,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )

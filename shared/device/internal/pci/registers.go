@@ -6,7 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
@@ -32,7 +32,7 @@ func NewHugePages(size uint64) (*shm.Region, error) {
 }
 
 func newHugePages(size uint64) (*shm.Region, error) {
-	fd, err := unix.MemfdCreate("guestdrv-dma", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
+	fd, err := unix.MemfdCreate("nvme-dma", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +81,7 @@ func NewPhysical(size uint64) (*device.DMARegion, error) {
 }
 
 func newLockedPage() (*shm.Region, error) {
-	mem, err := shm.NewMemfd("guestdrv-dma", shm.PageSize)
+	mem, err := shm.NewMemfd("nvme-dma", shm.PageSize)
 	if err != nil {
 		return nil, err
 	}

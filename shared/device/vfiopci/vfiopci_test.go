@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

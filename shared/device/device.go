@@ -1,6 +1,6 @@
-// Package device says what the driver needs of an NVMe controller, whoever is behind it: the registers of
-// BAR0, doorbells, memory that the controller can reach, and interrupts. The ways to get there are in the packages below:
-// vfiouser talks to a server over a unix socket.
+// Package device says what a driver needs of an NVMe controller, whoever is behind it: the registers of
+// BAR0, doorbells, memory that the controller can reach, and interrupts. The ways to get there are in the packages below (vfiopci,
+// sysfspci) and in guestdrv/device/vfiouser, which talks to a server over a unix socket.
 //
 // Nothing here knows NVMe beyond where BAR0's doorbells begin, and nothing is trusted that comes
 // from the other side: values go to the caller as they were read.

@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

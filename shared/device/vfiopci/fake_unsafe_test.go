@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 

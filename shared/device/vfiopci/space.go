@@ -7,8 +7,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device"
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
@@ -31,7 +31,7 @@ func newMemory(size uint64) (*shm.Region, error) {
 			return mem, nil
 		}
 	}
-	return shm.NewMemfd("guestdrv-dma", size)
+	return shm.NewMemfd("nvme-dma", size)
 }
 
 // mapError says what a refusal to pin memory is about.

@@ -13,7 +13,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/shadowbell/shadowbell/guestdrv/device/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/device/internal/pci"
 )
 
 // Function is a PCI function that is an NVMe controller.
