@@ -3,10 +3,10 @@ package guestdrv
 import (
 	"errors"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/driver/admin"
+	"github.com/shadowbell/shadowbell/shared/driver/dma"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

@@ -6,7 +6,7 @@ import (
 	"log"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 // ForceReset makes the controller be reset, as for a command that is late and cannot be aborted. It returns when the reset has begun: the watch

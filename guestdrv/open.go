@@ -8,11 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/guestdrv/device/devices"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/driver/admin"
+	"github.com/shadowbell/shadowbell/shared/driver/dma"
+	"github.com/shadowbell/shadowbell/shared/driver/lane"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -110,7 +110,7 @@ func (c *Controller) allocate() error {
 		return err
 	}
 	c.mem = mem
-	c.pool, err = dma.NewPool(mem)
+	c.pool, err = dma.NewPool(mem, "raise Options.DMASize")
 	return err
 }
 

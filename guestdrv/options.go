@@ -7,8 +7,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/lane"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 // DoorbellMode says how the driver tells the controller of new commands.

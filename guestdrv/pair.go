@@ -7,8 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/tally"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

@@ -5,11 +5,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/driver/dma"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/tally"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -34,7 +34,7 @@ func newLoopback(tb testing.TB, size uint32) *loopback {
 		}
 	}
 	region := shm.NewHeap(16 << 20)
-	pool, err := dma.NewPool(device.NewDMARegion(region, 1<<32, nil))
+	pool, err := dma.NewPool(device.NewDMARegion(region, 1<<32, nil), "")
 	must(err)
 	c := &Controller{pool: pool, maxTransfer: maxTransfer}
 	ns := &Namespace{c: c, nsid: 1, shift: 9}

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/admin"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/admin"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 // How a controller that does not answer, or reports a fatal error, is brought back:

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"slices"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
+	"github.com/shadowbell/shadowbell/shared/driver/tally"
 	"github.com/shadowbell/shadowbell/shared/latency"
 )
 

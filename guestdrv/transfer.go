@@ -4,8 +4,8 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
+	"github.com/shadowbell/shadowbell/shared/driver/dma"
+	"github.com/shadowbell/shadowbell/shared/driver/lane"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

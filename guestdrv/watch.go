@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 const (

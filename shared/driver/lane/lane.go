@@ -25,9 +25,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/tally"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/tally"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/spin"
 )

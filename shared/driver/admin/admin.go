@@ -1,4 +1,4 @@
-// Package admin is the driver's dealings with the controller as a whole: enable and shutdown by registers, the admin queue and
+// Package admin is a driver's dealings with the controller as a whole: enable and shutdown by registers, the admin queue and
 // its commands, Identify, queue creation, Doorbell Buffer Config, asynchronous events.
 //
 // In the order of events and files:
@@ -22,12 +22,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
-
-	"github.com/shadowbell/shadowbell/guestdrv/internal/dma"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
 	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/driver/dma"
+	"github.com/shadowbell/shadowbell/shared/driver/lane"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -45,18 +43,24 @@ type Config struct {
 	Pool    *dma.Pool
 	EventFD int           // of interrupt vector 0, which becomes the Admin's; -1: there is none
 	Timeout time.Duration // of each command
-	Logger  hclog.Logger
+	Logger  Logger
 	Failed  func(error) // told once why the admin queue failed
 
 	// Refused makes the error of a command that ended with a status other than success.
 	Refused func(nvme.Command, nvme.Status) error
 }
 
+// Logger takes what nobody waits to be told, as a message with keys and values after it.
+type Logger interface {
+	Debug(msg string, args ...any)
+	Warn(msg string, args ...any)
+}
+
 // Admin is an enabled controller. It is safe for concurrent use.
 type Admin struct {
 	cfg Config
 	dev device.Device
-	log hclog.Logger
+	log Logger
 
 	cap nvme.CAP
 	vs  nvme.Version

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/queue"
+	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 // Rescue reaps, so that an interrupt which was lost costs time and no more, and reports whether commands with a deadline are

@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/shadowbell/shadowbell/guestdrv/internal/lane"
+	"github.com/shadowbell/shadowbell/shared/driver/lane"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 

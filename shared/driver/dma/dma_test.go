@@ -15,7 +15,7 @@ import (
 
 func newPool(t testing.TB, pages int) *Pool {
 	t.Helper()
-	p, err := NewPool(device.NewDMARegion(shm.NewHeap(pages*PageSize), 1<<32, nil))
+	p, err := NewPool(device.NewDMARegion(shm.NewHeap(pages*PageSize), 1<<32, nil), "raise DMASize")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +50,7 @@ func TestBlocksStayInTheirRun(t *testing.T) {
 
 // checkBlocks takes and gives at random, on memory whose runs have run pages, and finds everything merged again at the end.
 func checkBlocks(t *rapid.T, mem *device.DMARegion, run int) {
-	p, err := NewPool(mem)
+	p, err := NewPool(mem, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func TestBufferLongerThanARunIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := NewPool(mem)
+	p, err := NewPool(mem, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +170,7 @@ func TestBufferLongerThanARunIsRefused(t *testing.T) {
 	b.Free()
 }
 
-func TestNoMemoryNamesTheOption(t *testing.T) {
+func TestNoMemoryNamesTheRemedy(t *testing.T) {
 	p := newPool(t, 8)
 	if _, err := p.Take(9 * PageSize); !errors.Is(err, ErrNoMemory) || !strings.Contains(err.Error(), "DMASize") {
 		t.Fatalf("got %v", err)

@@ -41,6 +41,8 @@ type Pool struct {
 	dma *device.DMARegion
 	run uint64 // the most bytes that are contiguous for the device
 
+	remedy string
+
 	// mu guards what follows. It is taken last of all locks of the driver.
 	mu      sync.Mutex
 	pages   *buddy
@@ -50,8 +52,8 @@ type Pool struct {
 	freed   chan struct{}      // closed when memory comes back; nil: nobody waits
 }
 
-// NewPool returns the pool of all pages of region.
-func NewPool(region *device.DMARegion) (*Pool, error) {
+// NewPool returns the pool of all pages of region. remedy is what the user does when there is not enough, as the end of an error.
+func NewPool(region *device.DMARegion, remedy string) (*Pool, error) {
 	n := region.Len() / PageSize
 	if n == 0 || n > 1<<31 {
 		return nil, fmt.Errorf("DMA pool of %d bytes: it has 1 to 2^31 pages of %d bytes", region.Len(), PageSize)
@@ -66,7 +68,7 @@ func NewPool(region *device.DMARegion) (*Pool, error) {
 		run = min(run, region.Contiguous)
 	}
 	return &Pool{
-		mem: mem, dma: region, run: run, pages: newBuddy(uint32(n), top),
+		mem: mem, dma: region, run: run, remedy: remedy, pages: newBuddy(uint32(n), top),
 		buffers: map[uint64]*Buffer{}, starts: make([]uint64, (n+63)/64),
 	}, nil
 }
@@ -109,8 +111,8 @@ func (p *Pool) exhausted(n uint64) error {
 			ErrNoMemory, n, p.run)
 	}
 	_, largest := p.pages.run(none)
-	return fmt.Errorf("%w: %d bytes wanted, of the pool's %d bytes %d are free, at most %d in one piece: raise Options.DMASize",
-		ErrNoMemory, n, p.Size(), uint64(p.pages.free)*PageSize, uint64(largest)*PageSize)
+	return fmt.Errorf("%w: %d bytes wanted, of the pool's %d bytes %d are free, at most %d in one piece: %s",
+		ErrNoMemory, n, p.Size(), uint64(p.pages.free)*PageSize, uint64(largest)*PageSize, p.remedy)
 }
 
 // Give returns a block.
