@@ -2,6 +2,7 @@ package vmlab
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"strings"
@@ -49,15 +50,18 @@ const blocksScript = `blocks() {
 // HotAdd plugs a device into the next free root port (Config.Ports), and waits until the guest's nvme driver has it and has
 // scanned its namespaces.
 //
-// It cannot be unplugged again: QEMU 11.1 aborts when a vfio-user device with MSI-X goes. Forget makes the guest let go of it.
+// A vfio-user device cannot be unplugged again: QEMU 11.1 aborts when one with MSI-X goes. Forget makes the guest let go of it. QEMU's own can: Unplug.
 func (vm *VM) HotAdd(ctx context.Context, d Device) (Disk, error) {
 	vm.mu.Lock()
-	n := vm.plugged
+	n := 0
+	for vm.ports[n] {
+		n++
+	}
 	if n >= vm.config.Ports {
 		vm.mu.Unlock()
 		return Disk{}, fmt.Errorf("all %d root ports are in use: raise Config.Ports, or boot another machine", n)
 	}
-	vm.plugged++
+	vm.ports[n] = true
 	vm.mu.Unlock()
 
 	disk := Disk{Port: fmt.Sprintf("port%d", n)}
@@ -80,6 +84,62 @@ func (vm *VM) HotAdd(ctx context.Context, d Device) (Disk, error) {
 		return Disk{}, fmt.Errorf("waiting for the guest to take what is in %s: %w", disk.Port, err)
 	}
 	return disk, nil
+}
+
+// Unplug takes a device of QEMU's own that was plugged in out of the machine, with its file, and returns when it is out and its port is free. The guest's
+// driver is asked by hot-plug to let go; one that holds on, as vfio-pci does for as long as a process has the device, keeps it until then.
+func (vm *VM) Unplug(ctx context.Context, d Disk) error {
+	ctx, cancel := limited(ctx, time.Minute)
+	defer cancel()
+	unplugged, err := vm.StartUnplug(ctx, d)
+	if err != nil {
+		return err
+	}
+	return unplugged(ctx)
+}
+
+// StartUnplug is the first half of Unplug: it asks. What it returns is the other half, which waits.
+func (vm *VM) StartUnplug(ctx context.Context, d Disk) (unplugged func(context.Context) error, err error) {
+	device, from := d.Port+"-dev", vm.qmp.eventsSoFar()
+	if _, err := vm.QMP(ctx, "device_del", map[string]any{"id": device}); err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		ctx, cancel := limited(ctx, time.Minute)
+		defer cancel()
+		for at, is := from, ""; is != device; {
+			e, next, err := vm.qmp.event(ctx, "DEVICE_DELETED", at)
+			if err != nil {
+				return vm.explain(fmt.Errorf("unplugging %s: %w", d.PCI, err))
+			}
+			var deleted struct{ Device string }
+			if err := json.Unmarshal(e.Data, &deleted); err != nil {
+				return err
+			}
+			at, is = next, deleted.Device
+		}
+		if _, err := vm.QMP(ctx, "blockdev-del", map[string]any{"node-name": d.Port + "-drive"}); err != nil {
+			return err
+		}
+		var n int
+		if _, err := fmt.Sscanf(d.Port, "port%d", &n); err != nil {
+			return err
+		}
+		vm.mu.Lock()
+		defer vm.mu.Unlock()
+		vm.ports[n] = false
+		return nil
+	}, nil
+}
+
+// Retake waits until the guest's nvme driver has a disk once more that it had before, and returns it: its name may be another now.
+func (vm *VM) Retake(ctx context.Context, d Disk) (Disk, error) {
+	ctx, cancel := limited(ctx, 30*time.Second)
+	defer cancel()
+	if err := vm.taken(ctx, &d, "/sys/bus/pci/devices/"+d.PCI+"/..", d.PCI); err != nil {
+		return Disk{}, fmt.Errorf("waiting for the guest to take %s: %w", d.PCI, err)
+	}
+	return d, nil
 }
 
 // DiskAt waits until the guest's nvme driver has Config.Devices[i], and returns it. The driver probes side by side: nvme0 need not be the first.

@@ -109,6 +109,12 @@ func (q *qmp) do(ctx context.Context, command string, arguments any) (json.RawMe
 	}
 }
 
+func (q *qmp) eventsSoFar() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.events)
+}
+
 // event waits for the first event of that name at or behind index from, and returns the index behind it.
 func (q *qmp) event(ctx context.Context, name string, from int) (Event, int, error) {
 	for {

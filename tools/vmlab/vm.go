@@ -33,8 +33,8 @@ type VM struct {
 	agent   *client
 
 	mu       sync.Mutex
-	plugged  int // root ports in use
-	events   int // QMP events that Event has seen
+	ports    [maxPorts + 1]bool // root ports in use; the last stands for none
+	events   int                // QMP events that Event has seen
 	bootTime time.Duration
 }
 

@@ -1,0 +1,156 @@
+package backends
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+)
+
+// diskConfig is a disk to plug in. The zero value has 256 MiB in blocks of 512 bytes, and no partitions.
+type diskConfig struct {
+	sizeMiB    int
+	partitions []int          // MiB each, from 1 MiB on, one behind the other
+	props      map[string]any // of QEMU's device: max_ioqpairs, logical_block_size, mdts, ...
+}
+
+// disk is an NVMe controller of QEMU's with one namespace, as the host has it.
+type disk struct {
+	vmlab.Disk
+	h     *host
+	image string // its bytes, on this machine
+	bytes int
+	gone  bool
+}
+
+// disk plugs a disk in and waits until the kernel's driver has it and all its partitions. At the end of t it goes, whoever has it by then.
+func (h *host) disk(t *testing.T, c diskConfig) *disk {
+	t.Helper()
+	if c.sizeMiB == 0 {
+		c.sizeMiB = 256
+	}
+	d := &disk{h: h, bytes: c.sizeMiB << 20}
+	name := h.name("disk")
+	d.image = filepath.Join(h.dir, name)
+	if err := os.WriteFile(d.image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(d.image, int64(d.bytes)); err != nil {
+		t.Fatal(err)
+	}
+	if len(c.partitions) > 0 {
+		partition(t, d.image, c.partitions)
+	}
+	device := vmlab.QEMUNVMe(d.image, name)
+	for k, v := range c.props {
+		device = device.With(k, v)
+	}
+	var err error
+	if d.Disk, err = h.HotAdd(t.Context(), device); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if !d.gone && !h.Ended() {
+			if err := h.Unplug(context.Background(), d.Disk); err != nil {
+				t.Error(err)
+			}
+		}
+		os.Remove(d.image)
+	})
+	for i := range c.partitions {
+		h.until(t, "the kernel has not got the partition", "[ -b "+d.part(i+1)+" ]")
+	}
+	return d
+}
+
+// partition writes a GPT.
+func partition(t *testing.T, image string, partitions []int) {
+	t.Helper()
+	layout, at := "label: gpt\nfirst-lba: 2048\n", 2048
+	for _, size := range partitions {
+		layout += fmt.Sprintf("start=%d, size=%d\n", at, size<<20/512)
+		at += size << 20 / 512
+	}
+	cmd := vmlab.Open(t).Program("usr/sbin/sfdisk", "-q", "--no-reread", "--no-tell-kernel", "--lock=no", image)
+	cmd.Stdin = strings.NewReader(layout)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("sfdisk: %v: %s", err, out)
+	}
+}
+
+// block is the kernel's block device of the namespace, char its character device, part that of a partition, from 1.
+func (d *disk) block() string     { return d.Namespace(1) }
+func (d *disk) char() string      { return strings.Replace(d.Namespace(1), "/dev/nvme", "/dev/ng", 1) }
+func (d *disk) part(i int) string { return fmt.Sprintf("%sp%d", d.Namespace(1), i) }
+
+// partAt is where partition i begins, in bytes.
+func (d *disk) partAt(t *testing.T, i int) (offset int) {
+	t.Helper()
+	out := d.h.Run(t, "cat /sys/class/block/"+filepath.Base(d.part(i))+"/start")
+	if _, err := fmt.Sscan(out, &offset); err != nil {
+		t.Fatal(err)
+	}
+	return offset * 512
+}
+
+// read returns a range of the medium as it is behind the device.
+func (d *disk) read(t *testing.T, offset, length int) []byte {
+	t.Helper()
+	f, err := os.Open(d.image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, length)
+	if _, err := f.ReadAt(b, int64(offset)); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// written says whether a range of the medium has anything but zeroes.
+func (d *disk) written(t *testing.T, offset, length int) bool {
+	t.Helper()
+	return len(bytes.Trim(d.read(t, offset, length), "\x00")) > 0
+}
+
+// vfio gives the disk's function to vfio-pci. At the end of t the kernel's driver has it again.
+func (h *host) vfio(t *testing.T, d *disk) {
+	t.Helper()
+	h.Run(t, "modprobe -a vfio_iommu_type1 vfio-pci && guestdrv bind "+d.PCI+" --driver vfio-pci")
+	t.Cleanup(func() {
+		if !d.gone && !h.Ended() {
+			d.kernel(t)
+		}
+	})
+}
+
+// kernel gives the function back to the kernel's driver, and waits until that has the namespace: its name may be another than before.
+func (d *disk) kernel(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	r, err := d.h.Exec(ctx, "[ -e /sys/bus/pci/drivers/nvme/"+d.PCI+" ] || guestdrv unbind "+d.PCI)
+	if err != nil || r.Exit != 0 {
+		t.Fatalf("giving %s back: %v: %s", d.PCI, err, r.Stderr)
+	}
+	now, err := d.h.Retake(ctx, d.Disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Disk = now
+}
+
+// unplug takes the disk out as an operator does, and returns when it is out. Whoever has it must let go.
+func (d *disk) unplug(t *testing.T) {
+	t.Helper()
+	if err := d.h.Unplug(t.Context(), d.Disk); err != nil {
+		t.Fatal(err)
+	}
+	d.gone = true
+}
