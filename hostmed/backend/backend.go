@@ -24,7 +24,7 @@ const (
 	OpFlush                 // nothing: all writes that were completed before it become durable
 	OpWriteZeroes           // Off, Len, FUA, Dealloc
 	OpDiscard               // Off, Len; a hint, except that Info.DiscardZeroes says what is read afterwards
-	OpCommand               // Cmd, one that Info.Native has, as it is; Off, Len, Vec are its range and data, if it has any
+	OpCommand               // Cmd, one that Info.Native has, as it is: see Opcodes
 )
 
 func (o Op) String() string {
@@ -48,7 +48,7 @@ type Request struct {
 	Keep    bool   // write zeroes: the blocks are allocated afterwards, as Mapper sees it
 	Off     uint64 // byte offset, a multiple of the LBA size, already checked against the size
 	Len     uint64 // bytes, a multiple of the LBA size
-	Vec     []Seg  // guest memory, Len bytes in all (read, write); the slice must not be on a stack
+	Vec     []Seg  // guest memory, Len bytes in all (read, write; for OpCommand see Opcodes); the slice must not be on a stack
 
 	// Cmd is the guest's command that the request is, or is a part of; nil: hostmed itself asks. A backend that speaks NVMe takes from it, beside
 	// what it is for OpCommand, hints and protection fields of the command that Op stands for. NSID, SLBA and data pointer in it are the guest's.
@@ -72,23 +72,62 @@ type Info struct {
 	VolatileCache bool    // OpFlush and FUA mean something
 	Maps          bool    // the Backend is a Mapper
 	Native        Opcodes // I/O commands that the backend takes as OpCommand: the medium does them itself
-	OptimalBlocks uint32  // LBAs that a discard should be a multiple of and aligned to; 0: not known
+	NativeMax     CommandLimits
+	OptimalBlocks uint32 // LBAs that a discard should be a multiple of and aligned to; 0: not known
 	NGUID         [16]byte
 	UUID          [16]byte // both stable: derived from the spec, for a file from its path
 }
 
-// Opcodes is a set of opcodes of the NVM command set below 80h.
-type Opcodes [2]uint64
+// Opcodes is a set of I/O opcodes. Of those in Info.Native these come as OpCommand, and nothing else does:
+//
+//	                     Off, Len                     Vec
+//	Write Uncorrectable  the blocks                   nil
+//	Compare              the blocks                   guest memory, Len bytes, which the medium is compared with
+//	Verify               the blocks                   nil
+//	Dataset Management   of no meaning                one piece: the ranges, an array of nvme.DSMRange
+//	Copy                 the blocks that it writes    one piece: the source ranges, an array of nvme.CopyRange (format 0)
+//	80h and above        0, bytes of Vec              guest memory, as the opcode's bits 1:0 say: 01b to the medium, 10b from it; nil: none
+//
+// Read, Write, Write Zeroes and Flush are always requests of their own Op, with the command beside it in Cmd; reservations are hostmed's business.
+//
+// What a backend may rely on:
+//   - Cmd.Opcode is in Native, FUSE is 0, and no more is asked for than NativeMax allows. What is over that comes as other operations.
+//   - Every block, also of each range in a list, is of the namespace, counted in its blocks from its own first: a slice of a medium adds where it
+//     begins. Cmd's SLBA is Off, its NLB is Len.
+//   - A list is a copy of the guest's that is the request's: the backend may change it, and hand its address to the kernel. It is at most 4 KiB long.
+//   - A medium that is read-only or protected is asked for nothing but Compare and Verify.
+//   - FUA is set where a Copy has to be durable before it is done, which its own bit need not say.
+//   - The rest of Cmd is the guest's, looked at by nobody. NSID, CID, MPTR, the data pointer and PSDT mean nothing to the medium and must be replaced.
+//     So must be what would let a guest reach past its blocks.
+//   - An opcode of 80h and above has no range that could be checked. Its data is as long as CDW10 says in dwords, and CDW11 is 0 (the form of vendor
+//     specific commands, NVMe Base 2.0c 3.3.3.1). A backend has such a thing in Native only if its medium is one guest's as a whole and the device says
+//     that it uses that form.
+//
+// Status and DW0 go to the guest as they are.
+type Opcodes [4]uint64
 
 // Has says whether op is in the set.
-func (o Opcodes) Has(op uint8) bool { return op < 128 && o[op>>6]>>(op&63)&1 != 0 }
+func (o Opcodes) Has(op uint8) bool { return o[op>>6]>>(op&63)&1 != 0 }
 
 // With returns the set with ops.
 func (o Opcodes) With(ops ...uint8) Opcodes {
 	for _, op := range ops {
-		o[op>>6&1] |= 1 << (op & 63)
+		o[op>>6] |= 1 << (op & 63)
 	}
 	return o
+}
+
+// CommandLimits are how much a medium takes in one OpCommand. 0: as much as a guest is told that it may ask for.
+type CommandLimits struct {
+	Compare            uint64 // bytes
+	Verify             uint64 // bytes
+	WriteUncorrectable uint64 // bytes
+	DSMRanges          uint32 // how many
+	DSMRange           uint32 // LBAs of one
+	DSM                uint64 // LBAs of all
+	CopyRanges         uint32 // how many
+	CopyRange          uint32 // LBAs of one
+	Copy               uint32 // LBAs of all
 }
 
 // MaxLBAShift is log2 of the largest block size in bytes.

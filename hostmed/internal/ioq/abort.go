@@ -91,6 +91,7 @@ func (w *Worker) abortHeld(r *request) {
 // startOdd is start for a command of a queue in which one is to be aborted, or waits for its other half.
 func (w *Worker) startOdd(r *request) {
 	s := r.sq
+	r.step = oneStep                           // what it was of an earlier command would count
 	index := s.cons.Head() + s.cons.Size() - 1 // of what was fetched last
 	if index >= s.cons.Size() {
 		index -= s.cons.Size()

@@ -10,7 +10,8 @@ import (
 // complete stages the completion of r and gives r back.
 func (w *Worker) complete(r *request, st nvme.Status) {
 	g := r.sq.g
-	dw0 := uint64(0)
+	dw0 := uint64(r.DW0) // of OpCommand
+	r.DW0 = 0
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
 	} else {
@@ -18,7 +19,7 @@ func (w *Worker) complete(r *request, st nvme.Status) {
 			w.give(r) // given up for a reset, it ends without a word: a driver that is told might take that for an answer
 			return
 		}
-		if st = w.failed(r, st); r.cmd.Opcode == nvme.IOCopy {
+		if st = w.failed(r, st); r.step == copying && r.cmd.Opcode == nvme.IOCopy {
 			dw0 = r.notCopied()
 		}
 	}

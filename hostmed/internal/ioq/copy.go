@@ -11,54 +11,61 @@ import (
 // copied.
 
 func (w *Worker) copy(r *request) nvme.Status {
-	c, info := &r.cmd, &r.ns.info
 	r.Op = backend.OpRead
-	n := int(c.CopyRanges().Count())
-	r.ranges(n)
-	switch {
-	case info.ReadOnly:
-		return nvme.StatusNamespaceWriteProtected.WithDNR()
-	case c.CopyFormat() != 0:
-		return nvme.StatusInvalidField.WithDNR()
-	case n > ctrl.MaxCopyRanges:
-		return nvme.StatusCommandSizeLimit.WithDNR()
-	}
+	r.ranges(int(r.cmd.CopyRanges().Count()))
 	if !w.takeScratch(r) {
 		return waits
 	}
-	r.Len = uint64(n) * nvme.CopyRangeSize
-	if st := w.translate(r, false); st != nvme.StatusSuccess {
+	n, _, st := w.copyRanges(r, &w.copyFrom)
+	if st != nvme.StatusSuccess {
 		return st
 	}
-	if !copyOut(w.copyFrom[:n], r.Vec) {
-		return nvme.StatusDataTransferError.WithDNR()
-	}
-	perRange, most := ctrl.CopyLimits(info)
-	all := uint32(0) // at most 128 * 65536
-	for i := range w.copyFrom[:n] {
+	for i := range n {
 		s := &w.copyFrom[i]
-		blocks := s.NLB.Count()
-		if blocks > uint32(perRange) {
-			return nvme.StatusCommandSizeLimit.WithDNR()
-		}
-		if st := r.blocks(s.SLBA, uint64(blocks)); st != nvme.StatusSuccess {
-			return st
-		}
-		r.list.list[i] = nvme.DSMRange{SLBA: s.SLBA, Length: blocks}
-		all += blocks
+		r.list.list[i] = nvme.DSMRange{SLBA: s.SLBA, Length: s.NLB.Count()}
 	}
-	if all > most {
-		return nvme.StatusCommandSizeLimit.WithDNR()
-	}
-	if st := r.blocks(c.SLBA(), uint64(all)); st != nvme.StatusSuccess {
-		return st
-	}
-	r.to = r.Off
+	r.to, r.Vec = r.Off, nil
 	r.step = copying
 	if st := r.nextSource(); st != waits {
 		return st
 	}
 	return nvme.StatusSuccess
+}
+
+// copyRanges copies the n source ranges of a Copy into list and checks them. Afterwards r's range is where they go to.
+func (w *Worker) copyRanges(r *request, list *copySources) (n int, all uint32, st nvme.Status) {
+	c, info := &r.cmd, &r.ns.info
+	n = int(c.CopyRanges().Count())
+	switch {
+	case info.ReadOnly:
+		return n, 0, nvme.StatusNamespaceWriteProtected.WithDNR()
+	case c.CopyFormat() != 0:
+		return n, 0, nvme.StatusInvalidField.WithDNR()
+	case n > ctrl.MaxCopyRanges:
+		return n, 0, nvme.StatusCommandSizeLimit.WithDNR()
+	}
+	r.Len = uint64(n) * nvme.CopyRangeSize
+	if st := w.translate(r, false); st != nvme.StatusSuccess {
+		return n, 0, st
+	}
+	if !copyOut(list[:n], r.Vec) {
+		return n, 0, nvme.StatusDataTransferError.WithDNR()
+	}
+	perRange, most := ctrl.CopyLimits(info)
+	for i := range list[:n] { // all is at most 128 * 65536
+		blocks := list[i].NLB.Count()
+		if blocks > uint32(perRange) {
+			return n, 0, nvme.StatusCommandSizeLimit.WithDNR()
+		}
+		if st := r.blocks(list[i].SLBA, uint64(blocks)); st != nvme.StatusSuccess {
+			return n, 0, st
+		}
+		all += blocks
+	}
+	if all > most {
+		return n, 0, nvme.StatusCommandSizeLimit.WithDNR()
+	}
+	return n, all, r.blocks(c.SLBA(), uint64(all))
 }
 
 // nextSource begins with the next source range and returns waits, or ends.
@@ -69,18 +76,24 @@ func (r *request) nextSource() nvme.Status {
 	}
 	x := &d.list[d.next]
 	d.next++
-	if gate := r.ns.of.Gate(); gate != nil && gate.Marked(x.SLBA, uint64(x.Length)) {
-		return nvme.StatusUnrecoveredRead
-	}
-	if r.ns.dulbe.Load() {
-		if st := r.ns.allocated(x.SLBA, uint64(x.Length)); st != nvme.StatusSuccess {
-			return st
-		}
+	if st := r.readable(x.SLBA, uint64(x.Length)); st != nvme.StatusSuccess {
+		return st
 	}
 	shift := r.ns.info.LBAShift
 	r.from, r.pos, r.end = x.SLBA<<shift, 0, uint64(x.Length)<<shift
 	r.readPiece()
 	return waits
+}
+
+// readable says whether n blocks from first, a source of a Copy, can be read.
+func (r *request) readable(first, n uint64) nvme.Status {
+	if gate := r.ns.of.Gate(); gate != nil && gate.Marked(first, n) {
+		return nvme.StatusUnrecoveredRead
+	}
+	if r.ns.dulbe.Load() {
+		return r.ns.allocated(first, n)
+	}
+	return nvme.StatusSuccess
 }
 
 // copied goes on after a piece was read or written.
@@ -113,9 +126,4 @@ func (r *request) readPiece() {
 }
 
 // notCopied is DW0 of a Copy that failed.
-func (r *request) notCopied() uint64 {
-	if r.step != copying {
-		return 0
-	}
-	return uint64(r.list.next - 1)
-}
+func (r *request) notCopied() uint64 { return uint64(r.list.next - 1) }

@@ -99,6 +99,9 @@ func (r *request) lba() uint64 {
 		}
 		return r.Off >> r.ns.info.LBAShift
 	}
+	if r.cmd.Opcode >= firstVendor {
+		return 0
+	}
 	return r.cmd.SLBA()
 }
 

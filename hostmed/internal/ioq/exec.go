@@ -2,6 +2,7 @@ package ioq
 
 import (
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -28,6 +29,7 @@ type request struct {
 	pos   uint64        // bytes that are done
 	end   uint64        // bytes in all; of a Copy, of the present range
 	list  *ranges       // Dataset Management and Copy: what there is to do; kept
+	copy  *copySources  // of a Copy that the medium does; kept
 	from  uint64        // Copy: where on the medium the present range is
 	to    uint64        // and where it goes to
 }
@@ -40,7 +42,7 @@ func (w *Worker) take(s *sq) *request {
 		w.free = w.free[:n]
 	} else {
 		r = &request{vec: make([]backend.Seg, 0, 2)}
-		r.Owner = uint64(len(w.reqs))
+		r.Owner, r.Cmd = uint64(len(w.reqs)), &r.cmd
 		w.reqs = append(w.reqs, r)
 	}
 	r.sq = s
@@ -108,7 +110,7 @@ func (w *Worker) start(r *request) {
 			return
 		}
 	}
-	if st == nvme.StatusSuccess && r.Op != backend.OpRead && r.Op != backend.OpFlush && r.ns.info.ReadOnly {
+	if r.ns.info.ReadOnly && st == nvme.StatusSuccess && r.writes() {
 		st = nvme.StatusNamespaceWriteProtected.WithDNR()
 	}
 	if gate != nil && len(gate.Bad) > 0 && st == nvme.StatusSuccess {
@@ -125,6 +127,17 @@ func (w *Worker) start(r *request) {
 		r.fromMedia()
 	}
 	w.enqueue(r)
+}
+
+// writes says whether r's first operation changes the medium.
+func (r *request) writes() bool {
+	switch r.Op {
+	case backend.OpRead, backend.OpFlush:
+		return false
+	case backend.OpCommand:
+		return class(r) != subsys.Reads
+	}
+	return true
 }
 
 // blocks sets the byte range of n LBAs from slba, if the namespace has them.

@@ -13,7 +13,7 @@ import (
 
 // passes asks r's gate, which is there. If it returns false r is held back or complete.
 func (w *Worker) passes(r *request, gate *subsys.Gate) bool {
-	verdict, st := gate.Check(subsys.ClassOf(r.cmd.Opcode), r.sq.g.ctl.host())
+	verdict, st := gate.Check(class(r), r.sq.g.ctl.host())
 	switch verdict {
 	case subsys.Wait:
 		w.hold(r)

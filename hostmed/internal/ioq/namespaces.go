@@ -17,7 +17,8 @@ type namespace struct {
 	of      *subsys.Namespace // has the gate
 	info    backend.Info
 	backend backend.Backend
-	media   []*media // by worker; the entry belongs to that worker
+	native  backend.Opcodes // of info.Native, those that there are rules for
+	media   []*media        // by worker; the entry belongs to that worker
 	mapper  backend.Mapper
 	dulbe   atomic.Bool // reads of blocks that are not allocated fail, which mapper tells
 }
@@ -63,7 +64,7 @@ func (c *Controller) table(list []ctrl.Namespace) *[]*namespace {
 		if of == nil {
 			of = subsys.Alone(x.NSID, x.Backend, x.Info)
 		}
-		n := &namespace{of: of, info: x.Info, backend: x.Backend, media: make([]*media, len(c.cfg.Workers))}
+		n := &namespace{of: of, info: x.Info, backend: x.Backend, native: nativeOf(x.Info.Native), media: make([]*media, len(c.cfg.Workers))}
 		if x.Info.Maps {
 			n.mapper, _ = x.Backend.(backend.Mapper)
 			n.dulbe.Store(n.mapper != nil && c.dulbe[x.NSID])

@@ -29,6 +29,7 @@ const (
 	copying
 	marked   // blocks that are written are not marked any more
 	flushing // before a read
+	native   // the medium does the command, see native.go
 )
 
 // waits, in place of a status, says that the request is not to be completed yet. No status has this value.
@@ -39,10 +40,17 @@ type ranges struct {
 	list [nvme.DSMMaxRanges]nvme.DSMRange
 	next int
 	n    int
+
+	handed [nvme.DSMMaxRanges]nvme.DSMRange // what a medium that does the command gets, and may change
 }
 
 // startSteps is start for opcodes that are rarely seen.
 func (w *Worker) startSteps(r *request) nvme.Status {
+	if r.ns.native.Has(r.cmd.Opcode) {
+		if st := w.native(r); st != tooLarge {
+			return st
+		}
+	}
 	switch r.cmd.Opcode {
 	case nvme.IOCompare:
 		return w.compare(r)
@@ -88,6 +96,8 @@ func (w *Worker) next(r *request) nvme.Status {
 		return waits
 	case copying:
 		return r.copied()
+	case native:
+		r.nativeDone()
 	}
 	return nvme.StatusSuccess
 }
@@ -182,26 +192,33 @@ func (w *Worker) dsm(r *request) nvme.Status {
 		r.step = noStep
 		return nvme.StatusSuccess
 	}
-	n := int(r.cmd.DSMRanges().Count())
-	r.Len = uint64(n) * nvme.DSMRangeSize
-	if st := w.translate(r, false); st != nvme.StatusSuccess {
+	if _, st := w.dsmRanges(r, int(r.cmd.DSMRanges().Count())); st != nvme.StatusSuccess {
 		return st
 	}
-	d := r.ranges(n)
-	if !copyOut(d.list[:n], r.Vec) {
-		return nvme.StatusDataTransferError.WithDNR()
-	}
-	for i := range d.list[:n] {
-		if st := r.blocks(d.list[i].SLBA, uint64(d.list[i].Length)); st != nvme.StatusSuccess && d.list[i].Length > 0 {
-			return st
-		}
-	}
-	r.Vec = nil
 	r.step = deallocating
 	if !r.nextRange() {
 		r.step = noStep
 	}
 	return nvme.StatusSuccess
+}
+
+// dsmRanges copies the n ranges of a Dataset Management command and checks them.
+func (w *Worker) dsmRanges(r *request, n int) (*ranges, nvme.Status) {
+	r.Len = uint64(n) * nvme.DSMRangeSize
+	if st := w.translate(r, false); st != nvme.StatusSuccess {
+		return nil, st
+	}
+	d := r.ranges(n)
+	if !copyOut(d.list[:n], r.Vec) {
+		return nil, nvme.StatusDataTransferError.WithDNR()
+	}
+	r.Vec = nil
+	for i := range d.list[:n] {
+		if st := r.blocks(d.list[i].SLBA, uint64(d.list[i].Length)); st != nvme.StatusSuccess && d.list[i].Length > 0 {
+			return nil, st
+		}
+	}
+	return d, nvme.StatusSuccess
 }
 
 // ranges returns memory for n ranges.

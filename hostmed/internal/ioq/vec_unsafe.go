@@ -58,6 +58,12 @@ func copyOut[T nvme.DSMRange | nvme.CopyRange](dst []T, guest []backend.Seg) boo
 	return len(raw) == 0
 }
 
+// segOf is the memory of list, which is on the heap.
+func segOf[T nvme.DSMRange | nvme.CopyRange](list []T) backend.Seg {
+	p := unsafe.SliceData(list)
+	return backend.Seg{Base: (*byte)(unsafe.Pointer(p)), Len: uint64(len(list)) * uint64(unsafe.Sizeof(*p))}
+}
+
 // epollWait waits for timeout ns, or for ever if that is negative. A look that does not wait goes past the
 // scheduler.
 func epollWait(ep int, events []unix.EpollEvent, timeout int64) (int, error) {

@@ -32,8 +32,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
-	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
-	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/spin"
@@ -114,7 +112,7 @@ type Worker struct {
 	pairing     bool        // the namespace of one is asked for or held
 	pairScratch *shm.Region // for its Compare
 
-	copyFrom [ctrl.MaxCopyRanges]nvme.CopyRange // of the Copy that is being decoded
+	copyFrom copySources // of the Copy that is being decoded
 }
 
 // wait is a condition that someone on the control side waits for.
