@@ -1,0 +1,271 @@
+package hostnvme
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// Mapper lets a device reach memory of this process.
+type Mapper interface {
+	// Map pins mem, which is whole pages, and returns where the device finds it. It takes as long as that takes.
+	Map(mem []byte) (iova uint64, err error)
+	Unmap(iova, size uint64) error
+}
+
+// Memory is the guest memory that a device reaches. Every queue of the device tells of all memory that it is told of; each
+// mapping is given to the device once. Pinning a guest takes seconds, so a goroutine does that: until it has, and where
+// it cannot, data goes through bounce buffers.
+//
+// Readers look up in a snapshot and take no lock.
+type Memory struct {
+	dev  Mapper
+	log  hclog.Logger
+	snap atomic.Pointer[snapshot]
+
+	mu      sync.Mutex
+	known   map[block]*mapping
+	jobs    []*mapping // to be mapped or unmapped, in order
+	running bool       // there is a goroutine that does the jobs
+	idle    sync.Cond  // running has ended
+}
+
+// block is memory by its address in this process.
+type block struct{ base, size uint64 }
+
+// mapping is a block that somebody wants, or has wanted, the device to reach.
+type mapping struct {
+	block
+	mem    []byte
+	iova   uint64
+	refs   int
+	mapped bool // the device reaches it
+	failed bool
+}
+
+// span is a block that the device reaches.
+type span struct {
+	base, size uint64
+	delta      uint64 // IOVA - base
+}
+
+// snapshot is all spans, by address. It does not change.
+type snapshot struct{ spans []span }
+
+// NewMemory returns an empty Memory.
+func NewMemory(dev Mapper, log hclog.Logger) *Memory {
+	m := &Memory{dev: dev, log: log, known: map[block]*mapping{}}
+	m.idle.L = &m.mu
+	m.snap.Store(&snapshot{})
+	return m
+}
+
+// add says that b, which is whole pages, is wanted once more.
+func (m *Memory) add(b []byte) {
+	k := blockOf(b)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	x := m.known[k]
+	if x == nil {
+		x = &mapping{block: k, mem: b}
+		m.known[k] = x
+		m.do(x)
+	}
+	x.refs++
+}
+
+// remove takes back one add. After the last one nobody finds b any more when it returns.
+func (m *Memory) remove(b []byte) { m.removeBlock(blockOf(b)) }
+
+func (m *Memory) removeBlock(k block) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	x := m.known[k]
+	if x == nil {
+		return
+	}
+	if x.refs--; x.refs > 0 {
+		return
+	}
+	delete(m.known, k)
+	if x.mapped {
+		m.publish()
+		m.do(x)
+	}
+}
+
+// do has x mapped, or unmapped if nobody wants it.
+func (m *Memory) do(x *mapping) {
+	m.jobs = append(m.jobs, x)
+	if !m.running {
+		m.running = true
+		go m.run()
+	}
+}
+
+// run does the jobs that there are. mu is free while it is in the kernel.
+func (m *Memory) run() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for len(m.jobs) > 0 {
+		x := m.jobs[0]
+		m.jobs = m.jobs[1:]
+		switch {
+		case x.mapped:
+			m.unmap(x)
+		case x.refs > 0:
+			m.mapOne(x)
+		}
+	}
+	m.jobs = nil
+	m.running = false
+	m.idle.Broadcast()
+}
+
+func (m *Memory) mapOne(x *mapping) {
+	if m.overlaps(x) { // a snapshot could not be searched
+		x.failed = true
+		m.log.Warn("memory overlaps other memory of the device: its data is copied", "bytes", x.size)
+		return
+	}
+	m.mu.Unlock()
+	iova, err := m.dev.Map(x.mem)
+	m.mu.Lock()
+	if err != nil {
+		x.failed = true
+		m.log.Warn("the device cannot reach a guest's memory: its data is copied", "bytes", x.size, "error", err)
+		return
+	}
+	x.iova, x.mapped = iova, true
+	if x.refs == 0 { // meanwhile it was taken back
+		m.unmap(x)
+		return
+	}
+	m.publish()
+}
+
+func (m *Memory) unmap(x *mapping) {
+	x.mapped = false
+	m.mu.Unlock()
+	err := m.dev.Unmap(x.iova, x.size)
+	m.mu.Lock()
+	if err != nil {
+		m.log.Error("taking memory from the device", "error", err)
+	}
+}
+
+func (m *Memory) overlaps(x *mapping) bool {
+	for _, y := range m.known {
+		if y.mapped && y.base < x.base+x.size && x.base < y.base+y.size {
+			return true
+		}
+	}
+	return false
+}
+
+// publish makes a snapshot of what is mapped and wanted.
+func (m *Memory) publish() {
+	s := &snapshot{}
+	for _, x := range m.known {
+		if x.mapped {
+			s.spans = append(s.spans, span{x.base, x.size, x.iova - x.base})
+		}
+	}
+	slices.SortFunc(s.spans, func(a, b span) int {
+		if a.base < b.base {
+			return -1
+		}
+		return 1
+	})
+	m.snap.Store(s)
+}
+
+// MemoryState is what a Memory has come to.
+type MemoryState struct {
+	Mapped  uint64 // bytes that the device reaches
+	Pending int    // mappings that are being made
+	Failed  int    // mappings that the device does not reach
+}
+
+// State returns what there is at the moment.
+func (m *Memory) State() (s MemoryState) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, x := range m.known {
+		switch {
+		case x.mapped:
+			s.Mapped += x.size
+		case x.failed:
+			s.Failed++
+		default:
+			s.Pending++
+		}
+	}
+	return s
+}
+
+// Settle returns when nothing is being mapped or unmapped.
+func (m *Memory) Settle() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for m.running {
+		m.idle.Wait()
+	}
+}
+
+// Close takes all memory from the device. No queue is open any more.
+func (m *Memory) Close() {
+	m.Settle()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.snap.Store(&snapshot{})
+	for k, x := range m.known {
+		delete(m.known, k)
+		if x.mapped {
+			m.unmap(x)
+		}
+	}
+}
+
+// finder looks up addresses for one goroutine at a time. Data lies in the same guest's memory again and again, so it
+// remembers where it found the last.
+type finder struct {
+	m    *Memory
+	in   *snapshot
+	last span
+}
+
+// refresh makes f look in the present snapshot. It is called before each batch: what is not in it any more is not wanted by
+// any request of the batch.
+func (f *finder) refresh() {
+	if s := f.m.snap.Load(); s != f.in {
+		f.in, f.last = s, span{}
+	}
+}
+
+// find returns where the device finds the byte at addr, and how many follow it for both; left is 0 if it does not reach it.
+func (f *finder) find(addr uint64) (iova, left uint64) {
+	if off := addr - f.last.base; off < f.last.size {
+		return addr + f.last.delta, f.last.size - off
+	}
+	return f.search(addr)
+}
+
+func (f *finder) search(addr uint64) (iova, left uint64) {
+	spans := f.in.spans
+	i, n := 0, len(spans)
+	for i < n {
+		if h := int(uint(i+n) >> 1); spans[h].base+spans[h].size > addr {
+			n = h
+		} else {
+			i = h + 1
+		}
+	}
+	if i == len(spans) || addr < spans[i].base {
+		return 0, 0
+	}
+	f.last = spans[i]
+	return addr + f.last.delta, f.last.size - (addr - f.last.base)
+}

@@ -1,0 +1,148 @@
+package hostnvme
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// TestMemoryIsMappedOnce has several queues tell of the same memory.
+func TestMemoryIsMappedOnce(t *testing.T) {
+	var log []string
+	m := NewMemory(&scattered{
+		place: func([]byte) (uint64, error) { log = append(log, "map"); return 1 << 40, nil },
+		unmap: func(iova, size uint64) error {
+			if iova != 1<<40 || size != 4*page {
+				t.Errorf("unmap %#x, +%#x", iova, size)
+			}
+			log = append(log, "unmap")
+			return nil
+		},
+	}, hclog.NewNullLogger())
+	mem := heap(t, 4*page)
+	f := finder{m: m}
+	find := func() (iova, left uint64) {
+		f.refresh()
+		return f.find(blockOf(mem[512:]).base)
+	}
+	for range 3 {
+		m.add(mem)
+	}
+	m.Settle()
+	if iova, left := find(); iova != 1<<40+512 || left != 4*page-512 {
+		t.Fatalf("%#x, +%#x", iova, left)
+	}
+	if s := m.State(); s != (MemoryState{Mapped: 4 * page}) {
+		t.Fatalf("%+v", s)
+	}
+	m.remove(mem)
+	m.remove(mem)
+	if _, left := find(); left == 0 {
+		t.Fatal("gone while it is wanted")
+	}
+	m.remove(mem)
+	if _, left := find(); left != 0 {
+		t.Fatal("found after it was taken back")
+	}
+	m.Settle()
+	m.remove(mem) // once too often
+	m.add(mem)
+	m.Close()
+	if want := []string{"map", "unmap", "map", "unmap"}; !slices.Equal(log, want) {
+		t.Fatalf("%v", log)
+	}
+}
+
+// TestMemoryTakenBackBeforeItWasMapped ends the wish for memory while the kernel pins it, and before.
+func TestMemoryTakenBackBeforeItWasMapped(t *testing.T) {
+	begun, goOn := make(chan bool), make(chan bool)
+	var maps, unmaps atomic.Int32
+	m := NewMemory(&scattered{
+		place: func([]byte) (uint64, error) { maps.Add(1); begun <- true; <-goOn; return 1 << 40, nil },
+		unmap: func(iova, size uint64) error { unmaps.Add(1); return nil },
+	}, hclog.NewNullLogger())
+	first, second := heap(t, page), heap(t, page)
+	m.add(first)
+	<-begun
+	m.add(second)
+	if s := m.State(); s != (MemoryState{Pending: 2}) {
+		t.Fatalf("%+v", s)
+	}
+	m.remove(first)
+	m.remove(second)
+	goOn <- true
+	m.Settle()
+	f := finder{m: m}
+	f.refresh()
+	if _, left := f.find(blockOf(first).base); left != 0 || maps.Load() != 1 || unmaps.Load() != 1 {
+		t.Fatalf("%d bytes found, %d maps, %d unmaps", left, maps.Load(), unmaps.Load())
+	}
+}
+
+// TestMemoryThatCannotBeMapped is copied, and nothing of it is found.
+func TestMemoryThatCannotBeMapped(t *testing.T) {
+	var refuse error
+	n := uint64(0)
+	m := NewMemory(&scattered{place: func([]byte) (uint64, error) { n++; return n << 30, refuse }}, hclog.NewNullLogger())
+	mem := heap(t, 8*page)
+	m.add(mem[:4*page])
+	m.add(mem[2*page:]) // overlaps
+	m.Settle()
+	refuse = errors.New("no")
+	m.add(mem[4*page:])
+	m.Settle()
+	f := finder{m: m}
+	f.refresh()
+	if s := m.State(); s != (MemoryState{Mapped: 4 * page, Failed: 2}) {
+		t.Fatalf("%+v", s)
+	}
+	if _, left := f.find(blockOf(mem[4*page:]).base); left != 0 {
+		t.Fatal("found")
+	}
+	m.remove(mem[4*page:])
+	m.remove(mem[2*page:])
+	m.Close()
+	if s := m.State(); s != (MemoryState{}) {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// TestFindersWhileMemoryChanges looks up what stays while other memory comes and goes.
+func TestFindersWhileMemoryChanges(t *testing.T) {
+	m := NewMemory(&scattered{place: func(b []byte) (uint64, error) { return blockOf(b).base + 1<<50, nil }}, hclog.NewNullLogger())
+	mem := heap(t, 64*page)
+	for i := 0; i < 64; i += 2 {
+		m.add(mem[i*page : (i+1)*page])
+	}
+	m.Settle()
+	var wg sync.WaitGroup
+	var stop atomic.Bool
+	for w := range 2 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			f := finder{m: m}
+			for i := w; !stop.Load(); i++ {
+				f.refresh()
+				at := blockOf(mem[i%32*2*page+i%page:]).base
+				if iova, left := f.find(at); iova != at+1<<50 || left != uint64(page-i%page) {
+					t.Errorf("%#x: %#x, +%#x", at, iova, left)
+					return
+				}
+			}
+		}()
+	}
+	for i := range 500 {
+		at := i%32*2 + 1
+		m.add(mem[at*page : (at+1)*page])
+		m.Settle()
+		m.remove(mem[at*page : (at+1)*page])
+	}
+	stop.Store(true)
+	wg.Wait()
+	m.Close()
+}
