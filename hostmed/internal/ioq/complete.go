@@ -10,8 +10,10 @@ import (
 // complete stages the completion of r and gives r back.
 func (w *Worker) complete(r *request, st nvme.Status) {
 	g := r.sq.g
-	dw0 := uint64(r.DW0) // of OpCommand
-	r.DW0 = 0
+	dw0 := uint64(0)
+	if r.step == native {
+		dw0 = uint64(r.DW0)
+	}
 	if st == nvme.StatusSuccess {
 		g.stats.count(r)
 	} else {

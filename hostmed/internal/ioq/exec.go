@@ -29,7 +29,6 @@ type request struct {
 	pos   uint64        // bytes that are done
 	end   uint64        // bytes in all; of a Copy, of the present range
 	list  *ranges       // Dataset Management and Copy: what there is to do; kept
-	copy  *copySources  // of a Copy that the medium does; kept
 	from  uint64        // Copy: where on the medium the present range is
 	to    uint64        // and where it goes to
 }
@@ -110,7 +109,7 @@ func (w *Worker) start(r *request) {
 			return
 		}
 	}
-	if r.ns.info.ReadOnly && st == nvme.StatusSuccess && r.writes() {
+	if st == nvme.StatusSuccess && r.Op != backend.OpRead && r.ns.info.ReadOnly && r.writes() {
 		st = nvme.StatusNamespaceWriteProtected.WithDNR()
 	}
 	if gate != nil && len(gate.Bad) > 0 && st == nvme.StatusSuccess {

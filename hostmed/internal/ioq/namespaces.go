@@ -15,12 +15,12 @@ import (
 // medium is another namespace.
 type namespace struct {
 	of      *subsys.Namespace // has the gate
-	info    backend.Info
+	media   []*media          // by worker; the entry belongs to that worker
+	dulbe   atomic.Bool       // reads of blocks that are not allocated fail, which mapper tells
+	info    backend.Info      // its first fields are wanted for each command, as are those above
+	native  backend.Opcodes   // of info.Native, those that there are rules for
 	backend backend.Backend
-	native  backend.Opcodes // of info.Native, those that there are rules for
-	media   []*media        // by worker; the entry belongs to that worker
 	mapper  backend.Mapper
-	dulbe   atomic.Bool // reads of blocks that are not allocated fail, which mapper tells
 }
 
 // namespace returns what is attached as nsid, or nil.

@@ -105,11 +105,12 @@ func (w *Worker) nativeDSM(r *request) nvme.Status {
 
 // nativeCopy checks the ranges of a Copy. What reads of them fail of is looked at before it begins.
 func (w *Worker) nativeCopy(r *request) nvme.Status {
-	if r.copy == nil {
-		r.copy = new(copySources)
+	l := r.ranges(0)
+	if l.sources == nil {
+		l.sources = new(copySources)
 	}
 	info := &r.ns.info
-	n, all, st := w.copyRanges(r, r.copy)
+	n, all, st := w.copyRanges(r, l.sources)
 	if st != nvme.StatusSuccess {
 		return st
 	}
@@ -117,18 +118,18 @@ func (w *Worker) nativeCopy(r *request) nvme.Status {
 	if over(uint32(n), most.CopyRanges) || over(all, most.Copy) {
 		return tooLarge
 	}
-	for i := range r.copy[:n] {
-		blocks := r.copy[i].NLB.Count()
+	for i := range l.sources[:n] {
+		blocks := l.sources[i].NLB.Count()
 		if over(blocks, most.CopyRange) {
 			return tooLarge
 		}
-		if st := r.readable(r.copy[i].SLBA, uint64(blocks)); st != nvme.StatusSuccess {
+		if st := r.readable(l.sources[i].SLBA, uint64(blocks)); st != nvme.StatusSuccess {
 			r.DW0 = uint32(i)
 			return st
 		}
 	}
 	r.FUA = r.cmd.FUA() || r.sq.g.ctl.through.Load()
-	r.vec = append(r.vec[:0], segOf(r.copy[:n]))
+	r.vec = append(r.vec[:0], segOf(l.sources[:n]))
 	r.Vec = r.vec
 	return nvme.StatusSuccess
 }

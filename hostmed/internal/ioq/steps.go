@@ -41,7 +41,9 @@ type ranges struct {
 	next int
 	n    int
 
-	handed [nvme.DSMMaxRanges]nvme.DSMRange // what a medium that does the command gets, and may change
+	// What a medium that does the command gets, and may change:
+	handed  [nvme.DSMMaxRanges]nvme.DSMRange
+	sources *copySources // kept
 }
 
 // startSteps is start for opcodes that are rarely seen.
