@@ -17,6 +17,7 @@ import (
 type media struct {
 	backend backend.Backend
 	q       backend.Queue // closedQueue while it is suspended
+	polled  bool          // backend.Poller
 	w       *Worker
 }
 
@@ -59,8 +60,23 @@ func (m *media) open() error {
 			return errors.Join(err, q.Close())
 		}
 	}
-	m.q = q
+	m.q, m.polled = q, polled(q)
 	return nil
+}
+
+func polled(q backend.Queue) bool {
+	p, ok := q.(backend.Poller)
+	return ok && p.Polled()
+}
+
+// mustPoll says whether something is in flight that nothing tells the end of.
+func (w *Worker) mustPoll() bool {
+	for _, m := range w.queues {
+		if m.polled && m.q.Inflight() > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // close leaves the media with a queue that does nothing.
@@ -163,6 +179,10 @@ func Flush(b backend.Backend) error {
 		left := time.Until(end)
 		if left <= 0 {
 			return errors.Join(errors.New("timed out"), q.Close())
+		}
+		if polled(q) {
+			schedYield()
+			continue
 		}
 		fds := []unix.PollFd{{Fd: int32(q.EventFD()), Events: unix.POLLIN}}
 		if _, err := unix.Poll(fds, int(left.Milliseconds())+1); err != nil && err != unix.EINTR {

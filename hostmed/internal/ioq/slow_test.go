@@ -13,6 +13,7 @@ import (
 type slow struct {
 	info   backend.Info
 	status nvme.Status // of what finishes
+	polled bool        // its queues have no eventfd: see backend.Poller
 
 	mu     sync.Mutex
 	queues []*slowQueue
@@ -22,11 +23,13 @@ func (s *slow) Info() backend.Info { return s.info }
 func (s *slow) Close() error       { return nil }
 
 func (s *slow) NewQueue() (backend.Queue, error) {
-	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
-	if err != nil {
-		return nil, err
+	q := &slowQueue{fd: -1}
+	if !s.polled {
+		var err error
+		if q.fd, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
+			return nil, err
+		}
 	}
-	q := &slowQueue{fd: fd}
 	s.mu.Lock()
 	s.queues = append(s.queues, q)
 	s.mu.Unlock()
@@ -47,7 +50,7 @@ func (s *slow) finish(n int) int {
 			done++
 		}
 		q.mu.Unlock()
-		if done > 0 {
+		if done > 0 && q.fd >= 0 {
 			writeEventFD(q.fd)
 		}
 	}
@@ -108,4 +111,11 @@ func (q *slowQueue) Inflight() int       { return q.inflight }
 func (q *slowQueue) EventFD() int        { return q.fd }
 func (q *slowQueue) AddMemory([]byte)    {}
 func (q *slowQueue) RemoveMemory([]byte) {}
-func (q *slowQueue) Close() error        { return unix.Close(q.fd) }
+func (q *slowQueue) Polled() bool        { return q.fd < 0 }
+
+func (q *slowQueue) Close() error {
+	if q.fd < 0 {
+		return nil
+	}
+	return unix.Close(q.fd)
+}

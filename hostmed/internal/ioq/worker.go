@@ -344,8 +344,18 @@ func (w *Worker) tick(work int) {
 }
 
 // idle waits with nothing to poll: for a while by looking at the descriptors
-// again and again, then asleep.
+// again and again, then asleep. While a polled backend queue has something in flight nobody would wake it.
 func (w *Worker) idle() {
+	if w.inflight > 0 && w.mustPoll() {
+		if w.now-w.sockets >= socketPeriod {
+			w.look(0)
+			schedYield()
+			if len(w.mapped)+len(w.watched) > 0 {
+				w.lookMapped()
+			}
+		}
+		return
+	}
 	begin := w.now
 	if !w.noSpin {
 		limit := int64(w.budget.Limit())
