@@ -30,6 +30,8 @@ func OpenSpec(s Spec) (Backend, error) {
 		return newMem(s)
 	case KindFile:
 		return openFile(s, true)
+	case KindNVMe:
+		return openNvmeChar(s)
 	}
 	return nil, fmt.Errorf("namespace kind %q does not exist", s.Kind)
 }
@@ -72,6 +74,11 @@ func takeIdentity(s Spec) identity {
 		}
 		id.key = "file:" + path
 	}
+	return takeKey(id.key)
+}
+
+func takeKey(key string) identity {
+	id := identity{key: key}
 	identities.Lock()
 	defer identities.Unlock()
 	for identities.used[id] {

@@ -17,12 +17,16 @@ const (
 	KindNull Kind = "null"
 	KindMem  Kind = "mem"
 	KindFile Kind = "file"
+	KindNVMe Kind = "nvme"
 )
 
 // SpecHelp is the syntax that ParseSpec takes, for --help.
 const SpecHelp = `null:size=SIZE[,lba=N]                       answers at once and stores nothing
 mem:size=SIZE[,lba=N]                        this process's memory, gone when it ends
 file:PATH[,size=SIZE][,lba=N][,readonly]     a regular file; size= creates it, sparse, if it is missing
+nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,readonly]
+                                             an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
+                                             poll: by its poll queues; nopin: guest memory is not pinned
 fault:RULE[,RULE...][,seed=N],over=SPEC      another SPEC with faults, to test drivers: nothing to keep data on
 SIZE is in bytes or has a suffix KiB, MiB, GiB, TiB (or K, M, G, T). lba is a power of two from 512 to 65536
 bytes, 512 if not given. A comma in PATH is written twice.
@@ -47,6 +51,9 @@ type Spec struct {
 	Size     uint64 // bytes, a multiple of LBA; 0: not given
 	LBA      uint32 // bytes
 	ReadOnly bool
+	Offset   uint64 // bytes, where a slice begins
+	Poll     bool   // by the device's poll queues
+	NoPin    bool   // guest memory is not registered with the kernel
 	Faults   string // rules of fault:, as written; empty: none
 }
 
@@ -75,16 +82,27 @@ var (
 		s.LBA, err = parseLBA(v)
 		return err
 	}}
-	optReadOnly = option{key: "readonly", set: func(s *Spec, _ string) error {
-		s.ReadOnly = true
-		return nil
+	optReadOnly = flag("readonly", func(s *Spec) { s.ReadOnly = true })
+	optPoll     = flag("poll", func(s *Spec) { s.Poll = true })
+	optNoPin    = flag("nopin", func(s *Spec) { s.NoPin = true })
+	optOffset   = option{"offset", "1GiB", func(s *Spec, v string) (err error) {
+		s.Offset, err = ParseSize(v)
+		return err
 	}}
 )
+
+func flag(key string, set func(*Spec)) option {
+	return option{key: key, set: func(s *Spec, _ string) error {
+		set(s)
+		return nil
+	}}
+}
 
 var syntaxes = map[Kind]syntax{
 	KindNull: {sized: true, options: []option{optSize, optLBA}},
 	KindMem:  {sized: true, options: []option{optSize, optLBA}},
 	KindFile: {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
+	KindNVMe: {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optReadOnly}},
 }
 
 // takes names the options of x.
@@ -265,6 +283,10 @@ func (s Spec) String() string {
 		b.WriteString(strings.ReplaceAll(s.Path, ",", ",,"))
 		sep = ","
 	}
+	if s.Offset != 0 {
+		b.WriteString(sep + "offset=" + FormatSize(s.Offset))
+		sep = ","
+	}
 	if s.Size != 0 {
 		b.WriteString(sep + "size=" + FormatSize(s.Size))
 		sep = ","
@@ -272,8 +294,13 @@ func (s Spec) String() string {
 	if s.LBA != defaultLBA {
 		fmt.Fprintf(&b, "%slba=%d", sep, s.LBA)
 	}
-	if s.ReadOnly {
-		b.WriteString(",readonly")
+	for _, f := range []struct {
+		on   bool
+		name string
+	}{{s.Poll, "poll"}, {s.NoPin, "nopin"}, {s.ReadOnly, "readonly"}} {
+		if f.on {
+			b.WriteString("," + f.name)
+		}
 	}
 	return b.String()
 }

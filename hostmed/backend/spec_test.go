@@ -23,6 +23,9 @@ func TestParseSpec(t *testing.T) {
 		"null:size=9223372036854775296":  {Kind: KindNull, Size: 1<<63 - 512, LBA: 512},
 		"file:x,size=3TiB,lba=65536":     {Kind: KindFile, Path: "x", Size: 3 << 40, LBA: 65536},
 		"null:size=1MiB,lba=4KiB":        {Kind: KindNull, Size: 1 << 20, LBA: 4096},
+		"nvme:/dev/ng0n1":                {Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512},
+		"nvme:/dev/ng0n1,size=1G,poll,offset=4k,nopin,readonly": {
+			Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512, Offset: 4096, Size: 1 << 30, Poll: true, NoPin: true, ReadOnly: true},
 	} {
 		got, err := ParseSpec(in)
 		if err != nil || got != want {
