@@ -64,7 +64,8 @@ const (
 	setTrigger    = 1 << 5 // VFIO_IRQ_SET_ACTION_TRIGGER
 	iommuCaps     = 1 << 1 // VFIO_IOMMU_INFO_CAPS
 	capIOVARanges = 1      // VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE
-	dmaReadWrite  = 1<<0 | 1<<1
+	dmaRead       = 1 << 0
+	dmaWrite      = 1 << 1
 )
 
 // linux/iommufd.h
@@ -73,7 +74,8 @@ const (
 	iommuIOASMap   = iommufd + 5
 	iommuIOASUnmap = iommufd + 6
 
-	ioasReadWrite = 1<<1 | 1<<2 // and not IOMMU_IOAS_MAP_FIXED_IOVA: the kernel chooses
+	ioasWrite = 1 << 1 // and not IOMMU_IOAS_MAP_FIXED_IOVA: the kernel chooses
+	ioasRead  = 1 << 2
 )
 
 // maxInfo bounds an answer with capabilities.

@@ -1,6 +1,7 @@
 package vfiopci
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -38,6 +39,7 @@ type fakeKernel struct {
 	resets   int
 	again    int // resets that are refused first
 	onReset  func()
+	readOnly bool // this process may only read the memory that is to be mapped
 	eventFDs map[uint32][]int32
 	maps     map[uint64]uint64 // IOVA to size
 	ioas     uint64            // what iommufd chooses next
@@ -193,8 +195,8 @@ func (k *fakeKernel) container(request uintptr, arg []byte) (int, error) {
 		return k.withCaps(arg, 16, 24, caps)
 	case vfioIOMMUMapDMA:
 		iova, size := native.Uint64(arg[16:]), native.Uint64(arg[24:])
-		if native.Uint32(arg[4:]) != dmaReadWrite || native.Uint64(arg[8:]) == 0 {
-			return 0, unix.EINVAL
+		if err := k.pinnable(native.Uint32(arg[4:]), dmaRead, dmaWrite, native.Uint64(arg[8:])); err != nil {
+			return 0, err
 		}
 		k.maps[iova] = size
 		return 0, nil
@@ -202,6 +204,17 @@ func (k *fakeKernel) container(request uintptr, arg []byte) (int, error) {
 		return 0, k.unmap(native.Uint64(arg[8:]), native.Uint64(arg[16:]))
 	}
 	return 0, unix.ENOTTY
+}
+
+// pinnable says what the kernel does about memory at the address at that is asked for with flags.
+func (k *fakeKernel) pinnable(flags, read, write uint32, at uint64) error {
+	switch {
+	case flags&read == 0 || flags&^(read|write) != 0 || at == 0:
+		return unix.EINVAL
+	case flags&write != 0 && k.readOnly:
+		return unix.EFAULT
+	}
+	return nil
 }
 
 func (k *fakeKernel) unmap(iova, size uint64) error {
@@ -218,8 +231,8 @@ func (k *fakeKernel) iommu(request uintptr, arg []byte) (int, error) {
 		native.PutUint32(arg[8:], 5)
 		return 0, nil
 	case iommuIOASMap:
-		if native.Uint32(arg[4:]) != ioasReadWrite || native.Uint32(arg[8:]) != 5 || native.Uint64(arg[16:]) == 0 {
-			return 0, unix.EINVAL
+		if err := k.pinnable(native.Uint32(arg[4:]), ioasRead, ioasWrite, native.Uint64(arg[16:])); err != nil || native.Uint32(arg[8:]) != 5 {
+			return 0, errors.Join(err, unix.EINVAL)
 		}
 		size := native.Uint64(arg[24:])
 		native.PutUint64(arg[32:], k.ioas)

@@ -67,3 +67,6 @@ func (system) mmap(fd int, off int64, size uint64) (*shm.Region, error) {
 
 // addressOf returns where mem is in this process.
 func addressOf(mem *shm.Region) uint64 { return uint64(uintptr(mem.Base())) }
+
+// addressOfBytes is addressOf for a slice.
+func addressOfBytes(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }

@@ -15,6 +15,9 @@ import (
 // space is the memory that a function reaches.
 type space interface {
 	alloc(size uint64) (*device.DMARegion, error)
+	// mapDMA lets the function reach size bytes at the address at of this process, and returns where; without write it may only read them.
+	mapDMA(at, size uint64, write bool) (iova uint64, err error)
+	unmapDMA(iova, size uint64) error
 	// way names it in messages.
 	way() string
 	close() error
@@ -34,8 +37,8 @@ func newMemory(size uint64) (*shm.Region, error) {
 	return shm.NewMemfd("nvme-dma", size)
 }
 
-// mapError says what a refusal to pin memory is about.
-func mapError(size uint64, err error) error {
+// mapError says what a refusal to pin memory is about. less is how there can be less of it.
+func mapError(size uint64, less string, err error) error {
 	err = fmt.Errorf("%d bytes of DMA memory: %w", size, err)
 	if !errors.Is(err, unix.ENOMEM) {
 		return err
@@ -44,21 +47,21 @@ func mapError(size uint64, err error) error {
 	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil || limit.Cur == unix.RLIM_INFINITY {
 		return err
 	}
-	return fmt.Errorf("%w: this process may pin %d bytes: raise that (ulimit -l %d, LimitMEMLOCK= of a systemd unit), or ask for less (Options.DMASize)",
-		err, limit.Cur, (size>>10)+(16<<10))
+	return fmt.Errorf("%w: this process may pin %d bytes: raise that (ulimit -l %d, LimitMEMLOCK= of a systemd unit), or %s",
+		err, limit.Cur, (size>>10)+(16<<10), less)
 }
 
 // allocMapped is alloc of a space that maps.
-func allocMapped(size uint64, mapDMA func(*shm.Region) (uint64, error), unmap func(iova, size uint64) error) (*device.DMARegion, error) {
+func allocMapped(size uint64, s space) (*device.DMARegion, error) {
 	mem, err := newMemory(size)
 	if err != nil {
 		return nil, err
 	}
-	iova, err := mapDMA(mem)
+	iova, err := s.mapDMA(addressOf(mem), mem.Len(), true)
 	if err != nil {
-		return nil, errors.Join(mapError(mem.Len(), err), mem.Close())
+		return nil, errors.Join(mapError(mem.Len(), "ask for less (Options.DMASize)", err), mem.Close())
 	}
-	return device.NewDMARegion(mem, iova, func() error { return errors.Join(unmap(iova, mem.Len()), mem.Close()) }), nil
+	return device.NewDMARegion(mem, iova, func() error { return errors.Join(s.unmapDMA(iova, mem.Len()), mem.Close()) }), nil
 }
 
 // container is a VFIO container of type 1 and the one group in it.
@@ -72,15 +75,19 @@ type container struct {
 func (c *container) way() string { return "VFIO group" }
 
 func (c *container) alloc(size uint64) (*device.DMARegion, error) {
-	return allocMapped(size, c.mapDMA, c.unmapDMA)
+	return allocMapped(size, c)
 }
 
-func (c *container) mapDMA(mem *shm.Region) (uint64, error) {
-	iova, err := c.place(mem.Len())
+func (c *container) mapDMA(at, size uint64, write bool) (uint64, error) {
+	iova, err := c.place(size)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := c.k.ioctl(c.fd, vfioIOMMUMapDMA, with64(words(dmaReadWrite), addressOf(mem), iova, mem.Len())); err != nil {
+	flags := uint32(dmaRead)
+	if write {
+		flags |= dmaWrite
+	}
+	if _, err := c.k.ioctl(c.fd, vfioIOMMUMapDMA, with64(words(flags), at, iova, size)); err != nil {
 		c.leave(iova)
 		return 0, err
 	}
@@ -151,11 +158,15 @@ type ioas struct {
 func (s *ioas) way() string { return "VFIO device and iommufd" }
 
 func (s *ioas) alloc(size uint64) (*device.DMARegion, error) {
-	return allocMapped(size, s.mapDMA, s.unmapDMA)
+	return allocMapped(size, s)
 }
 
-func (s *ioas) mapDMA(mem *shm.Region) (uint64, error) {
-	b := with64(words(ioasReadWrite, s.id, 0), addressOf(mem), mem.Len(), 0)
+func (s *ioas) mapDMA(at, size uint64, write bool) (uint64, error) {
+	flags := uint32(ioasRead)
+	if write {
+		flags |= ioasWrite
+	}
+	b := with64(words(flags, s.id, 0), at, size, 0)
 	if _, err := s.k.ioctl(s.fd, iommuIOASMap, b); err != nil {
 		return 0, err
 	}
@@ -184,4 +195,9 @@ func (p *physical) alloc(size uint64) (*device.DMARegion, error) {
 		return nil, fmt.Errorf("%d bytes of DMA memory: %w", size, err)
 	}
 	return mem, nil
+}
+
+// mapDMA is refused: nothing keeps memory that others share with this process where it is.
+func (p *physical) mapDMA(uint64, uint64, bool) (uint64, error) {
+	return 0, fmt.Errorf("memory of others for a function without an IOMMU: %w", errors.ErrUnsupported)
 }

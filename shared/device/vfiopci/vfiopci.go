@@ -28,6 +28,12 @@ type Options struct {
 	// NoIOMMU takes a function that no IOMMU keeps from all memory of the machine. The kernel must allow that: vfio's parameter
 	// enable_unsafe_noiommu_mode.
 	NoIOMMU bool
+
+	// Faulted is told of each error that PCI Express did not recover from, by a goroutine of its own; nil: the first ends the device. A reset may help.
+	Faulted func()
+	// Wanted is told, by a goroutine of its own, that the kernel wants the function back, which waits for Close and Unmap: it is being unplugged, or
+	// is to get another driver. Until then the device may still work. nil: that ends the device.
+	Wanted func()
 }
 
 // Device is a PCI function.
@@ -48,6 +54,10 @@ type Device struct {
 	space  space
 	config int64 // offset of the configuration space in fd
 
+	spaceMu sync.Mutex // one change of space at a time; taken under mu
+
+	faulted, wanted func()
+
 	events    []*os.File
 	watching  sync.WaitGroup
 	closeOnce sync.Once
@@ -67,7 +77,7 @@ func open(k kernel, p paths, bdf string, o Options) (*Device, error) {
 	if err := p.check(bdf); err != nil {
 		return nil, fmt.Errorf("%s: %w", bdf, err)
 	}
-	d := &Device{k: k, gone: pci.NewEnding()}
+	d := &Device{k: k, gone: pci.NewEnding(), faulted: o.Faulted, wanted: o.Wanted}
 	d.Registers.Gone = d.gone
 	if d.fd, d.space, err = attach(k, p, bdf, o); err != nil {
 		return nil, fmt.Errorf("%s: %w", bdf, err)
@@ -144,14 +154,25 @@ func (f *file) WriteBAR(p []byte, off uint64) error {
 	return f.d.with(func() error { return f.d.k.pwrite(f.d.fd, p, f.offset+int64(off)) })
 }
 
+var errClosed = fmt.Errorf("%w: it was closed", device.ErrGone)
+
 // with calls f while the descriptors are open.
 func (d *Device) with(f func() error) error {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	if d.closed {
-		return fmt.Errorf("%w: it was closed", device.ErrGone)
+		return errClosed
 	}
 	return f()
+}
+
+// withSpace is with for what changes the memory that the function reaches. To pin much memory takes long: registers do not wait for it.
+func (d *Device) withSpace(f func() error) error {
+	return d.with(func() error {
+		d.spaceMu.Lock()
+		defer d.spaceMu.Unlock()
+		return f()
+	})
 }
 
 // command sets and clears bits of the function's command register. A descriptor must be open.
@@ -192,24 +213,60 @@ func (d *Device) watch() error {
 		if err := setIRQs(d.k, d.fd, index, []int{fd}); err != nil {
 			return fmt.Errorf("VFIO's event %d: %w", index, err)
 		}
+		told := d.faulted
+		if index == irqReq {
+			told = d.wanted
+		}
 		d.watching.Go(func() {
 			var b [8]byte
-			if _, err := f.Read(b[:]); err == nil {
-				d.gone.End(fmt.Errorf("%w: %s", device.ErrGone, why))
+			for {
+				if _, err := f.Read(b[:]); err != nil {
+					return
+				}
+				if told == nil {
+					d.gone.End(fmt.Errorf("%w: %s", device.ErrGone, why))
+					return
+				}
+				told()
 			}
 		})
 	}
 	return nil
 }
 
+// MapDMA lets the function reach mem, whole pages of this process, until UnmapDMA, and returns at which IOVA. The kernel pins it. Memory that this
+// process may only read the function may only read too.
+func (d *Device) MapDMA(mem []byte) (iova uint64, err error) {
+	at, size := addressOfBytes(mem), uint64(len(mem))
+	err = d.withSpace(func() (err error) {
+		iova, err = d.space.mapDMA(at, size, true)
+		if errors.Is(err, unix.EFAULT) {
+			iova, err = d.space.mapDMA(at, size, false)
+		}
+		return err
+	})
+	if err != nil {
+		return 0, mapError(size, "give the guest less memory", err)
+	}
+	return iova, nil
+}
+
+// UnmapDMA takes back what MapDMA gave, of which nothing is in use any more. After Close the function has lost it already.
+func (d *Device) UnmapDMA(iova, size uint64) error {
+	err := d.withSpace(func() error { return d.space.unmapDMA(iova, size) })
+	if errors.Is(err, errClosed) {
+		return nil
+	}
+	return err
+}
+
 // AllocDMA returns memory at one range of IOVAs; without an IOMMU, in huge pages that lie where they lie.
 func (d *Device) AllocDMA(size uint64) (*device.DMARegion, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return nil, fmt.Errorf("%w: it was closed", device.ErrGone)
-	}
-	mem, err := d.space.alloc(size)
+	var mem *device.DMARegion
+	err := d.withSpace(func() (err error) {
+		mem, err = d.space.alloc(size)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -218,12 +275,11 @@ func (d *Device) AllocDMA(size uint64) (*device.DMARegion, error) {
 
 // freeing keeps the release of memory from using descriptors that were closed: with those the kernel has taken it from the function.
 func (d *Device) freeing(mem *device.DMARegion) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
+	err := d.withSpace(mem.Free)
+	if errors.Is(err, errClosed) {
 		return mem.Close()
 	}
-	return mem.Free()
+	return err
 }
 
 // MaxInterrupts returns the number of MSI-X vectors; 1 for a function that has MSI only; 0 if it must be polled.
@@ -291,7 +347,7 @@ func (d *Device) PeerPID() int { return 0 }
 func (d *Device) Close() error {
 	d.closeOnce.Do(func() {
 		gone := d.gone.Err() != nil
-		d.gone.End(fmt.Errorf("%w: it was closed", device.ErrGone))
+		d.gone.End(errClosed)
 		d.mu.Lock()
 		d.closed = true
 		if err := d.command(0, pci.CommandBusMaster); !gone {

@@ -160,6 +160,63 @@ func TestTheKernelWantsItBack(t *testing.T) {
 	}
 }
 
+func TestEventsThatTheOwnerHandles(t *testing.T) {
+	k := newFake(t)
+	faulted, wanted := make(chan struct{}, 1), make(chan struct{}, 1)
+	d, err := open(k, k.machine("vfio-pci", false), bdf, Options{
+		Faulted: func() { faulted <- struct{}{} }, Wanted: func() { wanted <- struct{}{} },
+	})
+	check(t, err)
+	for range 2 {
+		for index, told := range map[uint32]chan struct{}{irqError: faulted, irqReq: wanted} {
+			k.event(index)
+			select {
+			case <-told:
+			case <-time.After(time.Minute):
+				t.Fatalf("event %d is not told", index)
+			}
+		}
+	}
+	check(t, d.Err())
+	check(t, errors.Join(d.Close(), d.Unmap()))
+}
+
+func TestMemoryOfOthers(t *testing.T) {
+	for _, cdev := range []bool{false, true} {
+		k := newFake(t)
+		d := opened(t, k, cdev)
+		mem := make([]byte, 64<<10)
+		iova, err := d.MapDMA(mem)
+		check(t, err)
+		if k.maps[iova] != uint64(len(mem)) {
+			t.Errorf("at %#x; the function has %#x", iova, k.maps)
+		}
+		check(t, d.UnmapDMA(iova, uint64(len(mem))))
+		if len(k.maps) != 0 {
+			t.Errorf("taken back, and the function still has %#x", k.maps)
+		}
+		k.readOnly = true
+		if iova, err = d.MapDMA(mem); err != nil || k.maps[iova] != uint64(len(mem)) {
+			t.Errorf("memory that may only be read: %v", err)
+		}
+		check(t, d.Close())
+		check(t, d.UnmapDMA(iova, uint64(len(mem))))
+		if _, err := d.MapDMA(mem); !errors.Is(err, device.ErrGone) {
+			t.Errorf("mapped for what is closed: %v", err)
+		}
+	}
+	k := newFake(t)
+	d := opened(t, k, false)
+	k.ioErr[vfioIOMMUMapDMA] = unix.ENOMEM
+	var was unix.Rlimit
+	check(t, unix.Getrlimit(unix.RLIMIT_MEMLOCK, &was))
+	check(t, unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: 64 << 10, Max: was.Max}))
+	defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &was)
+	if _, err := d.MapDMA(make([]byte, 1<<20)); !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), "LimitMEMLOCK") {
+		t.Errorf("no memory to pin: %v", err)
+	}
+}
+
 func TestInterruptsThatThereAreNot(t *testing.T) {
 	k := newFake(t)
 	k.vectors = 4
