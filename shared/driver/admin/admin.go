@@ -45,6 +45,7 @@ type Config struct {
 	Timeout time.Duration // of each command
 	Logger  Logger
 	Failed  func(error) // told once why the admin queue failed
+	Health  bool        // events of the controller's health are asked for: spare, temperature, reliability
 
 	// Refused makes the error of a command that ended with a status other than success.
 	Refused func(nvme.Command, nvme.Status) error

@@ -61,9 +61,13 @@ func (a *Admin) RequestEvents(ctx context.Context) {
 	}
 }
 
-// configureEvents asks for the notices about namespaces and firmware that the controller has. Errors come unasked.
+// configureEvents asks for the notices about namespaces and firmware that the controller has, and for those about its health, which every
+// controller has (NVMe Base 2.0c 5.27.1.9). Errors come unasked.
 func (a *Admin) configureEvents(ctx context.Context) {
 	want := nvme.EventConfig(a.Identity().OAES) & (nvme.EventConfigNamespace | nvme.EventConfigFirmware)
+	if a.cfg.Health {
+		want |= nvme.SMARTWarningSpare | nvme.SMARTWarningTemperature | nvme.SMARTWarningReliability | nvme.SMARTWarningReadOnly | nvme.SMARTWarningBackup
+	}
 	if want == 0 {
 		return
 	}

@@ -42,7 +42,7 @@ func (a *Admin) Stop(ctx context.Context) error {
 		return err
 	}
 	a.log.Warn("the controller cannot be disabled, resetting its function", "error", err)
-	if resetErr := a.resetFunction(ctx); resetErr != nil {
+	if resetErr := a.ResetFunction(ctx); resetErr != nil {
 		return fmt.Errorf("%w; and its function cannot be reset: %w", err, resetErr)
 	}
 	if err := a.stop(ctx); err != nil {
@@ -51,8 +51,8 @@ func (a *Admin) Stop(ctx context.Context) error {
 	return nil
 }
 
-// resetFunction resets the function, and does not wait for longer than ctx. One that hangs goes on in a goroutine, until the device is closed.
-func (a *Admin) resetFunction(ctx context.Context) error {
+// ResetFunction resets the function, and does not wait for longer than ctx. One that hangs goes on in a goroutine, until the device is closed.
+func (a *Admin) ResetFunction(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() { done <- a.dev.Reset() }()
 	select {

@@ -98,12 +98,9 @@ func (p *inProc) Doorbell(off uint32) device.Doorbell {
 }
 
 func (p *inProc) AllocDMA(size uint64) (*device.DMARegion, error) {
-	const iova = 1 << 32
 	mem := shm.NewHeap(int(size))
-	p.d.mu.Lock()
-	p.d.mem = []mapping{{iova, mem}}
-	p.d.mu.Unlock()
-	return device.NewDMARegion(mem, iova, func() error { return nil }), nil
+	iova := p.d.Reach(mem)
+	return device.NewDMARegion(mem, iova, func() error { p.d.Forget(iova); return nil }), nil
 }
 
 func (p *inProc) MaxInterrupts() int { return len(p.d.vectors) }

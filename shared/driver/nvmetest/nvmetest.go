@@ -8,6 +8,7 @@ package nvmetest
 
 import (
 	"bytes"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -91,7 +92,8 @@ type Device struct {
 	asq     uint64
 	acq     uint64
 	mem     []mapping
-	vectors []int // eventfds, -1: none
+	reached uint64 // where Reach put the last
+	vectors []int  // eventfds, -1: none
 	ownFDs  bool
 	sqs     map[uint16]*sq
 	cqs     map[uint16]*cq
@@ -428,6 +430,31 @@ func (d *Device) PostRaw(qid uint16, e ring.Entry) bool {
 	c.ring.Post([]ring.Entry{e})
 	d.interrupt(c)
 	return true
+}
+
+// Reach lets the controller reach mem, and returns where it finds it.
+func (d *Device) Reach(mem *shm.Region) (iova uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.reached = (d.reached | (1<<32 - 1)) + 1 // one that is off by a little reaches nothing
+	d.mem = append(d.mem, mapping{d.reached, mem})
+	return d.reached
+}
+
+// Forget takes back what Reach gave, and says whether the controller had it.
+func (d *Device) Forget(iova uint64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := len(d.mem)
+	d.mem = slices.DeleteFunc(d.mem, func(m mapping) bool { return m.iova == iova })
+	return len(d.mem) < n
+}
+
+// Reached returns how many pieces of memory the controller reaches.
+func (d *Device) Reached() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.mem)
 }
 
 // ReadIOVA copies from the driver's memory.

@@ -168,7 +168,8 @@ func New(c Config) (*Queue, error) {
 }
 
 // Renew begins anew over the same rings, which the caller has zeroed, and with other doorbells: the controller was reset. No command
-// is outstanding. Command identifiers go on where they were, so what the controller owed before matches nothing now.
+// is outstanding, and what the queue failed of is over. Command identifiers go on where they were, so what the controller owed before matches
+// nothing now.
 func (q *Queue) Renew(tail, head *dbbuf.Publisher) error {
 	sq, err := ring.NewSQProducer(q.sqMem, q.size)
 	if err != nil {
@@ -181,6 +182,7 @@ func (q *Queue) Renew(tail, head *dbbuf.Publisher) error {
 	q.rung = q.Rings()
 	q.sq, q.cq, q.tail, q.head = sq, cq, tail, head
 	q.unpublished, q.idle = 0, 0
+	q.failed.Store(nil)
 	return nil
 }
 
@@ -262,7 +264,7 @@ func (q *Queue) publishHead() error {
 	return nil
 }
 
-// Fail makes the queue return err from now on; who sleeps on it sees that after a nap. The first error
+// Fail makes the queue return err until Renew; who sleeps on it sees that after a nap. The first error
 // stays, and is returned.
 func (q *Queue) Fail(err error) error {
 	q.failed.CompareAndSwap(nil, &err)
