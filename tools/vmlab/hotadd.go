@@ -100,15 +100,15 @@ func (vm *VM) Unplug(ctx context.Context, d Disk) error {
 
 // StartUnplug is the first half of Unplug: it asks. What it returns is the other half, which waits.
 func (vm *VM) StartUnplug(ctx context.Context, d Disk) (unplugged func(context.Context) error, err error) {
-	device, from := d.Port+"-dev", vm.qmp.eventsSoFar()
-	if _, err := vm.QMP(ctx, "device_del", map[string]any{"id": device}); err != nil {
+	from := vm.qmp.eventsSoFar()
+	if _, err := vm.QMP(ctx, "device_del", map[string]any{"id": d.Port + "-dev"}); err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context) error {
 		ctx, cancel := limited(ctx, time.Minute)
 		defer cancel()
-		for at, is := from, ""; is != device; {
-			e, next, err := vm.qmp.event(ctx, "DEVICE_DELETED", at)
+		for is := ""; is != d.Port+"-dev"; {
+			e, next, err := vm.qmp.event(ctx, "DEVICE_DELETED", from)
 			if err != nil {
 				return vm.explain(fmt.Errorf("unplugging %s: %w", d.PCI, err))
 			}
@@ -116,7 +116,7 @@ func (vm *VM) StartUnplug(ctx context.Context, d Disk) (unplugged func(context.C
 			if err := json.Unmarshal(e.Data, &deleted); err != nil {
 				return err
 			}
-			at, is = next, deleted.Device
+			from, is = next, deleted.Device
 		}
 		if _, err := vm.QMP(ctx, "blockdev-del", map[string]any{"node-name": d.Port + "-drive"}); err != nil {
 			return err
@@ -130,6 +130,31 @@ func (vm *VM) StartUnplug(ctx context.Context, d Disk) (unplugged func(context.C
 		vm.ports[n] = false
 		return nil
 	}, nil
+}
+
+// SlotPower switches the power of a slot off and on. Off is a surprise removal: the device answers nothing any more, writes nowhere, and nobody has been
+// asked or told. Before the power is on again, and the device is as after a reset, the guest should have let go of it: Forget.
+func (vm *VM) SlotPower(ctx context.Context, d Disk, on bool) error {
+	control := `\300\007` // Slot Control (PCI Express Base 5.0, 7.5.3.10): power controller and indicators off
+	if on {
+		control = `\300\003`
+	}
+	var n int
+	if _, err := fmt.Sscanf(d.Port, "port%d", &n); err != nil {
+		return fmt.Errorf("%s is in no root port: %w", d.PCI, err)
+	}
+	// It is at 18h of the capability 10h of the root port.
+	r, err := vm.Exec(ctx, fmt.Sprintf(`cd /sys/bus/pci/devices/0000:00:%02x.0 || exit 1
+at=$((0x$(xxd -s 0x34 -l 1 -p config)))
+for n in $(seq 48); do
+	[ $(xxd -s $at -l 1 -p config) = 10 ] && break
+	at=$((0x$(xxd -s $((at + 1)) -l 1 -p config)))
+done
+printf '%s' | dd of=config bs=1 seek=$((at + 0x18)) conv=notrunc 2>/dev/null`, firstPortSlot+n, control))
+	if err == nil && r.Exit != 0 {
+		err = fmt.Errorf("the power of the slot of %s: %s", d.PCI, r.Stderr)
+	}
+	return err
 }
 
 // Retake waits until the guest's nvme driver has a disk once more that it had before, and returns it: its name may be another now.

@@ -25,7 +25,8 @@ type disk struct {
 	h     *host
 	image string // its bytes, on this machine
 	bytes int
-	gone  bool
+	gone  bool // out of the machine
+	away  bool // out of its slot
 }
 
 // disk plugs a disk in and waits until the kernel's driver has it and all its partitions. At the end of t it goes, whoever has it by then.
@@ -55,17 +56,32 @@ func (h *host) disk(t *testing.T, c diskConfig) *disk {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if !d.gone && !h.Ended() {
-			if err := h.Unplug(context.Background(), d.Disk); err != nil {
-				t.Error(err)
-			}
-		}
+		d.out(t)
 		os.Remove(d.image)
 	})
 	for i := range c.partitions {
 		h.until(t, "the kernel has not got the partition", "[ -b "+d.part(i+1)+" ]")
 	}
 	return d
+}
+
+// out takes the disk out of the machine at the end of a test, whatever that has done to it.
+func (d *disk) out(t *testing.T) {
+	if d.gone || d.h.Ended() {
+		return
+	}
+	ctx := context.Background()
+	if d.away {
+		if _, err := d.h.Exec(ctx, d.forgetting()); err != nil {
+			t.Error(err)
+		}
+		if err := d.h.SlotPower(ctx, d.Disk, true); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := d.h.Unplug(ctx, d.Disk); err != nil {
+		t.Error(err)
+	}
 }
 
 // partition writes a GPT.
@@ -81,6 +97,16 @@ func partition(t *testing.T, image string, partitions []int) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("sfdisk: %v: %s", err, out)
 	}
+}
+
+// mount makes an ext4 on a block device of the host and mounts it, until the end of t.
+func (h *host) mount(t *testing.T, dev string) (dir string) {
+	t.Helper()
+	dir = "/mnt/" + h.name("fs")
+	h.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mkdir -p %s && mount %s %s", dev, dir, dev, dir))
+	// A ring gives its files back a moment after its process has ended.
+	h.atEnd(t, fmt.Sprintf("for n in $(seq 100); do umount %[1]s && exit 0; sleep 0.1; done 2>/dev/null; umount %[1]s", dir))
+	return dir
 }
 
 // block is the kernel's block device of the namespace, char its character device, part that of a partition, from 1.
@@ -124,7 +150,7 @@ func (h *host) vfio(t *testing.T, d *disk) {
 	t.Helper()
 	h.Run(t, "modprobe -a vfio_iommu_type1 vfio-pci && guestdrv bind "+d.PCI+" --driver vfio-pci")
 	t.Cleanup(func() {
-		if !d.gone && !h.Ended() {
+		if !d.gone && !d.away && !h.Ended() {
 			d.kernel(t)
 		}
 	})
@@ -153,4 +179,24 @@ func (d *disk) unplug(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.gone = true
+}
+
+// vanish takes the disk out of its slot without a word to anybody: it answers nothing any more. Until forget the kernel thinks that it is there.
+func (d *disk) vanish(t *testing.T) {
+	t.Helper()
+	if err := d.h.SlotPower(t.Context(), d.Disk, false); err != nil {
+		t.Fatal(err)
+	}
+	d.away = true
+}
+
+// forget tells the kernel that a disk that has vanished is away, as a machine does whose slots say so. Where vfio-pci has it, it ends when
+// the process that has it lets go.
+func (d *disk) forget(t *testing.T) {
+	t.Helper()
+	d.h.Run(t, d.forgetting())
+}
+
+func (d *disk) forgetting() string {
+	return fmt.Sprintf("[ ! -e /sys/bus/pci/devices/%[1]s ] || echo 1 > /sys/bus/pci/devices/%[1]s/remove", d.PCI)
 }

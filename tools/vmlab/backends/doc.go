@@ -11,9 +11,9 @@
 //		before := h.sum(t, d.part(2), 0, 64<<20)              // by the kernel's driver, past its cache
 //	}
 //
-// What else there is: h.start runs a command, h.startVerify a checked load, in the background; h.vfio gives a disk to vfio-pci, and back at the end; h.mediate takes
+// What else there is: h.start runs a command, h.startVerify a checked load, in the background; h.mount makes a file system; h.vfio gives a disk to vfio-pci, and back at the end; h.mediate takes
 // a whole configuration; m.kill is SIGKILL, m.start starts hostmed again, m.reload is SIGHUP, m.says waits for a line of its log; d.unplug is QMP's
-// device_del; h.traced returns what QEMU traced while something ran, such as the addresses of pci_nvme_map_addr.
+// device_del, d.vanish a surprise removal and d.forget the kernel's being told of it; h.traced returns what QEMU traced while something ran, such as the addresses of pci_nvme_map_addr.
 // The kernel runs with nvme.poll_queues=1, and with iommu=pt: what it does itself has physical addresses as IOVAs, what VFIO does has its own.
 //
 // One test is run by

@@ -10,19 +10,18 @@ import (
 func TestFileOnDisk(t *testing.T) {
 	h := open(t)
 	d := h.disk(t, diskConfig{partitions: []int{16, 128}})
-	h.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mkdir -p /mnt/a && mount %s /mnt/a", d.part(2), d.part(2)))
-	h.atEnd(t, "umount /mnt/a")
+	image := h.mount(t, d.part(2)) + "/guest.img"
 	neighbour := h.sum(t, d.part(1), 0, 16<<20)
-	m := h.serve(t, "file:/mnt/a/guest.img,size=64MiB")
+	m := h.serve(t, "file:"+image+",size=64MiB")
 	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --jobs 2 --runtime 1s")
 
 	file, sum := h.random(t, 1<<20)
 	h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %d", m.device(0), file, 3<<20))
-	if got := h.sum(t, "/mnt/a/guest.img", 3<<20, 1<<20); got != sum {
+	if got := h.sum(t, image, 3<<20, 1<<20); got != sum {
 		t.Error("the host does not read what the guest wrote")
 	}
 	file, _ = h.random(t, 1<<20)
-	h.Run(t, fmt.Sprintf("dd if=%s of=/mnt/a/guest.img bs=64k seek=%d conv=notrunc oflag=direct && guestdrv read %s --offset %d --length %d | cmp - %s", file, 5<<20>>16, m.device(0), 5<<20, 1<<20, file))
+	h.Run(t, fmt.Sprintf("dd if=%s of=%s bs=64k seek=%d conv=notrunc oflag=direct && guestdrv read %s --offset %d --length %d | cmp - %s", file, image, 5<<20>>16, m.device(0), 5<<20, 1<<20, file))
 	if h.sum(t, d.part(1), 0, 16<<20) != neighbour {
 		t.Error("the partition beside it has changed")
 	}
