@@ -3,9 +3,13 @@ package backends
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -148,12 +152,19 @@ func (d *disk) written(t *testing.T, offset, length int) bool {
 // vfio gives the disk's function to vfio-pci. At the end of t the kernel's driver has it again.
 func (h *host) vfio(t *testing.T, d *disk) {
 	t.Helper()
-	h.Run(t, "modprobe -a vfio_iommu_type1 vfio-pci && guestdrv bind "+d.PCI+" --driver vfio-pci")
+	h.Run(t, "modprobe -a vfio_iommu_type1 vfio-pci")
+	d.vfio(t)
 	t.Cleanup(func() {
 		if !d.gone && !d.away && !h.Ended() {
 			d.kernel(t)
 		}
 	})
+}
+
+// vfio is host.vfio for a disk that the kernel's driver had in the meantime.
+func (d *disk) vfio(t *testing.T) {
+	t.Helper()
+	d.h.Run(t, "guestdrv bind "+d.PCI+" --driver vfio-pci")
 }
 
 // kernel gives the function back to the kernel's driver, and waits until that has the namespace: its name may be another than before.
@@ -180,6 +191,28 @@ func (d *disk) unplug(t *testing.T) {
 	}
 	d.gone = true
 }
+
+// digest is a checksum of bytes that are here.
+func digest(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
+
+// fill puts random bytes on the whole medium, past the device, but for what a partition table needs at its ends.
+func fill(t *testing.T, d *disk) {
+	t.Helper()
+	b := make([]byte, d.bytes-2<<20)
+	var seed [32]byte
+	copy(seed[:], d.image)
+	rand.NewChaCha8(seed).Read(b)
+	f, err := os.OpenFile(d.image, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(b, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func keys(m map[string]bool) []string { return slices.Sorted(maps.Keys(m)) }
 
 // vanish takes the disk out of its slot without a word to anybody: it answers nothing any more. Until forget the kernel thinks that it is there.
 func (d *disk) vanish(t *testing.T) {

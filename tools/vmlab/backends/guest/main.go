@@ -1,0 +1,172 @@
+// Command guest is a guest of hostmed's for the tests of package backends: it does what guestdrv does not.
+//
+//	guest outside DEVICE   names blocks that the namespace has not got, in all ways there are, and prints what becomes of each command
+//	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"time"
+
+	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "guest:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) != 2 {
+		return errors.New("usage: guest outside|dma DEVICE")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c, err := guestdrv.Open(ctx, args[1], guestdrv.Options{})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	g := &guest{ctx: ctx, c: c}
+	if g.ns, err = c.Namespace(1); err != nil {
+		return err
+	}
+	if g.pair, err = c.NewQueuePair(guestdrv.QueuePairOptions{Depth: 16}); err != nil {
+		return err
+	}
+	defer g.pair.Close()
+	if g.buf, err = c.Alloc(dataBytes); err != nil {
+		return err
+	}
+	var out any
+	switch args[0] {
+	case "outside":
+		out, err = g.outside()
+	case "dma":
+		out, err = g.dma()
+	default:
+		err = fmt.Errorf("%q is neither outside nor dma", args[0])
+	}
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(out)
+}
+
+const dataBytes = 64 << 10
+
+type guest struct {
+	ctx  context.Context
+	c    *guestdrv.Controller
+	ns   *guestdrv.Namespace
+	pair *guestdrv.QueuePair
+	buf  *guestdrv.Buffer
+}
+
+// do runs one command.
+func (g *guest) do(io guestdrv.IO) (nvme.Status, error) {
+	io.NSID, io.IOVA = 1, g.buf.IOVA()
+	if n, err := g.pair.Submit([]guestdrv.IO{io}); err != nil || n != 1 {
+		return 0, fmt.Errorf("submitted %d: %w", n, err)
+	}
+	if err := g.pair.Publish(); err != nil {
+		return 0, err
+	}
+	var out [1]guestdrv.Result
+	for {
+		n, err := g.pair.Reap(out[:])
+		if err != nil {
+			return 0, err
+		}
+		if n == 1 {
+			return out[0].Status, nil
+		}
+		if err := g.pair.Wait(g.ctx); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// answer is what became of a command.
+type answer struct {
+	Command string `json:"command"`
+	SLBA    uint64 `json:"slba"`
+	Blocks  uint64 `json:"blocks"`
+	Status  uint16 `json:"status"` // SCT and SC
+	Text    string `json:"text"`
+}
+
+// outside names blocks behind the end. The data is all ones, which no neighbour has.
+func (g *guest) outside() (answers []answer, err error) {
+	size, most := uint64(g.ns.Size())/uint64(g.ns.BlockSize()), uint64(dataBytes/g.ns.BlockSize())
+	for i := range g.buf.Bytes() {
+		g.buf.Bytes()[i] = 0xff
+	}
+	ask := func(name string, io guestdrv.IO, slba, blocks uint64) error {
+		status, err := g.do(io)
+		answers = append(answers, answer{name, slba, blocks, uint16(status.Code()), status.String()})
+		return err
+	}
+	for _, r := range [][2]uint64{{size, 1}, {size - 1, 2}, {size - 1, most}, {size + 1<<20, 8}, {math.MaxUint64, 1}, {math.MaxUint64 - 3, 8}, {1 << 63, 1}, {math.MaxUint64 - size + 1, 8}} {
+		for _, op := range []struct {
+			name string
+			op   uint8
+		}{{"read", nvme.IORead}, {"write", nvme.IOWrite}, {"compare", nvme.IOCompare}, {"write zeroes", nvme.IOWriteZeroes}, {"verify", nvme.IOVerify}} {
+			if err := ask(op.name, guestdrv.IO{Op: op.op, LBA: r[0], Blocks: uint32(r[1])}, r[0], r[1]); err != nil {
+				return nil, err
+			}
+		}
+		// A range of Dataset Management (NVM Command Set 1.0, figure 40): attributes, blocks, first block.
+		clear(g.buf.Bytes()[:16])
+		binary.LittleEndian.PutUint32(g.buf.Bytes()[4:], uint32(r[1]))
+		binary.LittleEndian.PutUint64(g.buf.Bytes()[8:], r[0])
+		if err := ask("deallocate", guestdrv.IO{Op: nvme.IODSM, Blocks: 1}, r[0], r[1]); err != nil {
+			return nil, err
+		}
+		copy(g.buf.Bytes(), []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+	}
+	return answers, nil
+}
+
+// dma writes the whole buffer to the first blocks, reads it back, and tells where it is.
+func (g *guest) dma() (pages []uint64, err error) {
+	for i := range g.buf.Bytes() {
+		g.buf.Bytes()[i] = byte(i ^ i>>8)
+	}
+	if pages, err = physical(g.buf.Bytes()); err != nil {
+		return nil, err
+	}
+	for _, op := range []uint8{nvme.IOWrite, nvme.IORead} {
+		status, err := g.do(guestdrv.IO{Op: op, Blocks: uint32(dataBytes / g.ns.BlockSize())})
+		if err == nil {
+			err = status.Err()
+		}
+		if err != nil {
+			return nil, fmt.Errorf("command %#x: %w", op, err)
+		}
+		if op == nvme.IOWrite {
+			clear(g.buf.Bytes())
+		}
+	}
+	for i, b := range g.buf.Bytes() {
+		if b != byte(i^i>>8) {
+			return nil, fmt.Errorf("byte %d is %#x", i, b)
+		}
+	}
+	now, err := physical(g.buf.Bytes())
+	for i := range now {
+		if now[i] != pages[i] {
+			return nil, fmt.Errorf("page %d has moved from %#x to %#x", i, pages[i], now[i])
+		}
+	}
+	return pages, err
+}

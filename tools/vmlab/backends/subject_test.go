@@ -1,0 +1,217 @@
+package backends
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// kinds are the backends over an NVMe device.
+var kinds = []string{"nvme"}
+
+const (
+	guestProgram = "vmlab/backends/guest"
+	guestCommand = "vmlab-backends-guest"
+	// Each subject has 32 MiB, with a neighbour on either side.
+	subjectAt   = 64 << 20
+	subjectSize = 32 << 20
+)
+
+// subject is a range of a disk that one guest has through a backend.
+type subject struct {
+	h    *host
+	d    *disk
+	kind string
+	m    *mediator
+}
+
+// subject serves a range of a new disk through the backend of that kind.
+func (h *host) subject(t *testing.T, kind string) *subject {
+	t.Helper()
+	s := &subject{h: h, kind: kind, d: h.disk(t, diskConfig{sizeMiB: 192, partitions: []int{63, 32, 63}})}
+	if at := s.d.partAt(t, 2); at != subjectAt {
+		t.Fatalf("the partition is at %d", at)
+	}
+	if kind == "vfio" {
+		h.vfio(t, s.d)
+	}
+	s.m = h.serve(t, s.spec(""))
+	return s
+}
+
+// spec is that of the range, with options that go on with a comma.
+func (s *subject) spec(options string) string {
+	at := fmt.Sprintf("offset=%d,size=%d", subjectAt, subjectSize)
+	switch s.kind {
+	case "block":
+		return "block:" + s.d.part(2) + options
+	case "nvme":
+		return "nvme:" + s.d.char() + "," + at + options
+	default:
+		return "vfio:" + s.d.PCI + "," + at + options
+	}
+}
+
+// toHost is what it takes before the host's kernel sees the disk; toGuest takes it back.
+func (s *subject) toHost(t *testing.T) {
+	t.Helper()
+	if s.kind == "vfio" {
+		s.m.stop(t)
+		s.d.kernel(t)
+	}
+}
+
+func (s *subject) toGuest(t *testing.T) {
+	t.Helper()
+	if s.kind == "vfio" {
+		s.d.vfio(t)
+		s.m.start(t)
+	}
+}
+
+// neighbours is a checksum of what is on the disk before and behind the range, as it is behind the device.
+func (s *subject) neighbours(t *testing.T) string {
+	t.Helper()
+	return digest(s.d.read(t, 0, subjectAt)) + digest(s.d.read(t, subjectAt+subjectSize, s.d.bytes-subjectAt-subjectSize))
+}
+
+// outside has a guest name blocks that it has not got. Each command must end with LBA Out of Range, or, if there is none of its kind, with Invalid
+// Command Opcode.
+func (h *host) outside(t *testing.T, device string) {
+	t.Helper()
+	var answers []struct {
+		Command      string
+		SLBA, Blocks uint64
+		Status       uint16
+		Text         string
+	}
+	if err := json.Unmarshal([]byte(h.Run(t, guestCommand+" outside "+device)), &answers); err != nil {
+		t.Fatal(err)
+	}
+	const (
+		invalidOpcode = 0x01
+		outOfRange    = 0x80
+	)
+	ranged := map[string]bool{}
+	for _, a := range answers {
+		if a.Status == outOfRange {
+			ranged[a.Command] = true
+		} else if a.Status != invalidOpcode || a.Command == "read" || a.Command == "write" {
+			t.Errorf("%s of %d blocks at %d: %s", a.Command, a.Blocks, a.SLBA, a.Text)
+		}
+	}
+	if len(answers) < 8*4 || !ranged["read"] || !ranged["write"] {
+		t.Errorf("%d answers; out of range are %v", len(answers), ranged)
+	}
+	t.Logf("LBA Out of Range: %v", keys(ranged))
+}
+
+// TestOutsideOfTheRange: a guest names blocks that are its neighbours', and gets LBA Out of Range. Nothing beside its range has changed, and
+// its own blocks neither.
+func TestOutsideOfTheRange(t *testing.T) {
+	h := open(t)
+	for _, kind := range kinds {
+		t.Run(kind, func(t *testing.T) {
+			s := h.subject(t, kind)
+			fill(t, s.d)
+			before, own := s.neighbours(t), digest(s.d.read(t, subjectAt, subjectSize))
+			h.outside(t, s.m.device(0))
+			if s.neighbours(t) != before {
+				t.Error("bytes beside the range have changed")
+			}
+			if digest(s.d.read(t, subjectAt, subjectSize)) != own {
+				t.Error("bytes of the range have changed")
+			}
+			// The guest does get at what is its own, up to the last block.
+			h.verify(t, s.m.device(0), fmt.Sprintf("--span %d --bs 512,4k,64k --qd 16 --jobs 2 --runtime 1s", subjectSize))
+			if s.neighbours(t) != before {
+				t.Error("bytes beside the range have changed under a load")
+			}
+			if digest(s.d.read(t, subjectAt+subjectSize-512, 512)) == digest(make([]byte, 512)) {
+				t.Error("the last block was not written")
+			}
+		})
+	}
+}
+
+// TestBytes: what a guest wrote the host's kernel reads, and the other way round, at both ends of the range.
+func TestBytes(t *testing.T) {
+	h := open(t)
+	for _, kind := range kinds {
+		t.Run(kind, func(t *testing.T) {
+			s := h.subject(t, kind)
+			const piece = 1 << 20
+			ends := []int{0, subjectSize - piece}
+			var files, sums []string
+			for _, at := range ends {
+				file, sum := h.random(t, piece)
+				h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %d", s.m.device(0), file, at))
+				sums = append(sums, sum)
+			}
+			s.toHost(t)
+			for i, at := range ends {
+				if h.sum(t, s.d.block(), subjectAt+at, piece) != sums[i] {
+					t.Errorf("the host does not read what the guest wrote at %d", at)
+				}
+				file, _ := h.random(t, piece)
+				h.Run(t, fmt.Sprintf("dd if=%s of=%s bs=64k seek=%d oflag=direct conv=notrunc", file, s.hostDevice(), (s.hostAt()+at)>>16))
+				files = append(files, file)
+			}
+			s.toGuest(t)
+			for i, at := range ends {
+				h.Run(t, fmt.Sprintf("guestdrv read %s --offset %d --length %d | cmp - %s", s.m.device(0), at, piece, files[i]))
+			}
+		})
+	}
+}
+
+// hostDevice is where the host may write the range, which a block: of the partition excludes other writers from, and hostAt its begin there.
+func (s *subject) hostDevice() string { return s.d.block() }
+func (s *subject) hostAt() int        { return subjectAt }
+
+// TestNoCopy: the addresses that QEMU's device is given for data are those of the guest's own pages: nothing is copied on the way. Behind VFIO the
+// device's addresses are hostmed's choice, and the IOMMU says which pages they are.
+func TestNoCopy(t *testing.T) {
+	h := open(t)
+	for _, kind := range kinds {
+		t.Run(kind, func(t *testing.T) {
+			s := h.subject(t, kind)
+			var pages []uint64
+			lines := h.traced(t, "pci_nvme_map_addr vtd_dmar_translate", func() {
+				if err := json.Unmarshal([]byte(h.Run(t, guestCommand+" dma "+s.m.device(0))), &pages); err != nil {
+					t.Fatal(err)
+				}
+			})
+			physical, targets := map[uint64]uint64{}, map[uint64]int{}
+			for _, l := range lines {
+				var iova, at, size uint64
+				if _, rest, ok := strings.Cut(l, "vtd_dmar_translate "); ok {
+					_, rest, _ = strings.Cut(rest, "iova ")
+					if n, _ := fmt.Sscanf(rest, "0x%x -> gpa 0x%x", &iova, &at); n == 2 {
+						physical[iova&^4095] = at &^ 4095
+					}
+				}
+				if _, rest, ok := strings.Cut(l, "pci_nvme_map_addr addr "); ok {
+					if n, _ := fmt.Sscanf(rest, "0x%x len %d", &iova, &size); n == 2 {
+						for end := iova + size; iova < end; iova += 4096 - iova%4096 {
+							page := iova &^ 4095
+							if to, ok := physical[page]; ok {
+								page = to
+							} else if kind == "vfio" {
+								t.Fatalf("the device was given %#x, which the IOMMU did not translate", iova)
+							}
+							targets[page]++
+						}
+					}
+				}
+			}
+			for i, p := range pages {
+				if targets[p] < 2 {
+					t.Errorf("page %d of the guest, at %#x, was a DMA target %d times; want one write and one read", i, p, targets[p])
+				}
+			}
+			t.Logf("%d pages of the guest; %d pages that the device got for data", len(pages), len(targets))
+		})
+	}
+}
