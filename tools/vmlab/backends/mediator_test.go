@@ -62,7 +62,7 @@ func (m *mediator) configure(t *testing.T, config string) {
 	for i, s := range m.sockets {
 		config = strings.ReplaceAll(config, fmt.Sprintf("SOCKET%d", i), s)
 	}
-	if err := m.h.WriteFile(t.Context(), m.config, []byte("log = \"debug\"\n"+config), 0o600); err != nil {
+	if err := m.h.WriteFile(t.Context(), m.config, []byte("log = \"info\"\n"+config), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }

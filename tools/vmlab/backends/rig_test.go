@@ -51,7 +51,8 @@ func withHost(m *testing.M) (code int) {
 // host is the machine that plays the host.
 type host struct {
 	*vmlab.VM
-	dir string // of images, on this machine
+	dir       string // of images, on this machine
+	traceFrom int64  // where in the trace file the last call of traced began
 }
 
 const traceFile = "qemu.trace"
@@ -278,9 +279,9 @@ func (h *host) random(t *testing.T, bytes int) (path, sum string) {
 func (h *host) traced(t *testing.T, events string, do func()) []string {
 	t.Helper()
 	file := filepath.Join(h.dir, traceFile)
-	from := int64(0)
+	h.traceFrom = 0
 	if st, err := os.Stat(file); err == nil {
-		from = st.Size()
+		h.traceFrom = st.Size()
 	} else if !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
@@ -300,5 +301,5 @@ func (h *host) traced(t *testing.T, events string, do func()) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Split(strings.TrimSpace(string(b[min(from, int64(len(b))):])), "\n")
+	return strings.Split(strings.TrimSpace(string(b[min(h.traceFrom, int64(len(b))):])), "\n")
 }
