@@ -64,6 +64,11 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 	if spec.Faults != "" {
 		s.m.log.Warn("this namespace fails on purpose: nothing to keep data on", "nsid", n.NSID, "spec", spec.String())
 	}
+	if w, ok := backend.Plain(b).(backend.Warner); ok {
+		for _, text := range w.Warnings() {
+			s.m.log.Warn("namespace "+spec.String(), "warning", text)
+		}
+	}
 	s.AddNamespace(subsys.NamespaceConfig{
 		NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid, Spec: spec,
 	})

@@ -205,6 +205,12 @@ type Watched interface {
 	Watch(f func(Event))
 }
 
+// Warner is a Backend that works and has something to say to the operator all the same.
+type Warner interface {
+	Backend
+	Warnings() []string
+}
+
 // Keeper is a Queue that may keep a request back for long, or for ever: one with faults does so on purpose. The memory of such a request is
 // not touched any more.
 type Keeper interface {

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -40,7 +39,7 @@ type nvmeChar struct {
 	first uint64 // block of the device that is the slice's first
 	zeros []byte // for a device without Write Zeroes
 
-	gone atomic.Bool
+	claim *claim // of the slice, on the host
 }
 
 // openNvmeChar opens the character device of s.
@@ -53,13 +52,17 @@ func openNvmeChar(s Spec) (_ Backend, err error) {
 	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd()), asks: charFile(f.Fd())}
 	defer func() {
 		if err != nil {
-			f.Close()
+			b.letGo()
 		}
 	}()
 	if b.name, err = genericName(machineSys, b.fd); err != nil {
 		return nil, say(err)
 	}
 	if err := b.take(kernelLimits(machineSys, b.name)); err != nil {
+		return nil, say(err)
+	}
+	from := b.first << b.info.LBAShift
+	if b.claim, err = disks.take(b.name, from, from+b.info.Size(), s.ReadOnly); err != nil {
 		return nil, say(err)
 	}
 	// Better now than when the first controller is attached.
@@ -248,8 +251,18 @@ func (b *nvmeChar) Close() error {
 	b.id.release()
 	err := unix.Munmap(b.zeros)
 	b.zeros = nil
-	return errors.Join(err, b.f.Close())
+	return errors.Join(err, b.letGo())
 }
+
+func (b *nvmeChar) letGo() error {
+	if b.claim == nil {
+		return b.f.Close()
+	}
+	return errors.Join(b.f.Close(), b.claim.release())
+}
+
+// Warnings is what the operator should know.
+func (b *nvmeChar) Warnings() []string { return b.claim.warnings }
 
 // Resized reports whether the namespace is of another size. A slice with size= is not.
 func (b *nvmeChar) Resized() bool {
@@ -265,8 +278,14 @@ func (b *nvmeChar) Resize() error {
 	if err == nil && id.shift != b.info.LBAShift {
 		err = fmt.Errorf("its blocks are of %d bytes now, not %d: start hostmed again", 1<<id.shift, 1<<b.info.LBAShift)
 	}
+	before := b.info.Blocks
 	if err == nil {
 		err = b.slice(id)
+	}
+	if from := b.first << b.info.LBAShift; err == nil && b.claim != nil {
+		if err = b.claim.grow(b.name, from, from+b.info.Size(), b.spec.ReadOnly); err != nil {
+			b.info.Blocks = before
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("namespace nvme:%s: %w", b.spec.Path, err)

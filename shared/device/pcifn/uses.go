@@ -108,22 +108,43 @@ func (h *host) usesOf(disk string, u *uses) []string {
 		if p != disk {
 			at = filepath.Join(dir, p)
 		}
-		id := text(filepath.Join(at, "dev"))
-		for _, place := range u.mounts[id] {
-			out = append(out, fmt.Sprintf("%s is mounted at %s", p, place))
-		}
-		if u.swaps[id] {
-			out = append(out, p+" is swap")
-		}
-		holders, _ := os.ReadDir(filepath.Join(at, "holders"))
-		for _, holder := range holders {
-			out = append(out, fmt.Sprintf("%s is held by %s", p, holder.Name()))
-		}
-		for _, l := range u.loops[p] {
-			out = append(out, fmt.Sprintf("%s is held by %s", p, l))
-		}
+		out = append(out, usesOfOne(p, at, u)...)
 	}
 	return out
+}
+
+// usesOfOne says what a disk or a partition, whose directory in sysfs is at, is used for, without its partitions.
+func usesOfOne(p, at string, u *uses) (out []string) {
+	id := text(filepath.Join(at, "dev"))
+	for _, place := range u.mounts[id] {
+		out = append(out, fmt.Sprintf("%s is mounted at %s", p, place))
+	}
+	if u.swaps[id] {
+		out = append(out, p+" is swap")
+	}
+	holders, _ := os.ReadDir(filepath.Join(at, "holders"))
+	for _, holder := range holders {
+		out = append(out, fmt.Sprintf("%s is held by %s", p, holder.Name()))
+	}
+	for _, l := range u.loops[p] {
+		out = append(out, fmt.Sprintf("%s is held by %s", p, l))
+	}
+	return out
+}
+
+// BlockUses says what each of these block devices of the machine is used for, by name (nvme0n1, nvme0n1p2): where it is mounted, that it is swap, what
+// holds it. What their partitions are used for is not in it.
+func BlockUses(names ...string) ([]string, error) { return machine.blockUses(names) }
+
+func (h *host) blockUses(names []string) (out []string, err error) {
+	u, err := h.readUses()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		out = append(out, usesOfOne(n, filepath.Join(h.sys, "class/block", n), &u)...)
+	}
+	return out, nil
 }
 
 // claimDevice opens a block device as mount and swapon do. While it is open nobody else can, and the error is EBUSY if somebody has: also for

@@ -78,7 +78,7 @@ func open(t *testing.T) *host {
 	}
 	if shared.vm == nil {
 		vm, err := lab.Start(context.WithoutCancel(t.Context()), vmlab.Config{
-			MemoryMiB: 1536, VIOMMU: true, Ports: 12, Programs: []string{"hostmed", "guestdrv", guestProgram},
+			MemoryMiB: 1536, VIOMMU: true, Ports: 12, Programs: []string{"hostmed", "guestdrv", guestProgram, "conformance"},
 			Append: "intel_iommu=on iommu=pt nvme.poll_queues=1",
 			Args:   []string{"-D", filepath.Join(shared.dir, traceFile)},
 		})

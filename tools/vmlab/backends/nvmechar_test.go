@@ -1,0 +1,129 @@
+package backends
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// slice is the spec of a partition as a slice of the namespace.
+func (d *disk) slice(t *testing.T, part, mib int) string {
+	t.Helper()
+	return fmt.Sprintf("nvme:%s,offset=%d,size=%dMiB", d.char(), d.partAt(t, part), mib)
+}
+
+// TestNVMeSlices has two guests on slices of a namespace while the host has a file system of it mounted.
+func TestNVMeSlices(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{partitions: []int{64, 48, 64, 16}})
+	h.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mkdir -p /mnt/a && mount %s /mnt/a && head -c 3000000 /dev/urandom > /mnt/a/data && sync", d.part(2), d.part(2)))
+	h.atEnd(t, "umount /mnt/a")
+	neighbour := h.sum(t, d.part(4), 0, 16<<20)
+	file := strings.Fields(h.Run(t, "sha256sum /mnt/a/data"))[0]
+	m := h.serve(t, d.slice(t, 1, 64), d.slice(t, 3, 64)+",poll")
+	first := h.startVerify(t, m.device(0), "--span 32MiB --bs 4k,64k,1m --qd 16 --jobs 2 --runtime 3s")
+	second := h.startVerify(t, m.device(1), "--span 32MiB --bs 512,4k,32k --qd 16 --jobs 2 --runtime 3s")
+	h.Run(t, "for i in 1 2 3 4; do cp /mnt/a/data /mnt/a/copy$i && sync; done; sha256sum /mnt/a/copy* | grep -vc "+file+" | grep -q '^0$'")
+	first.verified()
+	second.verified()
+
+	// Bytes, both ways, at both ends.
+	for i, part := range []int{1, 3} {
+		for _, at := range []int{0, 63 << 20} {
+			name, sum := h.random(t, 1<<20)
+			h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %d", m.device(i), name, at))
+			if h.sum(t, d.part(part), at, 1<<20) != sum {
+				t.Errorf("slice %d: the host does not read at %#x what the guest wrote", i, at)
+			}
+			name, _ = h.random(t, 1<<20)
+			h.Run(t, fmt.Sprintf("dd if=%s of=%s bs=1M seek=%d oflag=direct conv=notrunc && guestdrv read %s --offset %d --length %d | cmp - %s", name, d.part(part), at>>20, m.device(i), at, 1<<20, name))
+		}
+	}
+	if h.sum(t, d.part(4), 0, 16<<20) != neighbour || strings.Fields(h.Run(t, "echo 3 > /proc/sys/vm/drop_caches; sha256sum /mnt/a/data"))[0] != file {
+		t.Error("a neighbour's bytes have changed")
+	}
+}
+
+// TestNVMeConformance has every command that the specification demands asked of a slice, errors and blocks outside of it among them, and looks
+// at what is beside it.
+func TestNVMeConformance(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{})
+	for _, at := range []int{0, 96} {
+		h.Run(t, fmt.Sprintf("dd if=/dev/urandom of=%s bs=1M count=64 seek=%d oflag=direct", d.block(), at))
+	}
+	before := append(d.read(t, 0, 64<<20), d.read(t, 96<<20, 64<<20)...)
+	m := h.serve(t, "nvme:"+d.char()+",offset=64MiB,size=32MiB")
+	var out struct {
+		Passed, Failed, Skipped int
+		Cases                   []struct{ ID, Result, Seen string }
+	}
+	r := h.Try(t, "conformance run "+m.device(0)+" --json --nsid 1 --filter 'io.*'")
+	if err := json.Unmarshal([]byte(r.Stdout), &out); err != nil {
+		t.Fatalf("%v: exit %d\n%s\n%s", err, r.Exit, r.Stdout, r.Stderr)
+	}
+	t.Logf("%d passed, %d failed, %d skipped", out.Passed, out.Failed, out.Skipped)
+	for _, c := range out.Cases {
+		if c.Result == "fail" {
+			t.Errorf("%s: %s", c.ID, c.Seen)
+		}
+	}
+	if out.Passed < 20 {
+		t.Errorf("exit %d: %s", r.Exit, r.Stderr)
+	}
+	if !bytes.Equal(before, append(d.read(t, 0, 64<<20), d.read(t, 96<<20, 64<<20)...)) {
+		t.Error("bytes outside the slice have changed")
+	}
+}
+
+// TestNVMeClaims: what the host uses is not served, what is served the host cannot use, and no range is served twice. A hostmed that was killed
+// leaves nothing behind.
+func TestNVMeClaims(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{partitions: []int{32, 48, 32}})
+	refused := func(spec string, says string) {
+		t.Helper()
+		r := h.Try(t, fmt.Sprintf("timeout 20 hostmed serve --socket /tmp/%s --namespace '%s'", h.name("refused"), spec))
+		if r.Exit == 0 || r.Exit == 124 || !strings.Contains(r.Stderr, says) {
+			t.Errorf("%s: exit %d, %q; want %q", spec, r.Exit, r.Stderr, says)
+		}
+	}
+	h.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mkdir -p /mnt/a && mount %s /mnt/a", d.part(2), d.part(2)))
+	refused("nvme:"+d.char(), "p2 is mounted at /mnt/a")
+	refused(d.slice(t, 2, 1), "p2 is mounted at /mnt/a")
+	refused("nvme:"+d.char()+",size=32MiB", "partition table")
+	refused("nvme:"+d.block(), "use block:"+d.block())
+	refused("nvme:"+d.char()+",offset=1GiB", "behind its end")
+	h.Run(t, "umount /mnt/a")
+	h.Run(t, fmt.Sprintf("mkswap %s >/dev/null && swapon %s", d.part(2), d.part(2)))
+	refused(d.slice(t, 2, 1), "p2 is swap")
+	h.Run(t, "swapoff "+d.part(2))
+	h.Run(t, "mkfs.ext4 -q -F "+d.part(2))
+	// Only the claim sees what another mount namespace has mounted.
+	h.Run(t, "unshare -m sh -c 'mount "+d.part(2)+" /mnt/a; touch /tmp/mounted; while [ ! -e /tmp/done ]; do sleep 0.05; done' >/dev/null 2>&1 & until [ -e /tmp/mounted ]; do sleep 0.05; done")
+	refused(d.slice(t, 2, 1), "p2 is in use")
+	h.Run(t, "touch /tmp/done; until mount "+d.part(2)+" /mnt/a 2>/dev/null && umount /mnt/a; do sleep 0.05; done; rm -f /tmp/done /tmp/mounted")
+
+	m := h.serve(t, d.slice(t, 1, 32), d.slice(t, 2, 24))
+	refused("nvme:"+d.char(), "in use")
+	refused(d.slice(t, 1, 1), "in use")
+	refused("nvme:"+d.char()+",offset=2MiB,size=512,readonly", "in use")
+	if r := h.Try(t, "mount "+d.part(2)+" /mnt/a"); r.Exit == 0 {
+		t.Error("the host has mounted what is served")
+		h.Run(t, "umount /mnt/a")
+	}
+	beside := h.serve(t, fmt.Sprintf("nvme:%s,offset=%d,size=24MiB", d.char(), d.partAt(t, 2)+24<<20), d.slice(t, 3, 32))
+	load := h.startVerify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --runtime 3s")
+	h.verify(t, beside.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	m.kill(t)
+	if r := load.result(); r.Exit == 0 {
+		t.Error("the load has not seen the end of its device")
+	}
+	m.start(t)
+	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	m.stop(t)
+	beside.stop(t)
+	h.Run(t, fmt.Sprintf("mkfs.ext4 -q -F %s && mount %s /mnt/a && umount /mnt/a", d.part(2), d.part(2)))
+}
