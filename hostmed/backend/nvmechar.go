@@ -39,6 +39,8 @@ type nvmeChar struct {
 	first uint64 // block of the device that is the slice's first
 	zeros []byte // for a device without Write Zeroes
 
+	device Device // for those who administer it
+
 	claim *claim // of the slice, on the host
 }
 
@@ -49,12 +51,17 @@ func openNvmeChar(s Spec) (_ Backend, err error) {
 	if err != nil {
 		return nil, say(err)
 	}
-	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd()), asks: charFile(f.Fd())}
+	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd())}
 	defer func() {
 		if err != nil {
 			b.letGo()
 		}
 	}()
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return nil, say(err)
+	}
+	b.asks = charFile{conn}
 	if b.name, err = genericName(machineSys, b.fd); err != nil {
 		return nil, say(err)
 	}
@@ -153,6 +160,9 @@ func (b *nvmeChar) take(k blockLimits) error {
 	if err != nil {
 		return err
 	}
+	if b.spec.Vendor && !b.whole() {
+		return errors.New("vendor: vendor specific commands reach all of a device, and this is a slice of it: leave out either")
+	}
 	if b.spec.Poll && !k.polled {
 		return errors.New("poll: the device has no poll queues: load its driver with them (nvme.poll_queues=2 on the kernel's command line, or modprobe nvme poll_queues=2), or leave poll out")
 	}
@@ -161,6 +171,7 @@ func (b *nvmeChar) take(k blockLimits) error {
 	if err := b.slice(id); err != nil {
 		return err
 	}
+	b.device = Device{NSID: id.nsid, Whole: b.whole(), Vendor: b.spec.Vendor, Controller: id.ctrl, Effects: id.acts}
 	return b.mayCommand()
 }
 
@@ -259,6 +270,18 @@ func (b *nvmeChar) letGo() error {
 		return b.f.Close()
 	}
 	return errors.Join(b.f.Close(), b.claim.release())
+}
+
+// Device is what of the device a guest may use.
+func (b *nvmeChar) Device() *Device { return &b.device }
+
+// adminPatience is for commands that answer soon: what takes long goes on in the device.
+const adminPatience = 10_000 // milliseconds
+
+func (b *nvmeChar) Admin(c *nvme.Command, data []byte) (dw0 uint32, status nvme.Status, err error) {
+	p := &passthru{Opcode: c.Opcode, NSID: c.NSID, CDW10: c.CDW10, CDW11: c.CDW11, CDW12: c.CDW12, CDW13: c.CDW13, CDW14: c.CDW14, CDW15: c.CDW15, TimeoutMS: adminPatience}
+	status, err = b.asks.admin(p, data)
+	return p.DW0, status, err
 }
 
 // Warnings is what the operator should know.

@@ -497,7 +497,7 @@ func TestNVMeCharOpens(t *testing.T) {
 		"nvme:/dev/ng77n1":              "ls /dev/ng*",
 		"nvme:" + file:                  "no character device",
 		"nvme:/dev/null":                "no character device of an NVMe namespace",
-		"nvme:/dev/ng0n1,lba=4096":      "offset=, size=, poll, nopin, readonly",
+		"nvme:/dev/ng0n1,lba=4096":      "offset=, size=, poll, nopin, vendor, readonly",
 		"nvme:/dev/ng0n1,offset=nought": "not a size",
 	} {
 		b, err := Open(spec)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -21,19 +22,32 @@ type charDevice interface {
 	io(c *passthru, data []byte) (nvme.Status, error)
 }
 
-type charFile int
+// charFile keeps the file open while it is asked.
+type charFile struct{ syscall.RawConn }
 
-func (fd charFile) nsid() (uint32, error) {
-	n, err := unix.IoctlRetInt(int(fd), nvmeIoctlID)
-	return uint32(n), err
+func (f charFile) nsid() (id uint32, err error) {
+	asked := f.Control(func(fd uintptr) {
+		var n int
+		n, err = unix.IoctlRetInt(int(fd), nvmeIoctlID)
+		id = uint32(n)
+	})
+	return id, errors.Join(asked, err)
 }
 
-func (fd charFile) admin(c *passthru, data []byte) (nvme.Status, error) {
-	return ioctlPassthru(int(fd), nvmeIoctlAdmin, c, data)
+func (f charFile) admin(c *passthru, data []byte) (nvme.Status, error) {
+	return f.run(nvmeIoctlAdmin, c, data)
 }
 
-func (fd charFile) io(c *passthru, data []byte) (nvme.Status, error) {
-	return ioctlPassthru(int(fd), nvmeIoctlIO, c, data)
+func (f charFile) io(c *passthru, data []byte) (nvme.Status, error) {
+	return f.run(nvmeIoctlIO, c, data)
+}
+
+func (f charFile) run(request uintptr, c *passthru, data []byte) (st nvme.Status, err error) {
+	asked := f.Control(func(fd uintptr) { st, err = ioctlPassthru(int(fd), request, c, data) })
+	if asked != nil {
+		err = asked
+	}
+	return st, err
 }
 
 // blockLimits are what the kernel's block device of the same namespace has, from its sysfs directory queue/. 0: not known.
@@ -58,6 +72,7 @@ type charIdent struct {
 	nvm  nvme.IdentifyControllerNVM // zeroes where the controller is too old for it
 	ns   nvme.IdentifyNamespace
 	ids  nvme.NamespaceDescriptors
+	acts nvme.CommandEffects // zeroes where the device has no such log
 
 	blocks uint64
 	shift  uint8
@@ -99,6 +114,12 @@ func readIdent(d charDevice) (*charIdent, error) {
 	var list [nvme.IdentifySize]byte
 	if identifyChar(d, nvme.CNSNamespaceDescriptors, id.nsid, &list) == nil {
 		id.ids.Decode(&list)
+	}
+	if id.ctrl.LPA&nvme.LPACommandEffects != 0 {
+		c := &passthru{Opcode: nvme.AdminGetLogPage, CDW10: uint32(nvme.LogCommandEffects) | (nvme.IdentifySize/4-1)<<16}
+		if st, err := d.admin(c, id.acts.Bytes()[:]); err != nil || !st.OK() {
+			id.acts = nvme.CommandEffects{}
+		}
 	}
 	return &id, id.geometry()
 }

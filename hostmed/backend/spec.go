@@ -24,9 +24,10 @@ const (
 const SpecHelp = `null:size=SIZE[,lba=N]                       answers at once and stores nothing
 mem:size=SIZE[,lba=N]                        this process's memory, gone when it ends
 file:PATH[,size=SIZE][,lba=N][,readonly]     a regular file; size= creates it, sparse, if it is missing
-nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,readonly]
+nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,vendor][,readonly]
                                              an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
-                                             poll: by its poll queues; nopin: guest memory is not pinned
+                                             poll: by its poll queues; nopin: guest memory is not pinned; vendor: the
+                                             guest may send the device's vendor specific admin commands
 fault:RULE[,RULE...][,seed=N],over=SPEC      another SPEC with faults, to test drivers: nothing to keep data on
 SIZE is in bytes or has a suffix KiB, MiB, GiB, TiB (or K, M, G, T). lba is a power of two from 512 to 65536
 bytes, 512 if not given. A comma in PATH is written twice.
@@ -54,6 +55,7 @@ type Spec struct {
 	Offset   uint64 // bytes, where a slice begins
 	Poll     bool   // by the device's poll queues
 	NoPin    bool   // guest memory is not registered with the kernel
+	Vendor   bool   // vendor specific admin commands go to the device
 	Faults   string // rules of fault:, as written; empty: none
 }
 
@@ -85,6 +87,7 @@ var (
 	optReadOnly = flag("readonly", func(s *Spec) { s.ReadOnly = true })
 	optPoll     = flag("poll", func(s *Spec) { s.Poll = true })
 	optNoPin    = flag("nopin", func(s *Spec) { s.NoPin = true })
+	optVendor   = flag("vendor", func(s *Spec) { s.Vendor = true })
 	optOffset   = option{"offset", "1GiB", func(s *Spec, v string) (err error) {
 		s.Offset, err = ParseSize(v)
 		return err
@@ -102,7 +105,7 @@ var syntaxes = map[Kind]syntax{
 	KindNull: {sized: true, options: []option{optSize, optLBA}},
 	KindMem:  {sized: true, options: []option{optSize, optLBA}},
 	KindFile: {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
-	KindNVMe: {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optReadOnly}},
+	KindNVMe: {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
 }
 
 // takes names the options of x.
@@ -297,7 +300,7 @@ func (s Spec) String() string {
 	for _, f := range []struct {
 		on   bool
 		name string
-	}{{s.Poll, "poll"}, {s.NoPin, "nopin"}, {s.ReadOnly, "readonly"}} {
+	}{{s.Poll, "poll"}, {s.NoPin, "nopin"}, {s.Vendor, "vendor"}, {s.ReadOnly, "readonly"}} {
 		if f.on {
 			b.WriteString("," + f.name)
 		}

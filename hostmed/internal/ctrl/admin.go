@@ -281,6 +281,9 @@ func (c *Controller) dispatch(cmd *nvme.Command) result {
 			return c.namespaceAttachment(cmd)
 		}
 	}
+	if c.passes(cmd.Opcode) {
+		return c.passOn(cmd)
+	}
 	return fail(nvme.StatusInvalidOpcode, inOpcode, "command not supported")
 }
 
@@ -300,7 +303,7 @@ func (c *Controller) adminOpcodes() []uint8 {
 	if c.manages() {
 		ops = append(ops, nvme.AdminNamespaceManagement, nvme.AdminNamespaceAttachment)
 	}
-	return ops
+	return append(ops, c.passedOpcodes()...)
 }
 
 var errNotMapped = errors.New("not in the guest's memory")

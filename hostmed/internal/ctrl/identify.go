@@ -176,6 +176,11 @@ func (c *Controller) controllerData() *nvme.IdentifyController {
 		id.TNVMCAP, id.UNVMCAP = nvme.Uint128{Lo: total}, nvme.Uint128{Lo: left}
 		id.CTRATT |= nvme.CTRATTGranularity
 	}
+	if c.passes(nvme.AdminDeviceSelfTest) {
+		id.OACS |= nvme.OACSSelfTest
+		dev := &c.device().Device().Controller
+		id.EDSTT, id.DSTO = dev.EDSTT, dev.DSTO
+	}
 	nvme.SetASCII(id.SN[:], c.cfg.Serial)
 	nvme.SetASCII(id.MN[:], c.cfg.Model)
 	nvme.SetASCII(id.FR[:], c.cfg.Firmware)

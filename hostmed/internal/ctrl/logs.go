@@ -23,6 +23,18 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 	case cmd.LID() == nvme.LogSMART && cmd.NSID != 0 && cmd.NSID != nvme.NSIDAll:
 		return fail(nvme.StatusInvalidField, inNSID, "SMART is of the controller")
 	}
+	if work, take := c.deviceLog(cmd.LID()); work != nil {
+		saved := *cmd
+		return c.background(cmd, work, func(err error) result {
+			take(err)
+			return c.answerLog(&saved, n, off)
+		})
+	}
+	return c.answerLog(cmd, n, off)
+}
+
+// answerLog answers a Get Log Page that was checked.
+func (c *Controller) answerLog(cmd *nvme.Command, n, off uint64) result {
 	c.takeIOErrors()
 	page := c.logPage(cmd)
 	if cmd.LID() == nvme.LogPersistentEvent {
@@ -51,12 +63,13 @@ func (c *Controller) getLogPage(cmd *nvme.Command) result {
 var logPages = [...]nvme.LogPage{
 	nvme.LogSupported, nvme.LogError, nvme.LogSMART, nvme.LogFirmwareSlot, nvme.LogChangedNamespaces, nvme.LogCommandEffects,
 	nvme.LogTelemetryHost, nvme.LogTelemetryCtrl, nvme.LogPersistentEvent, nvme.LogFeatureEffects, nvme.LogMIEffects, nvme.LogReservation,
+	nvme.LogSelfTest,
 }
 
 func (c *Controller) hasLog(lid nvme.LogPage) bool {
 	for _, l := range logPages {
 		if l == lid {
-			return lid != nvme.LogReservation || c.reserves()
+			return (lid != nvme.LogReservation || c.reserves()) && (lid != nvme.LogSelfTest || c.passes(nvme.AdminDeviceSelfTest))
 		}
 	}
 	return false
@@ -88,6 +101,8 @@ func (c *Controller) logPage(cmd *nvme.Command) []byte {
 		return c.telemetryPage(cmd)
 	case nvme.LogFeatureEffects:
 		return c.featureEffects()
+	case nvme.LogSelfTest:
+		return c.health.selfTest
 	case nvme.LogReservation:
 		return c.reservationPage()
 	case nvme.LogMIEffects: // there are none

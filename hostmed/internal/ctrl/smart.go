@@ -19,11 +19,23 @@ type health struct {
 	reported    uint8    // SMARTWarning bits that hold and were seen by checkHealth
 	mediaErrors uint64   // of this power cycle, as of the last sample
 	changed     []uint32 // namespaces, rising
+
+	device   deviceHealth // of the host's devices under the namespaces
+	selfTest []byte       // log 06h, as the device said last
+}
+
+// temperature is the device's, if there is one.
+func (h *health) temperature() uint16 {
+	if t := h.device.log.Temperature(); t != 0 {
+		return t
+	}
+	return compositeTemperature
 }
 
 func (c *Controller) criticalWarning() (w uint8) {
 	over, under := c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempOver}), c.featureOf(featureKey{nvme.FeatureTemperature, nvme.TempUnder})
-	if compositeTemperature >= over || compositeTemperature <= under {
+	w = c.health.device.log.CriticalWarning
+	if t := uint32(c.health.temperature()); t >= over || t <= under {
 		w |= nvme.SMARTWarningTemperature
 	}
 	if c.health.mediaErrors >= mediaErrorsWarning {
@@ -36,6 +48,7 @@ func (c *Controller) criticalWarning() (w uint8) {
 var smartEvents = [...]struct{ warning, info uint8 }{
 	{nvme.SMARTWarningTemperature, nvme.EventSMARTTemperature},
 	{nvme.SMARTWarningReliability, nvme.EventSMARTReliability},
+	{nvme.SMARTWarningSpare, nvme.EventSMARTSpare},
 }
 
 // checkHealth raises an event for each warning that has come up and that the host wants to hear of.
@@ -53,7 +66,11 @@ func (c *Controller) checkHealth() {
 func (c *Controller) smart() *nvme.SMARTLog {
 	c.sample()
 	count := func(v uint64) nvme.Uint128 { return nvme.Uint128{Lo: v} }
-	l := &nvme.SMARTLog{CriticalWarning: c.criticalWarning(), AvailableSpare: 100, SpareThreshold: 10}
+	l := &nvme.SMARTLog{AvailableSpare: 100, SpareThreshold: 10}
+	if d := &c.health.device; d.known {
+		*l = d.log
+	}
+	l.CriticalWarning = c.criticalWarning()
 	c.cfg.Persistent.read(func(v *persisted) {
 		l.DataUnitsRead = nvme.DataUnits(v.IO.ReadBytes)
 		l.DataUnitsWritten = nvme.DataUnits(v.IO.WriteBytes)
@@ -66,6 +83,6 @@ func (c *Controller) smart() *nvme.SMARTLog {
 		l.MediaErrors = count(v.IO.MediaErrors)
 		l.ErrorLogEntries = count(v.ErrorCount)
 	})
-	l.SetTemperature(compositeTemperature)
+	l.SetTemperature(c.health.temperature())
 	return l
 }
