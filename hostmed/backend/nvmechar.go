@@ -22,6 +22,8 @@ import (
 //	nvmecharident.go   what the device says of itself
 //	nvmecharcmd.go     what goes to the device
 //	nvmecharqueue.go   the way of a request
+//	nvmecharwatch.go   its end, and changes of its size
+//	claim.go           who has which bytes of the host's disks
 
 // nvmeChar is the backend of a character device. Everything in it that changes while a queue is open is atomic.
 type nvmeChar struct {
@@ -41,7 +43,9 @@ type nvmeChar struct {
 
 	device Device // for those who administer it
 
-	claim *claim // of the slice, on the host
+	claim   *claim // of the slice, on the host
+	events  *ueventHub
+	unwatch func() // nil: nobody watches
 }
 
 // openNvmeChar opens the character device of s.
@@ -51,7 +55,7 @@ func openNvmeChar(s Spec) (_ Backend, err error) {
 	if err != nil {
 		return nil, say(err)
 	}
-	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd())}
+	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd()), events: &uevents}
 	defer func() {
 		if err != nil {
 			b.letGo()
@@ -258,6 +262,9 @@ func (b *nvmeChar) Info() Info { return b.info }
 func (b *nvmeChar) Close() error {
 	if b.zeros == nil {
 		return nil
+	}
+	if b.unwatch != nil {
+		b.unwatch()
 	}
 	b.id.release()
 	err := unix.Munmap(b.zeros)

@@ -1,0 +1,48 @@
+package backend
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// The device's own events (Asynchronous Event Request) are its driver's: what is left for others is what the kernel makes of them, which is a change of
+// the block device's size, and its end.
+
+// Watch hears of the namespace by the kernel's events. Where there are none, as in some containers, there is nothing to hear.
+func (b *nvmeChar) Watch(f func(Event)) {
+	w := diskWatch{h: &disks, name: b.name, f: f}
+	if end, err := b.events.listen(w.event); err == nil {
+		b.unwatch = end
+	}
+}
+
+// diskWatch turns the kernel's events of a disk, or of the character device of the same namespace, into those of a medium.
+type diskWatch struct {
+	h    *diskHost
+	name string // of the block device
+	f    func(Event)
+	gone bool
+}
+
+func (w *diskWatch) event(e uevent) {
+	char := "ng" + strings.TrimPrefix(w.name, "nvme")
+	var is Event
+	switch {
+	case w.gone:
+		return
+	case e == uevent{}: // some were lost
+		is = EventChanged
+		if _, err := os.Stat(filepath.Join(w.h.sys, "class/block", w.name)); err != nil {
+			is = EventGone
+		}
+	case e.subsystem == "block" && e.name == w.name && e.action == "change":
+		is = EventChanged
+	case e.action == "remove" && (e.subsystem == "block" && e.name == w.name || e.subsystem == "nvme-generic" && e.name == char):
+		is = EventGone
+	default:
+		return
+	}
+	w.gone = is == EventGone
+	w.f(is)
+}
