@@ -7,11 +7,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
-	"github.com/shadowbell/shadowbell/shared/uring"
 )
 
 // The backend nvme: is an NVMe namespace, or a slice of one, by its character device (/dev/ng0n1): the guest's commands go to the device by
@@ -36,6 +37,7 @@ type nvmeChar struct {
 
 	name  string // of the block device of the same namespace, nvme0n1
 	nsid  uint32
+	shift uint8 // log2 of the device's block size
 	ident *charIdent
 	dev   charLimits
 	first uint64 // block of the device that is the slice's first
@@ -45,7 +47,9 @@ type nvmeChar struct {
 
 	claim   *claim // of the slice, on the host
 	events  *ueventHub
-	unwatch func() // nil: nobody watches
+	deaf    func()                      // ends listening to events; nil: there is nothing to hear
+	watcher atomic.Pointer[func(Event)] // nil: nobody watches
+	other   atomic.Bool                 // the device is not what it was: nothing is sent to it any more
 }
 
 // openNvmeChar opens the character device of s.
@@ -76,26 +80,52 @@ func openNvmeChar(s Spec) (_ Backend, err error) {
 	if b.claim, err = disks.take(b.name, from, from+b.info.Size(), s.ReadOnly); err != nil {
 		return nil, say(err)
 	}
-	// Better now than when the first controller is attached.
-	ring, err := uring.New(uring.Config{Entries: 1, SQE128: true, CQE32: true, IOPoll: s.Poll})
-	if err != nil {
-		return nil, say(err)
-	}
-	ok := ring.Supports(uring.OpURingCmd)
-	if err := ring.Close(); err != nil {
-		return nil, err
-	}
-	if !ok {
-		return nil, say(errors.New("this kernel's io_uring has no passthrough: use Linux 5.19 or later, or block:"))
-	}
 	b.zeros, err = unix.Mmap(-1, 0, zeroChunk, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, say(err)
 	}
+	b.show()
+	if err := b.try(); err != nil {
+		return nil, errors.Join(say(err), unix.Munmap(b.zeros))
+	}
 	b.id = takeKey(b.ident.key(s.Offset))
 	b.show()
+	b.listen()
 	return b, nil
 }
+
+// try reads a block as guests will: better now than when the first controller is attached.
+func (b *nvmeChar) try() error {
+	q, err := b.NewQueue()
+	if err != nil {
+		return err
+	}
+	mem, err := unix.Mmap(-1, 0, 1<<b.info.LBAShift, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return errors.Join(err, q.Close())
+	}
+	r := &Request{Op: OpRead, Len: uint64(len(mem)), Vec: []Seg{{Base: &mem[0], Len: uint64(len(mem))}}}
+	var done [1]*Request
+	n := q.Submit([]*Request{r}, done[:])
+	for end := time.Now().Add(tryPatience); n == 0 && time.Now().Before(end); n = q.Reap(done[:]) {
+		time.Sleep(time.Millisecond)
+	}
+	if n == 0 {
+		// The kernel may write to mem, and the queue cannot be closed: both stay, as does the device.
+		return fmt.Errorf("it does not answer a read within %v: see dmesg and /sys/class/nvme/*/state", tryPatience)
+	}
+	err = errors.Join(q.Close(), unix.Munmap(mem))
+	if err == nil && r.Status == statusOf(OpRead, unix.EOPNOTSUPP) { // of the kernel: what the device says is for the guest
+		what := "use Linux 5.19 or later"
+		if b.spec.Poll {
+			what = "leave out poll, or use Linux 6.1 or later"
+		}
+		err = fmt.Errorf("this kernel's io_uring does not pass commands on to it: %s, or block:", what)
+	}
+	return err
+}
+
+const tryPatience = 30 * time.Second
 
 // openChar opens the device's node and nothing else.
 func openChar(s Spec) (*os.File, error) {
@@ -170,7 +200,7 @@ func (b *nvmeChar) take(k blockLimits) error {
 	if b.spec.Poll && !k.polled {
 		return errors.New("poll: the device has no poll queues: load its driver with them (nvme.poll_queues=2 on the kernel's command line, or modprobe nvme poll_queues=2), or leave poll out")
 	}
-	b.ident, b.nsid = id, id.nsid
+	b.ident, b.nsid, b.shift = id, id.nsid, id.shift
 	b.dev = id.limits(k)
 	if err := b.slice(id); err != nil {
 		return err
@@ -263,8 +293,8 @@ func (b *nvmeChar) Close() error {
 	if b.zeros == nil {
 		return nil
 	}
-	if b.unwatch != nil {
-		b.unwatch()
+	if b.deaf != nil {
+		b.deaf()
 	}
 	b.id.release()
 	err := unix.Munmap(b.zeros)

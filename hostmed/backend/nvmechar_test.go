@@ -261,8 +261,8 @@ func TestNVMeCharAnswers(t *testing.T) {
 		{0x4285, 0x4285, 1}, // DNR
 		{0x7fff, 0x7fff, 1},
 		{0x02a1, 0x02a1, 1},
-		{0x370, 0x370, charTries + 1},
-		{-int32(unix.EINTR), nvme.StatusInterrupted, charTries + 1},
+		{0x370, 0x370, resetTries + 1},
+		{-int32(unix.EINTR), nvme.StatusInterrupted, resetTries + 1},
 		{-int32(unix.EAGAIN), nvme.StatusInterrupted, charTries + 1},
 		{-int32(unix.ENODEV), nvme.StatusNamespaceNotReady.WithDNR(), 1},
 		{-int32(unix.EACCES), nvme.StatusAccessDenied.WithDNR(), 1},
@@ -281,7 +281,7 @@ func TestNVMeCharAnswers(t *testing.T) {
 	}
 	// A reset ends a command, which is done all the same.
 	n := 0
-	d.refuse = func(*passthru, []Seg) (int32, bool) { n++; return -int32(unix.EINTR), n < 5 }
+	d.refuse = func(*passthru, []Seg) (int32, bool) { n++; return -int32(unix.EINTR), n <= resetTries }
 	mustRun(t, q, write(0, pattern(mem[:512], 5)))
 	expect(t, d.data[1000*512:][:512], mem[:512], "after a reset")
 	// One piece of many fails.

@@ -12,6 +12,9 @@ import (
 
 // check refuses what is not of the slice, whoever asks.
 func (b *nvmeChar) check(r *Request) nvme.Status {
+	if b.other.Load() {
+		return nvme.StatusNamespaceNotReady.WithDNR()
+	}
 	if r.Op != OpCommand {
 		return b.info.check(r)
 	}

@@ -79,7 +79,7 @@ type charIdent struct {
 }
 
 func identifyChar(d charDevice, cns nvme.CNS, nsid uint32, data *[nvme.IdentifySize]byte) error {
-	c := &passthru{Opcode: nvme.AdminIdentify, NSID: nsid, CDW10: uint32(cns)}
+	c := &passthru{Opcode: nvme.AdminIdentify, NSID: nsid, CDW10: uint32(cns), TimeoutMS: adminPatience}
 	st, err := d.admin(c, data[:])
 	switch {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
@@ -94,7 +94,7 @@ func identifyChar(d charDevice, cns nvme.CNS, nsid uint32, data *[nvme.IdentifyS
 	return nil
 }
 
-// readIdent asks the device who it is.
+// readIdent asks the device who it is. With an error it returns what the device said if it did answer.
 func readIdent(d charDevice) (*charIdent, error) {
 	var id charIdent
 	var err error
@@ -116,7 +116,7 @@ func readIdent(d charDevice) (*charIdent, error) {
 		id.ids.Decode(&list)
 	}
 	if id.ctrl.LPA&nvme.LPACommandEffects != 0 {
-		c := &passthru{Opcode: nvme.AdminGetLogPage, CDW10: uint32(nvme.LogCommandEffects) | (nvme.IdentifySize/4-1)<<16}
+		c := &passthru{Opcode: nvme.AdminGetLogPage, CDW10: uint32(nvme.LogCommandEffects) | (nvme.IdentifySize/4-1)<<16, TimeoutMS: adminPatience}
 		if st, err := d.admin(c, id.acts.Bytes()[:]); err != nil || !st.OK() {
 			id.acts = nvme.CommandEffects{}
 		}

@@ -23,7 +23,8 @@ import (
 // Request.Priv[0] is how many of its pieces are under way, Priv[1] how many of its bytes have been cut off.
 
 const (
-	charTries   = 8 // of a command that the kernel wants repeated, or that a reset of the device has ended
+	charTries   = 8 // of a command that the kernel wants repeated
+	resetTries  = 3 // of one that a reset of the device has ended: it may be what the device was reset for
 	statusField = nvme.Status(0x7fff)
 )
 
@@ -309,7 +310,7 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 	if res >= 0 {
 		st := nvme.Status(res) & statusField
 		// What the kernel says in the place of the device, when it resets that one.
-		if (st.Code() == nvme.StatusHostPathError || st.Code() == nvme.StatusAbortedByHost) && q.again(i) {
+		if (st.Code() == nvme.StatusHostPathError || st.Code() == nvme.StatusAbortedByHost) && q.again(i, resetTries) {
 			return
 		}
 		q.moved(i, st, dw0)
@@ -317,11 +318,15 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 	}
 	e := unix.Errno(-res)
 	switch e {
-	case unix.EINTR, unix.EAGAIN: // a reset of the device has ended it, or the kernel is short of something
-		if q.again(i) {
-			return
+	case unix.EINTR: // a reset of the device has ended it
+		if !q.again(i, resetTries) {
+			q.finish(i, nvme.StatusInterrupted, 0)
 		}
-		q.finish(i, nvme.StatusInterrupted, 0)
+		return
+	case unix.EAGAIN: // the kernel is short of something
+		if !q.again(i, charTries) {
+			q.finish(i, nvme.StatusInterrupted, 0)
+		}
 		return
 	case unix.EINVAL, unix.EREMOTEIO: // memory that does not suit the device
 		if s.bounce == noBounce && q.b.pieces(r) && len(r.Vec) > 0 {
@@ -333,9 +338,9 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 }
 
 // again has slot i's command tried once more, unless that was done too often.
-func (q *charQueue) again(i uint32) bool {
+func (q *charQueue) again(i uint32, most uint8) bool {
 	s := &q.slots[i]
-	if s.tries >= charTries {
+	if s.tries >= most {
 		return false
 	}
 	s.tries++

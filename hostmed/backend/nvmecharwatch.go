@@ -9,11 +9,28 @@ import (
 // The device's own events (Asynchronous Event Request) are its driver's: what is left for others is what the kernel makes of them, which is a change of
 // the block device's size, and its end.
 
-// Watch hears of the namespace by the kernel's events. Where there are none, as in some containers, there is nothing to hear.
-func (b *nvmeChar) Watch(f func(Event)) {
-	w := diskWatch{h: &disks, name: b.name, f: f}
+// Watch has f hear of the namespace by the kernel's events. Where there are none, as in some containers, there is nothing to hear.
+func (b *nvmeChar) Watch(f func(Event)) { b.watcher.Store(&f) }
+
+// listen begins to hear.
+func (b *nvmeChar) listen() {
+	w := diskWatch{h: &disks, name: b.name, f: b.happened}
 	if end, err := b.events.listen(w.event); err == nil {
-		b.unwatch = end
+		b.deaf = end
+	}
+}
+
+// happened looks at what the device is now. One that the host has formatted with other blocks would be written to in the wrong places.
+func (b *nvmeChar) happened(e Event) {
+	if e == EventChanged {
+		id, err := readIdent(b.asks)
+		// One that does not answer at the moment is no other for that.
+		if id != nil && (err != nil || id.shift != b.shift || id.nsid != b.nsid) {
+			b.other.Store(true)
+		}
+	}
+	if f := b.watcher.Load(); f != nil {
+		(*f)(e)
 	}
 }
 

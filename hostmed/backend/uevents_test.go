@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // fakeUevents is a source of messages.
@@ -125,10 +127,13 @@ func TestUeventsSocket(t *testing.T) {
 // TestDiskWatch: what happens to the disk that is watched is told, once where it is the end.
 func TestDiskWatch(t *testing.T) {
 	h, opened := fakeHub()
-	b := &nvmeChar{name: "nvme0n1", events: h}
+	d := newFakeChar()
+	b := openFake(t, d, sliceSpec())
+	b.name, b.events = "nvme0n1", h
 	events := make(chan Event, 100)
+	b.listen()
 	b.Watch(func(e Event) { events <- e })
-	defer b.unwatch()
+	defer func() { b.deaf() }()
 	s := received(t, opened)
 	for _, m := range [][]byte{
 		message("change", "block", "nvme0n2"), message("remove", "block", "nvme0n1p1"), message("add", "block", "nvme0n1"),
@@ -140,13 +145,34 @@ func TestDiskWatch(t *testing.T) {
 	if e := received(t, events); e != EventChanged {
 		t.Errorf("event %d, want a change", e)
 	}
+	q, _ := fakeCharQueue(t, b, d, 8)
+	mem := guestMemory(t, 4096)
+	mustRun(t, q, read(0, mem[:512]))
+	// One that does not answer is no other; one with other blocks is.
+	for _, x := range []struct {
+		change func()
+		want   nvme.Status
+	}{
+		{func() { d.adminErr = unix.ENODEV }, nvme.StatusSuccess},
+		{func() { d.adminErr = nil; d.ns.LBAF[0].LBADS = 12 }, nvme.StatusNamespaceNotReady.WithDNR()},
+	} {
+		x.change()
+		s.messages <- message("change", "block", "nvme0n1")
+		received(t, events)
+		d.seen = nil
+		r := read(0, mem[:512])
+		run(t, q, r)
+		if r.Status != x.want || len(d.seen) != 0 && !x.want.OK() {
+			t.Errorf("after a change: %v, want %v", r.Status, x.want)
+		}
+	}
 	s.messages <- message("remove", "nvme-generic", "ng0n1")
 	if e := received(t, events); e != EventGone {
 		t.Errorf("event %d, want the end", e)
 	}
 	s.messages <- message("remove", "block", "nvme0n1")
 	s.messages <- nil
-	b.unwatch()
+	b.deaf()
 	if len(events) != 0 {
 		t.Error("something after the end")
 	}
