@@ -23,6 +23,10 @@ func TestNVMeSlices(t *testing.T) {
 	neighbour := h.sum(t, d.part(4), 0, 16<<20)
 	file := strings.Fields(h.Run(t, "sha256sum /mnt/a/data"))[0]
 	m := h.serve(t, d.slice(t, 1, 64), d.slice(t, 3, 64)+",poll")
+	// QEMU's device has 323 kelvin; hostmed of its own has 313.
+	if out := h.Run(t, guestCommand+" smart "+m.device(0)); !strings.Contains(out, `"temperature":323`) {
+		t.Errorf("the device's health: %s", out)
+	}
 	first := h.startVerify(t, m.device(0), "--span 32MiB --bs 4k,64k,1m --qd 16 --jobs 2 --runtime 3s")
 	second := h.startVerify(t, m.device(1), "--span 32MiB --bs 512,4k,32k --qd 16 --jobs 2 --runtime 3s")
 	h.Run(t, "for i in 1 2 3 4; do cp /mnt/a/data /mnt/a/copy$i && sync; done; sha256sum /mnt/a/copy* | grep -vc "+file+" | grep -q '^0$'")
@@ -126,4 +130,22 @@ func TestNVMeClaims(t *testing.T) {
 	m.stop(t)
 	beside.stop(t)
 	h.Run(t, fmt.Sprintf("mkfs.ext4 -q -F %s && mount %s /mnt/a && umount /mnt/a", d.part(2), d.part(2)))
+}
+
+// TestNVMeFormatted: the host formats a namespace with other blocks while a guest has it. Nothing of the guest's is written where it does not belong.
+func TestNVMeFormatted(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{})
+	m := h.serve(t, "nvme:"+d.char())
+	h.verify(t, m.device(0), "--span 16MiB --qd 16 --runtime 1s")
+	at := fmt.Sprint(64 << 20)
+	file, _ := h.random(t, 4096)
+	h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %s", m.device(0), file, at))
+	lbaf := h.Run(t, "nvme id-ns "+d.char()+" | sed -n 's/^lbaf *\\([0-9]*\\) .*ms:0 .*lbads:12 .*/\\1/p'")
+	h.Run(t, fmt.Sprintf("nvme format /dev/%s --namespace-id=1 --lbaf=%s --force", d.Name, strings.Fields(lbaf)[0]))
+	h.until(t, "the kernel has not seen it", "[ $(cat /sys/class/block/"+strings.TrimPrefix(d.block(), "/dev/")+"/queue/logical_block_size) = 4096 ]")
+	h.until(t, "a guest still writes", fmt.Sprintf("! guestdrv write %s --file %s --offset %s 2>/dev/null", m.device(0), file, at))
+	m.stop(t)
+	m.start(t)
+	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
 }

@@ -1,6 +1,7 @@
 // Command guest is a guest of hostmed's for the tests of package backends: it does what guestdrv does not.
 //
 //	guest outside DEVICE   names blocks that the namespace has not got, in all ways there are, and prints what becomes of each command
+//	guest smart DEVICE     prints what the health log says of the device
 //	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
 package main
 
@@ -27,7 +28,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: guest outside|dma DEVICE")
+		return errors.New("usage: guest outside|smart|dma DEVICE")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -51,10 +52,12 @@ func run(args []string) error {
 	switch args[0] {
 	case "outside":
 		out, err = g.outside()
+	case "smart":
+		out, err = g.smart()
 	case "dma":
 		out, err = g.dma()
 	default:
-		err = fmt.Errorf("%q is neither outside nor dma", args[0])
+		err = fmt.Errorf("%q is neither outside nor smart nor dma", args[0])
 	}
 	if err != nil {
 		return err
@@ -94,6 +97,25 @@ func (g *guest) do(io guestdrv.IO) (nvme.Status, error) {
 			return 0, err
 		}
 	}
+}
+
+// health is what there is in the SMART log that is the device's.
+type health struct {
+	Temperature uint16 `json:"temperature"` // kelvin
+	Spare       uint8  `json:"spare"`
+	Used        uint8  `json:"used"`
+}
+
+func (g *guest) smart() (*health, error) {
+	var l nvme.SMARTLog
+	var cmd nvme.Command
+	if err := cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, 0, uint64(len(l.Bytes())), true); err != nil {
+		return nil, err
+	}
+	if _, err := g.c.Admin(g.ctx, &cmd, l.Bytes()[:]); err != nil {
+		return nil, err
+	}
+	return &health{l.Temperature(), l.AvailableSpare, l.PercentageUsed}, nil
 }
 
 // answer is what became of a command.
