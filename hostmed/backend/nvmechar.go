@@ -112,7 +112,7 @@ func (b *nvmeChar) try() error {
 	}
 	if n == 0 {
 		// The kernel may write to mem, and the queue cannot be closed: both stay, as does the device.
-		return fmt.Errorf("it does not answer a read within %v: see dmesg and /sys/class/nvme/*/state", tryPatience)
+		return fmt.Errorf("it does not answer a read within %v: see dmesg, and the state in /sys/class/nvme", tryPatience)
 	}
 	err = errors.Join(q.Close(), unix.Munmap(mem))
 	if err == nil && r.Status == statusOf(OpRead, unix.EOPNOTSUPP) { // of the kernel: what the device says is for the guest
@@ -120,7 +120,7 @@ func (b *nvmeChar) try() error {
 		if b.spec.Poll {
 			what = "leave out poll, or use Linux 6.1 or later"
 		}
-		err = fmt.Errorf("this kernel's io_uring does not pass commands on to it: %s, or block:", what)
+		err = fmt.Errorf("this kernel's io_uring does not pass commands on to it: %s, or serve it by block:%s", what, "/dev/"+b.name)
 	}
 	return err
 }

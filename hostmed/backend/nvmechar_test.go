@@ -2,6 +2,7 @@ package backend
 
 import (
 	"bytes"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -507,5 +508,47 @@ func TestNVMeCharOpens(t *testing.T) {
 		} else if !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v; want %q", spec, err, says)
 		}
+	}
+}
+
+// TestNVMeCharRandomDevices has devices that say anything: each is refused, or is served within what is sane.
+func TestNVMeCharRandomDevices(t *testing.T) {
+	src := rand.New(rand.NewPCG(1, 2))
+	served := 0
+	for range 5000 {
+		d := newFakeChar()
+		for _, b := range [][]byte{d.ctrl.Bytes()[:], d.nvm.Bytes()[:], d.ns.Bytes()[:192]} {
+			for range src.IntN(40) {
+				b[src.IntN(len(b))] = byte(src.Uint32() >> src.IntN(8))
+			}
+		}
+		d.ioErr = unix.EIO // it has not so much memory as it says
+		d.k = blockLimits{maxBytes: src.Uint64() >> src.IntN(64), maxPages: src.Uint64() >> src.IntN(64)}
+		s := Spec{Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512}
+		if src.IntN(2) == 0 {
+			s.Offset, s.Size = src.Uint64()>>src.IntN(64)&^511, src.Uint64()>>src.IntN(64)&^511
+		}
+		b, err := tryFake(d, s)
+		if err != nil {
+			continue
+		}
+		served++
+		i, size := b.Info(), b.Info().LBASize()
+		if end := b.first + i.Blocks; i.Blocks == 0 || end < b.first || end > d.ns.NSZE || i.LBAShift < 9 || i.LBAShift > MaxLBAShift || i.Size()>>i.LBAShift != i.Blocks {
+			t.Fatalf("blocks %d to %d of %d, of 2^%d bytes", b.first, end, d.ns.NSZE, i.LBAShift)
+		}
+		l := b.dev
+		for what, n := range map[string]uint64{"data": l.maxData, "zeroes": l.maxZeroes, "discard": l.maxDiscard, "verify": i.NativeMax.Verify, "uncorrectable": i.NativeMax.WriteUncorrectable} {
+			if n < size || n%size != 0 || what != "discard" && n > maxNLB*size || what == "discard" && n>>i.LBAShift > maxCharDiscard {
+				t.Fatalf("%s: %d bytes in blocks of %d", what, n, size)
+			}
+		}
+		if l.maxPages == 0 || l.maxPages > maxVec {
+			t.Fatalf("%d pages", l.maxPages)
+		}
+		b.id.release()
+	}
+	if served < 300 {
+		t.Errorf("only %d of 5000 were served", served)
 	}
 }

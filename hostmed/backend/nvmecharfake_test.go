@@ -310,8 +310,10 @@ func openFake(t *testing.T, d *fakeChar, s Spec) *nvmeChar {
 	return b
 }
 
+var fakeZeros = make([]byte, zeroChunk)
+
 func tryFake(d *fakeChar, s Spec) (*nvmeChar, error) {
-	b := &nvmeChar{spec: s, asks: d, zeros: make([]byte, zeroChunk)}
+	b := &nvmeChar{spec: s, asks: d, zeros: fakeZeros}
 	if err := b.take(d.k); err != nil {
 		return nil, err
 	}
