@@ -1,0 +1,198 @@
+package hostnvme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/vfiopci"
+)
+
+// devices are those that this process has open, by address. All that name one share it.
+var devices = struct {
+	// change is held while one is opened or closed, which takes long.
+	change sync.Mutex
+	mu     sync.Mutex
+	open   map[string]*Device
+}{open: map[string]*Device{}}
+
+// hooks are what a function tells of itself.
+type hooks struct {
+	faulted func() // PCI Express has seen an error
+	wanted  func() // the kernel wants the function back
+}
+
+// machine is where functions come from. Tests have their own.
+type machine interface {
+	// lookup returns the address in its full form.
+	lookup(address string) (string, error)
+	open(address string, h hooks) (function, error)
+}
+
+// Open returns the controller at a PCI address, which vfio-pci has, enabled. If this process has it already it is the same one. A controller that an
+// earlier process left enabled, with queues, is disabled first. ctx ends the attempt only.
+func Open(ctx context.Context, address string, o Options) (*Device, error) {
+	return open(ctx, host{}, address, o)
+}
+
+func open(ctx context.Context, m machine, address string, o Options) (*Device, error) {
+	address, err := m.lookup(address)
+	if err != nil {
+		return nil, err
+	}
+	devices.change.Lock()
+	defer devices.change.Unlock()
+	devices.mu.Lock()
+	d := devices.open[address]
+	if d != nil {
+		d.refs++
+	}
+	devices.mu.Unlock()
+	if d != nil {
+		return d, nil
+	}
+	if d, err = bringUp(ctx, m, address, o.withDefaults()); err != nil {
+		return nil, fmt.Errorf("%s: %w", address, err)
+	}
+	devices.mu.Lock()
+	defer devices.mu.Unlock()
+	if d.Err() == nil { // otherwise it has been buried already
+		devices.open[address] = d
+	}
+	return d, nil
+}
+
+// bringUp opens the function and enables its controller.
+func bringUp(ctx context.Context, m machine, address string, o Options) (*Device, error) {
+	d := &Device{
+		address: address, opts: o, log: o.Logger.With("device", address), refs: 1,
+		late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), trouble: make(chan struct{}, 1), asked: make(chan chan error),
+		changed: make(chan struct{}), buried: make(chan struct{}), watchers: map[*watcher]struct{}{},
+	}
+	d.life, d.end = context.WithCancel(context.Background())
+	var err error
+	d.fn, err = m.open(address, hooks{
+		faulted: func() { d.report(errFaulted, d.now()) },
+		wanted: func() {
+			d.fail(fmt.Errorf("%w: the kernel wants it back: it is being unplugged, or its driver changed", device.ErrGone))
+		},
+	})
+	if err != nil {
+		d.end()
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.ResetTimeout)
+	defer cancel()
+	// Register accesses have no context: what ends them early is the end of the function.
+	stop := context.AfterFunc(ctx, func() { d.fn.Close() })
+	err = d.setup(ctx)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err == nil && !d.begin() {
+		err = d.Err()
+	}
+	if err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil && !errors.Is(err, ctxErr) {
+			err = fmt.Errorf("%w: %w", ctxErr, err)
+		}
+		d.fail(err)
+		d.abandon()
+		return nil, err
+	}
+	d.log.Info("device opened", "model", d.Controller().Model(), "serial", d.Controller().Serial(), "queues", d.granted, "namespaces", len(d.Namespaces()), "doorbells", d.doorbells())
+	return d, nil
+}
+
+func (d *Device) doorbells() string {
+	if d.shadow {
+		return "shadow"
+	}
+	return "mmio"
+}
+
+// abandon gives everything back after an Open that failed.
+func (d *Device) abandon() {
+	if d.adm == nil {
+		err := errors.Join(d.fn.Close(), d.fn.Unmap())
+		if d.mem != nil {
+			err = errors.Join(err, d.mem.Free())
+		}
+		if err != nil {
+			d.log.Warn("giving the function back", "error", err)
+		}
+		close(d.buried)
+	}
+	<-d.buried
+	d.running.Wait()
+	if err := d.release(); err != nil {
+		d.log.Warn("giving the function back", "error", err)
+	}
+}
+
+// Close drops one use of the device. The last one shuts the controller down and gives the function back; no Pair is left then. The error is
+// that of the shutdown.
+func (d *Device) Close() error {
+	devices.change.Lock()
+	defer devices.change.Unlock()
+	devices.mu.Lock()
+	d.refs--
+	last := d.refs == 0
+	devices.mu.Unlock()
+	if !last {
+		return nil
+	}
+	d.fail(ErrClosed)
+	<-d.buried
+	d.running.Wait()
+	err := d.release()
+	if d.Err() == ErrClosed {
+		return err
+	}
+	return nil // it had failed before, and said so
+}
+
+// forget makes the address free for another Open.
+func (d *Device) forget() {
+	devices.mu.Lock()
+	defer devices.mu.Unlock()
+	if devices.open[d.address] == d {
+		delete(devices.open, d.address)
+	}
+}
+
+// host is this machine.
+type host struct{}
+
+func (host) lookup(address string) (string, error) {
+	f, err := pcifn.Lookup(address)
+	if err != nil {
+		return "", err
+	}
+	return f.Address, nil
+}
+
+func (host) open(address string, h hooks) (function, error) {
+	f, err := pcifn.Lookup(address)
+	if err != nil {
+		return nil, err
+	}
+	if err := isolated(f); err != nil {
+		return nil, err
+	}
+	return vfiopci.Open(address, vfiopci.Options{Faulted: h.faulted, Wanted: h.wanted})
+}
+
+// isolated refuses a function that no IOMMU keeps from memory that is not its guests'.
+func isolated(f *pcifn.Function) error {
+	if f.Group != "" && !f.NoIOMMU {
+		return nil
+	}
+	return fmt.Errorf("no IOMMU stands between it and all memory of the machine, so that its firmware, and a mistake in one of its commands, reach everything: "+
+		"enable it (in the firmware's set-up, and intel_iommu=on or amd_iommu=on for the kernel), or give the guests nvme: or block: on the kernel's driver: %w", unix.EPERM)
+}
