@@ -53,6 +53,8 @@ type Mediator struct {
 	closed     bool
 	accepting  sync.WaitGroup
 
+	following sync.WaitGroup // events of media that are being dealt with
+
 	closeOnce sync.Once
 	closeErr  error
 }
@@ -171,6 +173,7 @@ func (m *Mediator) accept(p *port) {
 // Close ends everything, as the end of Run does.
 func (m *Mediator) Close() error {
 	m.closeOnce.Do(func() {
+		defer m.following.Wait() // they find it closed
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.closed = true

@@ -69,9 +69,9 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 			s.m.log.Warn("namespace "+spec.String(), "warning", text)
 		}
 	}
-	s.AddNamespace(subsys.NamespaceConfig{
+	s.watch(s.AddNamespace(subsys.NamespaceConfig{
 		NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid, Spec: spec,
-	})
+	}))
 	return nil
 }
 

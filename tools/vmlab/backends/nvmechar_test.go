@@ -149,3 +149,27 @@ func TestNVMeFormatted(t *testing.T) {
 	m.start(t)
 	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
 }
+
+// TestNVMeRemoved: the disk is pulled out under load. Commands fail, the namespace goes, hostmed goes on with what else it has.
+func TestNVMeRemoved(t *testing.T) {
+	h := open(t)
+	d, other := h.disk(t, diskConfig{}), h.disk(t, diskConfig{})
+	m := h.serve(t, "nvme:"+d.char(), "nvme:"+other.char()+",size=32MiB")
+	load := h.start(t, "guestdrv bench "+m.device(0)+" --json --rw randrw --bs 4k,64k --qd 32 --span 128MiB --runtime 15s --timeout 10s")
+	m.says(t, "client connected: socket="+m.sockets[0])
+	beside := h.startVerify(t, m.device(1), "--span 16MiB --bs 4k,64k --qd 16 --runtime 4s")
+	m.says(t, "client connected: socket="+m.sockets[1])
+	d.vanish(t)
+	d.forget(t)
+	m.says(t, "namespace removed: its medium is gone.*"+d.char())
+	if r := load.result(); r.Exit == 0 {
+		t.Errorf("a load without its disk ended well: %s", r.Stdout)
+	}
+	beside.verified()
+	if !m.running(t) {
+		t.Fatal("hostmed is gone")
+	}
+	if r := h.Try(t, "guestdrv read "+m.device(0)+" --offset 0 --length 4096 >/dev/null"); r.Exit == 0 {
+		t.Error("the namespace is still there")
+	}
+}
