@@ -43,6 +43,8 @@ type nvmeChar struct {
 	first uint64 // block of the device that is the slice's first
 	zeros []byte // for a device without Write Zeroes
 
+	fixedVec atomic.Bool // the kernel takes pieces of registered memory
+
 	device Device // for those who administer it
 
 	claim   *claim // of the slice, on the host
@@ -84,6 +86,7 @@ func openNvmeChar(s Spec) (_ Backend, err error) {
 	if err != nil {
 		return nil, say(err)
 	}
+	b.fixedVec.Store(kernelAtLeast(6, 15))
 	b.show()
 	if err := b.try(); err != nil {
 		return nil, errors.Join(say(err), unix.Munmap(b.zeros))
@@ -153,6 +156,19 @@ func openChar(s Spec) (*os.File, error) {
 		return nil, errnoOf(err)
 	}
 	return f, nil
+}
+
+// kernelAtLeast says whether the kernel is of that version or a later one.
+func kernelAtLeast(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); n != 2 {
+		return false
+	}
+	return a > major || a == major && b >= minor
 }
 
 const machineSys = "/sys"

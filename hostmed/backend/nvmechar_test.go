@@ -96,6 +96,34 @@ func TestNVMeCharVectors(t *testing.T) {
 	}
 }
 
+// TestNVMeCharFixedVectors has pieces of registered memory, with a kernel that takes them and with one that does not.
+func TestNVMeCharFixedVectors(t *testing.T) {
+	for _, takes := range []bool{true, false} {
+		d := newFakeChar()
+		d.fixedVec = takes
+		pattern(d.data, 3)
+		b := openFake(t, d, sliceSpec())
+		b.fixedVec.Store(true)
+		q, _ := fakeCharQueue(t, b, d, 16)
+		mem, other := guestMemory(t, 1<<20), guestMemory(t, 1<<20)
+		q.AddMemory(mem)
+		q.AddMemory(other)
+		for range 2 {
+			d.fixed = nil
+			mustRun(t, q, read(512, mem[:4096], mem[65536:69632]))
+			expect(t, mem[65536:69632], d.data[1001*512+4096:], "a second piece")
+			if len(d.fixed) != 1 || d.fixed[0] != takes || b.fixedVec.Load() != takes {
+				t.Errorf("taken %v: registered %v, and %v is remembered", takes, d.fixed, b.fixedVec.Load())
+			}
+		}
+		d.fixed = nil
+		mustRun(t, q, read(512, mem[:4096], other[:4096]), read(512, other[:4096], mem[:512], guestMemory(t, 4096)))
+		if len(d.fixed) != 2 || d.fixed[0] || d.fixed[1] {
+			t.Errorf("pieces in different buffers: registered %v", d.fixed)
+		}
+	}
+}
+
 func equal(a, b []uint32) bool {
 	if len(a) != len(b) {
 		return false

@@ -25,6 +25,8 @@ type fakeChar struct {
 	pages []uint32        // pieces of memory of each
 	fixed []bool
 
+	fixedVec bool // the kernel takes pieces of registered memory
+
 	adminErr, idErr, ioErr error
 	refuse                 func(c *passthru, vec []Seg) (res int32, refused bool) // what the kernel or the device says instead
 }
@@ -254,8 +256,13 @@ func (r *fakeWideRing) do(s *uring.SQE, c *passthru) int32 {
 	fixed := s.OpFlags&uring.URingCmdFixed != 0
 	if fixed {
 		b, ok := r.buffers[int(s.BufIndex)]
-		if !ok || s.Off != nvmeURingIO || uint64(address(b)) > c.Addr || c.Addr+uint64(c.DataLen) > uint64(address(b))+uint64(len(b)) {
-			return -int32(unix.EFAULT)
+		if s.Off != nvmeURingIO && !r.d.fixedVec {
+			return -int32(unix.EINVAL)
+		}
+		for _, v := range vec {
+			if at := segAddress(&v); !ok || address(b) > at || at+uintptr(v.Len) > address(b)+uintptr(len(b)) {
+				return -int32(unix.EFAULT)
+			}
 		}
 	}
 	if r.d.refuse != nil {

@@ -50,6 +50,8 @@ type charSlot struct {
 	bounce int8   // index of its bounce buffer, or noBounce
 	tries  uint8
 	async  bool
+
+	fixedVec bool // pieces of registered memory
 }
 
 type charQueue struct {
@@ -270,6 +272,12 @@ func (q *charQueue) data(e *uring.SQE, c *passthru, i uint32) {
 		}
 		e.Off = nvmeURingIOVec
 		c.Addr, c.DataLen = addressOfPieces(s.vec), uint32(len(s.vec))
+		if q.b.fixedVec.Load() {
+			if index, ok := q.fixed.findAll(s.vec); ok {
+				e.OpFlags, e.BufIndex = uring.URingCmdFixed, index
+				s.fixedVec = true
+			}
+		}
 	}
 }
 
@@ -329,6 +337,13 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 		}
 		return
 	case unix.EINVAL, unix.EREMOTEIO: // memory that does not suit the device
+		if s.fixedVec {
+			// Or a kernel that has no pieces of registered memory, after all.
+			s.fixedVec = false
+			q.b.fixedVec.Store(false)
+			q.push(i)
+			return
+		}
 		if s.bounce == noBounce && q.b.pieces(r) && len(r.Vec) > 0 {
 			q.through(i)
 			return

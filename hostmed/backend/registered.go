@@ -107,3 +107,18 @@ func (p *registered) find(s *Seg) (index uint16, ok bool) {
 	}
 	return 0, false
 }
+
+// findAll returns the index of the buffer that all of vec lies in.
+func (p *registered) findAll(vec []Seg) (index uint16, ok bool) {
+	if index, ok = p.find(&vec[0]); !ok {
+		return 0, false
+	}
+	r := &p.used[p.latest]
+	for i := range vec[1:] {
+		from := segAddress(&vec[1+i])
+		if to := from + uintptr(vec[1+i].Len); from < r.from || to > r.to || to < from {
+			return 0, false
+		}
+	}
+	return index, true
+}
