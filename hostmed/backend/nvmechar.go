@@ -289,7 +289,7 @@ func (b *nvmeChar) show() {
 	i.NGUID, i.UUID = b.id.nguid(), b.id.uuid()
 	writes := !i.ReadOnly
 	i.VolatileCache = writes && id.ctrl.VWC&nvme.VWCPresent != 0
-	i.Discard = writes && id.ctrl.ONCS&nvme.ONCSDSM != 0
+	i.Discard = writes && id.ctrl.ONCS&nvme.ONCSDSM != 0 && !id.restricted
 	i.DiscardZeroes = i.Discard && id.ns.DLFEAT&nvme.DLFEATReadMask == nvme.DLFEATReadZeroes
 	i.WriteZeroes = writes && b.dev.zeroes
 	i.OptimalBlocks = 0
@@ -338,7 +338,13 @@ func (b *nvmeChar) Admin(c *nvme.Command, data []byte) (dw0 uint32, status nvme.
 }
 
 // Warnings is what the operator should know.
-func (b *nvmeChar) Warnings() []string { return b.claim.warnings }
+func (b *nvmeChar) Warnings() []string {
+	w := b.claim.warnings
+	if b.ident.restricted {
+		w = append(w[:len(w):len(w)], "without CAP_SYS_ADMIN only reads, writes and flushes go to the device: hostmed writes zeroes itself, nothing is deallocated, and the device's health is not shown")
+	}
+	return w
+}
 
 // Resized reports whether the namespace is of another size. A slice with size= is not.
 func (b *nvmeChar) Resized() bool {

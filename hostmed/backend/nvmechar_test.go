@@ -399,6 +399,24 @@ func TestNVMeCharReadOnly(t *testing.T) {
 	}
 }
 
+// TestNVMeCharUnprivileged: without CAP_SYS_ADMIN nothing is offered that the kernel might refuse.
+func TestNVMeCharUnprivileged(t *testing.T) {
+	d := newFakeChar()
+	d.unprivileged = true
+	b := openFake(t, d, sliceSpec())
+	b.claim = new(claim)
+	if i := b.Info(); i.Native != (Opcodes{}) || i.Discard || i.WriteZeroes || !i.VolatileCache || len(b.Warnings()) != 1 {
+		t.Errorf("%+v, %q", i, b.Warnings())
+	}
+	q, _ := fakeCharQueue(t, b, d, 16)
+	mustRun(t, q, &Request{Op: OpWriteZeroes, Len: 64 << 10}, &Request{Op: OpDiscard, Len: 512}, &Request{Op: OpFlush})
+	for _, c := range d.seen {
+		if c.Opcode != nvme.IOWrite && c.Opcode != nvme.IOFlush {
+			t.Errorf("opcode %#x", c.Opcode)
+		}
+	}
+}
+
 // TestNVMeCharWithoutZeroes has a device that knows nothing but reading and writing.
 func TestNVMeCharWithoutZeroes(t *testing.T) {
 	d := newFakeChar()

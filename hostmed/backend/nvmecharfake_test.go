@@ -25,7 +25,8 @@ type fakeChar struct {
 	pages []uint32        // pieces of memory of each
 	fixed []bool
 
-	fixedVec bool // the kernel takes pieces of registered memory
+	unprivileged bool // this process is not CAP_SYS_ADMIN
+	fixedVec     bool // the kernel takes pieces of registered memory
 
 	adminErr, idErr, ioErr error
 	refuse                 func(c *passthru, vec []Seg) (res int32, refused bool) // what the kernel or the device says instead
@@ -61,6 +62,9 @@ func (d *fakeChar) admin(c *passthru, data []byte) (nvme.Status, error) {
 	case nvme.CNSCSIController:
 		copy(data, d.nvm.Bytes()[:])
 	case nvme.CNSNamespaceDescriptors:
+		if d.unprivileged {
+			return 0, unix.EACCES
+		}
 		d.ids.Encode((*[nvme.IdentifySize]byte)(data))
 	default:
 		return nvme.StatusInvalidField.WithDNR(), nil

@@ -76,6 +76,9 @@ type charIdent struct {
 
 	blocks uint64
 	shift  uint8
+
+	// restricted: this process is not CAP_SYS_ADMIN, and what the kernel lets it send beside Read, Write and Flush is not to be learnt.
+	restricted bool
 }
 
 func identifyChar(d charDevice, cns nvme.CNS, nsid uint32, data *[nvme.IdentifySize]byte) error {
@@ -112,8 +115,11 @@ func readIdent(d charDevice) (*charIdent, error) {
 		id.nvm = nvme.IdentifyControllerNVM{}
 	}
 	var list [nvme.IdentifySize]byte
-	if identifyChar(d, nvme.CNSNamespaceDescriptors, id.nsid, &list) == nil {
+	switch err := identifyChar(d, nvme.CNSNamespaceDescriptors, id.nsid, &list); {
+	case err == nil:
 		id.ids.Decode(&list)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		id.restricted = true // anybody may ask for the others
 	}
 	if id.ctrl.LPA&nvme.LPACommandEffects != 0 {
 		c := &passthru{Opcode: nvme.AdminGetLogPage, CDW10: uint32(nvme.LogCommandEffects) | (nvme.IdentifySize/4-1)<<16, TimeoutMS: adminPatience}
@@ -164,7 +170,7 @@ func (id *charIdent) limits(k blockLimits) charLimits {
 		}
 		return page << log
 	}
-	l := charLimits{zeroes: id.ctrl.ONCS&nvme.ONCSWriteZeroes != 0}
+	l := charLimits{zeroes: id.ctrl.ONCS&nvme.ONCSWriteZeroes != 0 && !id.restricted}
 	l.maxData = k.maxBytes
 	if l.maxData == 0 {
 		l.maxData = defaultCharData
@@ -193,6 +199,9 @@ func (id *charIdent) limits(k blockLimits) charLimits {
 // native is which of the guest's commands the device does itself, and how much of each.
 func (id *charIdent) native(l charLimits, readOnly bool) (o Opcodes, most CommandLimits) {
 	oncs := id.ctrl.ONCS
+	if id.restricted {
+		oncs = 0
+	}
 	add := func(bit uint16, writes bool, op uint8) {
 		if oncs&bit != 0 && !(writes && readOnly) {
 			o = o.With(op)

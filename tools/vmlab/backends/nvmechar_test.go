@@ -106,9 +106,9 @@ func TestNVMeClaims(t *testing.T) {
 	h.Run(t, "swapoff "+d.part(2))
 	h.Run(t, "mkfs.ext4 -q -F "+d.part(2))
 	// Only the claim sees what another mount namespace has mounted.
-	h.Run(t, "unshare -m sh -c 'mount "+d.part(2)+" /mnt/a; touch /tmp/mounted; while [ ! -e /tmp/done ]; do sleep 0.05; done' >/dev/null 2>&1 & until [ -e /tmp/mounted ]; do sleep 0.05; done")
+	h.Run(t, "unshare -m sh -c 'mount "+d.part(2)+" /mnt/a; touch /tmp/mounted; while [ ! -e /tmp/done ]; do sleep 0.05; done' >/dev/null 2>&1 & echo $! > /tmp/unshared; until [ -e /tmp/mounted ]; do sleep 0.05; done")
 	refused(d.slice(t, 2, 1), "p2 is in use")
-	h.Run(t, "touch /tmp/done; until mount "+d.part(2)+" /mnt/a 2>/dev/null && umount /mnt/a; do sleep 0.05; done; rm -f /tmp/done /tmp/mounted")
+	h.Run(t, "touch /tmp/done; while kill -0 $(cat /tmp/unshared) 2>/dev/null; do sleep 0.05; done; rm -f /tmp/done /tmp/mounted")
 
 	m := h.serve(t, d.slice(t, 1, 32), d.slice(t, 2, 24))
 	refused("nvme:"+d.char(), "in use")
@@ -172,4 +172,21 @@ func TestNVMeRemoved(t *testing.T) {
 	if r := h.Try(t, "guestdrv read "+m.device(0)+" --offset 0 --length 4096 >/dev/null"); r.Exit == 0 {
 		t.Error("the namespace is still there")
 	}
+}
+
+// TestNVMeUnprivileged: an ordinary user who was given the device serves it, as far as the kernel lets him.
+func TestNVMeUnprivileged(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{})
+	dir := "/tmp/" + h.name("user")
+	h.Run(t, "grep -q ^user: /etc/passwd 2>/dev/null || echo 'user:x:1000:1000::/tmp:/bin/sh' >> /etc/passwd")
+	h.Run(t, fmt.Sprintf("mkdir -m 777 %s; chmod 666 %s %s; mkdir -p /run/shadowbell; chmod 777 /run/shadowbell; rm -f /run/shadowbell/*", dir, d.char(), d.block()))
+	h.atEnd(t, "chmod 755 /run/shadowbell")
+	serve := fmt.Sprintf("su user -c 'exec hostmed serve --socket %[1]s/s --namespace nvme:%[2]s' >%[1]s/log 2>&1 & echo $! >%[1]s/pid; until [ -e %[1]s/s ]; do kill -0 $! || { cat %[1]s/log; exit 1; }; sleep 0.05; done", dir, d.char())
+	if r := h.Try(t, serve); r.Exit != 0 {
+		t.Fatalf("exit %d: %s%s", r.Exit, r.Stdout, r.Stderr)
+	}
+	h.atEnd(t, fmt.Sprintf("kill -TERM $(cat %[1]s/pid); while kill -0 $(cat %[1]s/pid) 2>/dev/null; do sleep 0.05; done; rm -rf %[1]s", dir))
+	h.Run(t, "grep -q 'without CAP_SYS_ADMIN' "+dir+"/log")
+	h.verify(t, "vfio-user:"+dir+"/s", "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
 }
