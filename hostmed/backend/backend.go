@@ -148,6 +148,21 @@ type Backend interface {
 	Close() error
 }
 
+// Sharer is a Backend whose queues have something in common that one owner, a worker, shares with itself without locks or signals.
+type Sharer interface {
+	Backend
+	// NewQueueFor is NewQueue for an owner, a pointer: all queues of one owner are used by one goroutine.
+	NewQueueFor(owner any) (Queue, error)
+}
+
+// NewQueue opens a queue of b for owner.
+func NewQueue(b Backend, owner any) (Queue, error) {
+	if s, ok := b.(Sharer); ok {
+		return s.NewQueueFor(owner)
+	}
+	return b.NewQueue()
+}
+
 // Queue is one worker's way into a Backend. All its methods are called by one
 // goroutine at a time. None of them waits for the medium, except Close, and
 // none allocates in the steady state.
@@ -164,9 +179,9 @@ type Queue interface {
 	// Inflight is the number of requests that Submit took and neither call gave back yet.
 	Inflight() int
 
-	// EventFD is a non-blocking eventfd that becomes readable when Reap has something, or
+	// EventFD is a non-blocking eventfd that becomes readable when Reap has something, for this queue or for another of the same medium, or
 	// -1 if the queue never finishes a request later. Its counter is the caller's to read away; call Reap after
-	// that, and sleep only when Reap has nothing.
+	// that, also with nothing in flight, and sleep only when Reap has nothing.
 	EventFD() int
 
 	// AddMemory says that b, a whole mapping of guest memory, is about to be used in

@@ -32,6 +32,8 @@ func OpenSpec(s Spec) (Backend, error) {
 		return openFile(s, true)
 	case KindNVMe:
 		return openNvmeChar(s)
+	case KindVFIO:
+		return openVFIO(s)
 	}
 	return nil, fmt.Errorf("namespace kind %q does not exist", s.Kind)
 }

@@ -18,6 +18,7 @@ const (
 	KindMem  Kind = "mem"
 	KindFile Kind = "file"
 	KindNVMe Kind = "nvme"
+	KindVFIO Kind = "vfio"
 )
 
 // SpecHelp is the syntax that ParseSpec takes, for --help.
@@ -28,6 +29,11 @@ nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,vendor][,readonly]
                                              an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
                                              poll: by its poll queues; nopin: guest memory is not pinned; vendor: the
                                              guest may send the device's vendor specific admin commands
+vfio:ADDRESS[,nsid=N][,offset=SIZE][,size=SIZE][,queues=N][,poll][,readonly]
+                                             a namespace, or a slice of one, of the NVMe device at a PCI address, as
+                                             0000:01:00.0, which vfio-pci has: hostmed drives it, for all that name it;
+                                             queues: so many of its queue pairs are for this SPEC alone; poll: no
+                                             interrupts
 fault:RULE[,RULE...][,seed=N],over=SPEC      another SPEC with faults, to test drivers: nothing to keep data on
 SIZE is in bytes or has a suffix KiB, MiB, GiB, TiB (or K, M, G, T). lba is a power of two from 512 to 65536
 bytes, 512 if not given. A comma in PATH is written twice.
@@ -53,6 +59,8 @@ type Spec struct {
 	LBA      uint32 // bytes
 	ReadOnly bool
 	Offset   uint64 // bytes, where a slice begins
+	NSID     uint32 // of the device's namespace; 0: its only one
+	Queues   int    // queue pairs that are reserved
 	Poll     bool   // by the device's poll queues
 	NoPin    bool   // guest memory is not registered with the kernel
 	Vendor   bool   // vendor specific admin commands go to the device
@@ -88,7 +96,23 @@ var (
 	optPoll     = flag("poll", func(s *Spec) { s.Poll = true })
 	optNoPin    = flag("nopin", func(s *Spec) { s.NoPin = true })
 	optVendor   = flag("vendor", func(s *Spec) { s.Vendor = true })
-	optOffset   = option{"offset", "1GiB", func(s *Spec, v string) (err error) {
+	optNSID     = option{"nsid", "1", func(s *Spec, v string) error {
+		n, err := strconv.ParseUint(v, 10, 32)
+		if err != nil || n == 0 || n > math.MaxUint32-2 {
+			return fmt.Errorf("nsid=%s is no namespace id: they begin at 1 (nvme list)", v)
+		}
+		s.NSID = uint32(n)
+		return nil
+	}}
+	optQueues = option{"queues", "2", func(s *Spec, v string) error {
+		n, err := strconv.ParseUint(v, 10, 16)
+		if err != nil || n == 0 {
+			return fmt.Errorf("queues=%s is no number of queue pairs: give how many are to be reserved, or leave it out", v)
+		}
+		s.Queues = int(n)
+		return nil
+	}}
+	optOffset = option{"offset", "1GiB", func(s *Spec, v string) (err error) {
 		s.Offset, err = ParseSize(v)
 		return err
 	}}
@@ -106,6 +130,7 @@ var syntaxes = map[Kind]syntax{
 	KindMem:  {sized: true, options: []option{optSize, optLBA}},
 	KindFile: {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
 	KindNVMe: {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
+	KindVFIO: {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optReadOnly}},
 }
 
 // takes names the options of x.
@@ -286,6 +311,10 @@ func (s Spec) String() string {
 		b.WriteString(strings.ReplaceAll(s.Path, ",", ",,"))
 		sep = ","
 	}
+	if s.NSID != 0 {
+		fmt.Fprintf(&b, "%snsid=%d", sep, s.NSID)
+		sep = ","
+	}
 	if s.Offset != 0 {
 		b.WriteString(sep + "offset=" + FormatSize(s.Offset))
 		sep = ","
@@ -296,6 +325,9 @@ func (s Spec) String() string {
 	}
 	if s.LBA != defaultLBA {
 		fmt.Fprintf(&b, "%slba=%d", sep, s.LBA)
+	}
+	if s.Queues != 0 {
+		fmt.Fprintf(&b, "%squeues=%d", sep, s.Queues)
 	}
 	for _, f := range []struct {
 		on   bool

@@ -138,7 +138,10 @@ type Device struct {
 	telling  sync.Mutex
 	watchers map[*watcher]struct{} // guarded by mu
 
-	made   atomic.Uint32 // queue pairs
+	made    atomic.Uint32 // queue pairs
+	sharing sync.Once
+	muxes   *Pairs // made by Pairs
+
 	counts struct{ resets, timeouts, aborts atomic.Uint64 }
 }
 

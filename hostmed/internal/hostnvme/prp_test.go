@@ -74,10 +74,10 @@ func (p *pointers) where(vec []Seg, at position, n uint64) []uint64 {
 	return out
 }
 
-// one is a list as the device reads it.
-type one list
+// oneList is a list as the device reads it.
+type oneList list
 
-func (l *one) ReadIOVA(iova uint64, dst []byte) bool {
+func (l *oneList) ReadIOVA(iova uint64, dst []byte) bool {
 	off := iova - l.iova
 	if off > uint64(len(l.mem)) || uint64(len(dst)) > uint64(len(l.mem))-off {
 		return false
@@ -91,9 +91,9 @@ func decode(cmd *nvme.Command, n uint64, l list) ([]uint64, error) {
 	var ext []prp.Extent
 	var st nvme.Status
 	if cmd.PSDT() == nvme.PSDTPRP {
-		ext, st = prp.Walk(cmd.PRP1, cmd.PRP2, uint32(n), page, 1<<20, (*one)(&l), nil)
+		ext, st = prp.Walk(cmd.PRP1, cmd.PRP2, uint32(n), page, 1<<20, (*oneList)(&l), nil)
 	} else {
-		ext, st = new(prp.Walker).WalkSGL(cmd.SGL1(), uint32(n), true, (*one)(&l), nil)
+		ext, st = new(prp.Walker).WalkSGL(cmd.SGL1(), uint32(n), true, (*oneList)(&l), nil)
 	}
 	if !st.OK() {
 		return nil, fmt.Errorf("%v", st)

@@ -3,6 +3,7 @@ package ioq
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,12 +20,36 @@ type media struct {
 	q       backend.Queue // closedQueue while it is suspended
 	polled  bool          // backend.Poller
 	w       *Worker
+	memory  [][]byte // that q was told of
 }
 
-// Ready is called when the backend's eventfd is readable: the loop reaps anyway.
+// Ready is called when the backend's eventfd is readable: the loop reaps anyway, what is in flight here. Where there is nothing it may be about other
+// queues of the same medium.
 func (m *media) Ready(uint32) {
 	var buf [8]byte
 	_, _ = unix.Read(m.q.EventFD(), buf[:])
+	if m.q.Inflight() == 0 {
+		m.q.Reap(nil)
+	}
+}
+
+// addMemory and removeMemory tell the backend of guest memory. What it was told of is kept: a queue that is opened again knows nothing.
+func (m *media) addMemory(b []byte) {
+	if m.knows(b) < 0 {
+		m.memory = append(m.memory, b)
+		m.q.AddMemory(b)
+	}
+}
+
+func (m *media) removeMemory(b []byte) {
+	if i := m.knows(b); i >= 0 {
+		m.memory = slices.Delete(m.memory, i, i+1)
+		m.q.RemoveMemory(b)
+	}
+}
+
+func (m *media) knows(b []byte) int {
+	return slices.IndexFunc(m.memory, func(x []byte) bool { return &x[0] == &b[0] && len(x) == len(b) })
 }
 
 // media returns the worker's way into n, opened at the first CreateCQ on the worker.
@@ -45,13 +70,13 @@ func (w *Worker) openMedia(table []*namespace, mem *gmem.Memory) error {
 			w.queues = append(w.queues, m)
 		}
 		n.media[w.id] = m
-		mem.Files(m.q.AddMemory)
+		mem.Files(m.addMemory)
 	}
 	return nil
 }
 
 func (m *media) open() error {
-	q, err := m.backend.NewQueue()
+	q, err := backend.NewQueue(m.backend, m.w)
 	if err != nil {
 		return err
 	}
@@ -61,6 +86,9 @@ func (m *media) open() error {
 		}
 	}
 	m.q, m.polled = q, polled(q)
+	for _, b := range m.memory {
+		q.AddMemory(b)
+	}
 	return nil
 }
 
@@ -125,8 +153,18 @@ func (closedQueue) Close() error                { return nil }
 
 // MemoryAdded and MemoryRemoved tell the backends of memory that the client mapped, and of memory that it
 // took back and that nothing uses any more.
-func (c *Controller) MemoryAdded(b []byte)   { c.eachMedia(func(m *media) { m.q.AddMemory(b) }) }
-func (c *Controller) MemoryRemoved(b []byte) { c.eachMedia(func(m *media) { m.q.RemoveMemory(b) }) }
+func (c *Controller) MemoryAdded(b []byte) { c.eachMedia(func(m *media) { m.addMemory(b) }) }
+
+// MemoryRemoved goes to all that know of b: a namespace may have been detached since.
+func (c *Controller) MemoryRemoved(b []byte) {
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {
+			for _, m := range w.queues {
+				m.removeMemory(b)
+			}
+		})
+	}
+}
 
 func (c *Controller) eachMedia(f func(*media)) {
 	for _, w := range c.cfg.Workers {
