@@ -32,7 +32,11 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 		return false
 	}
 	w.current = s.g
-	if r := w.unhold(func(r *request) bool { return r.sq == s && r.cmd.CID == cid && !r.running() }); r != nil {
+	r := w.unhold(func(r *request) bool { return r.sq == s && r.cmd.CID == cid && !r.running() })
+	if r == nil {
+		r = w.unlane(s, func(r *request) bool { return r.cmd.CID == cid })
+	}
+	if r != nil {
 		w.abortHeld(r)
 		w.flushBatch()
 		w.postAll()
@@ -48,7 +52,7 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 	if err != nil {
 		return false // poll will say so
 	}
-	if n > 0 && s.g.state == Armed && !s.g.blocked {
+	if n > 0 && s.g.state == Armed && !s.g.blocked && !s.full {
 		w.missing(s, n)
 	}
 	for i := range n {
@@ -82,7 +86,10 @@ func (w *Worker) abortHeld(r *request) {
 		if r == p.first {
 			other, st = p.second, nvme.StatusAbortFailedFused
 		}
-		w.unhold(func(x *request) bool { return x == other })
+		of := func(x *request) bool { return x == other }
+		if w.unhold(of) == nil {
+			w.unlane(other.sq, of)
+		}
 		defer w.complete(other, st)
 	}
 	w.complete(r, nvme.StatusAbortRequested)

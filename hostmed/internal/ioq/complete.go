@@ -78,6 +78,8 @@ type Stats struct {
 	Interrupts              uint64
 	SQDoorbells             uint64 // that came as messages, each a VM exit in a guest; queue 0's not counted
 	CQDoorbells             uint64
+	Throttled               uint64        // commands that limits held back
+	ThrottledFor            time.Duration // the sum of how long
 	Busy                    time.Duration // with a command outstanding, as far as the worker looked at its clock
 }
 
@@ -118,6 +120,8 @@ func (s *Stats) add(o Stats) {
 	s.Errors += o.Errors
 	s.MediaErrors += o.MediaErrors
 	s.Interrupts += o.Interrupts
+	s.Throttled += o.Throttled
+	s.ThrottledFor += o.ThrottledFor
 	s.SQDoorbells += o.SQDoorbells
 	s.CQDoorbells += o.CQDoorbells
 }

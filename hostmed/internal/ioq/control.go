@@ -244,7 +244,7 @@ func (c *Controller) DeleteSQ(qid uint16) {
 	w := s.g.w
 	w.Call(func() {
 		s.state = Draining
-		w.dropHeld(func(r *request) bool { return r.sq == s })
+		w.dropHeld(s)
 	})
 	w.outlast(func(r *request) bool { return r.sq == s }, func() bool { return s.inflight == 0 })
 	w.Call(func() {
@@ -447,6 +447,9 @@ func (c *Controller) String() string {
 		}
 		for _, s := range g.sqs {
 			fmt.Fprintf(&b, "; SQ %d: %v, tail %d, head %d, %d in flight, armed %d, lost %d", s.qid, s.state, s.tail.Load(), s.cons.Head(), s.inflight, s.tail.Armed, s.tail.Lost)
+			if s.waiting > 0 {
+				fmt.Fprintf(&b, ", %d held by limits", s.waiting)
+			}
 			if asked, shared := s.tail.Asked(); shared {
 				fmt.Fprintf(&b, ", event index %d", asked)
 			}

@@ -16,7 +16,7 @@ func (w *Worker) copy(r *request) nvme.Status {
 	if !w.takeScratch(r) {
 		return waits
 	}
-	n, _, st := w.copyRanges(r, &w.copyFrom)
+	n, all, st := w.copyRanges(r, &w.copyFrom)
 	if st != nvme.StatusSuccess {
 		return st
 	}
@@ -24,6 +24,7 @@ func (w *Worker) copy(r *request) nvme.Status {
 		s := &w.copyFrom[i]
 		r.list.list[i] = nvme.DSMRange{SLBA: s.SLBA, Length: s.NLB.Count()}
 	}
+	w.owes(r, uint64(all)<<r.ns.info.LBAShift)
 	r.to, r.Vec = r.Off, nil
 	r.step = copying
 	if st := r.nextSource(); st != waits {

@@ -18,7 +18,8 @@ type request struct {
 	vec  []backend.Seg // backing array of Vec, kept
 	step step          // what is to be done when the backend has done with it
 	then step          // and when it has flushed
-	held bool          // waits: for the namespace's gate, for scratch memory, for its other half
+	held bool          // waits: for the namespace's gate, for scratch memory, for its other half, for its turn
+	paid bool          // may go, as far as limits are concerned
 	pair *pairOf       // nil: it is no half of anything
 
 	reserving *reserving // nil: it is no reservation command that waits
@@ -31,6 +32,11 @@ type request struct {
 	list  *ranges       // Dataset Management and Copy: what there is to do; kept
 	from  uint64        // Copy: where on the medium the present range is
 	to    uint64        // and where it goes to
+
+	// Of commands that wait for their turn, see limits.go.
+	lane  *lane // nil: it does not
+	next  *request
+	since int64
 }
 
 // take returns a request for a command of s.
@@ -63,7 +69,7 @@ func (w *Worker) give(r *request) {
 	if cap(r.vec) > keepVec {
 		r.vec = make([]backend.Seg, 0, 2) // of a long SGL
 	}
-	r.sq, r.ns, r.reserving = nil, nil, nil
+	r.sq, r.ns, r.reserving, r.paid = nil, nil, nil, false
 	w.free = append(w.free, r)
 }
 
@@ -86,6 +92,9 @@ func (w *Worker) start(r *request) {
 	}
 	gate := r.ns.of.Gate()
 	if gate != nil && !w.passes(r, gate) {
+		return
+	}
+	if p := r.ns.limits.Load(); p != nil && !r.paid && !w.pays(r, r.ns, p) {
 		return
 	}
 	r.FUA, r.Dealloc, r.Keep, r.Vec = false, false, false, nil

@@ -14,9 +14,10 @@ import (
 //
 //  1. The first is held back until its SQ's next command is fetched, however long that takes. It blocks nothing: like all that is held back
 //     it has not begun, and ends with its queue. Any other next command ends it.
-//  2. Both are held back until the namespace is exclusively theirs: nothing else of it is in flight, on any
+//  2. If there are limits, the first waits in its lane for both.
+//  3. Both are held back until the namespace is exclusively theirs: nothing else of it is in flight, on any
 //     worker, for any controller. A worker asks for one pair at a time.
-//  3. The comparison runs, with scratch memory that is kept for it, then the write. Then the namespace is free.
+//  4. The comparison runs, with scratch memory that is kept for it, then the write. Then the namespace is free.
 
 // pairOf is a Compare and a Write that are one.
 type pairOf struct {
@@ -60,15 +61,20 @@ func (w *Worker) second(r *request) {
 		p := &pairOf{first: first, second: r}
 		r.step = oneStep // what it was of an earlier command would count
 		first.pair, r.pair = p, p
-		w.hold(first)
 		w.hold(r)
+		if n := r.sq.g.ctl.namespace(a.NSID); n != nil {
+			if path := n.limits.Load(); path != nil && !w.pays(first, n, path) {
+				return
+			}
+		}
+		w.hold(first)
 		w.queuePair(p)
 	}
 }
 
 // queuePair puts p in line for its namespace.
 func (w *Worker) queuePair(p *pairOf) {
-	if p.queued || p.done != nil {
+	if p.queued || p.done != nil || p.first != nil && p.first.lane != nil {
 		return
 	}
 	p.queued = true

@@ -7,7 +7,8 @@ import (
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
-// Commands that a namespace's gate holds back, for which there is no scratch memory, or whose fused other half has yet to come, wait on their worker. They are fetched, so each has its place in the CQ, but
+// Commands that a namespace's gate holds back, for which there is no scratch memory, or whose fused other half has yet to come, wait on their worker, and so
+// do, in lanes of their own (limits.go), those that limits hold back. They are fetched, so each has its place in the CQ, but
 // nothing of them has begun: no memory is translated, and so DMA_UNMAP need not wait for them. They are counted in
 // group.held beside group.inflight.
 
@@ -61,6 +62,9 @@ func (w *Worker) unhold(f func(*request) bool) *request {
 // retryHeld begins all commands that wait from the start: their namespace may be gone, or its gate still closed. Those of a
 // controller that is paused, or of a CQ that is parked, wait for it to be resumed.
 func (w *Worker) retryHeld() {
+	if len(w.stalled) > 0 {
+		w.newTurns()
+	}
 	for range len(w.held) { // what is held back again goes to the end
 		r := w.unhold(func(r *request) bool { return r.sq.g.begins() })
 		if r == nil {
@@ -72,9 +76,13 @@ func (w *Worker) retryHeld() {
 	w.postAll()
 }
 
-// dropHeld ends those commands that wait which f chooses, since their SQ is being deleted.
-func (w *Worker) dropHeld(f func(*request) bool) {
-	for r := w.unhold(f); r != nil; r = w.unhold(f) {
+// dropHeld ends the commands of s that wait, since it is being deleted.
+func (w *Worker) dropHeld(s *sq) {
+	of := func(r *request) bool { return r.sq == s }
+	for r := w.unhold(of); r != nil; r = w.unhold(of) {
+		w.complete(r, nvme.StatusAbortSQDeleted)
+	}
+	for r := w.unlane(s, of); r != nil; r = w.unlane(s, of) {
 		w.complete(r, nvme.StatusAbortSQDeleted)
 	}
 }
@@ -84,5 +92,10 @@ func (w *Worker) forgetHeld(g *group) {
 	of := func(r *request) bool { return r.sq.g == g }
 	for r := w.unhold(of); r != nil; r = w.unhold(of) {
 		w.give(r)
+	}
+	for _, s := range g.sqs {
+		for r := w.unlane(s, of); r != nil; r = w.unlane(s, of) {
+			w.give(r)
+		}
 	}
 }

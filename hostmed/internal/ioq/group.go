@@ -79,6 +79,9 @@ type sq struct {
 	inflight uint32
 	pageSize uint32    // CC.MPS in bytes
 	maxPages int       // of a command's data
+	lanes    []*lane   // of what waits for its turn, see limits.go
+	waiting  uint32    // in them
+	full     bool      // nothing is fetched until fewer wait
 	first    *request  // of a fused pair, held back until the second comes
 	aborts   []toAbort // of commands that are not fetched yet
 }
@@ -92,7 +95,7 @@ func (w *Worker) poll(g *group) int {
 	work := 0
 	for _, s := range g.sqs {
 		tail := s.tail.Load()
-		if tail == s.cons.Head() || s.state != Polling {
+		if tail == s.cons.Head() || s.state != Polling || s.full {
 			continue
 		}
 		n, err := s.cons.Pending(tail)
@@ -207,7 +210,7 @@ func (w *Worker) arm(g *group) bool {
 	w.current = g
 	ok := true
 	for _, s := range g.sqs {
-		if s.state == Polling && !(g.blocked && s.tail.Load() != s.cons.Head()) && !s.tail.Arm(s.cons.Head()) {
+		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) && !s.tail.Arm(s.cons.Head()) {
 			ok = false
 		}
 	}
@@ -318,7 +321,7 @@ func (w *Worker) lookAdmin() {
 // moved reports whether a doorbell of g says something new.
 func (g *group) moved() bool {
 	for _, s := range g.sqs {
-		if s.state == Polling && s.tail.Load() != s.cons.Head() && !g.blocked {
+		if s.state == Polling && s.tail.Load() != s.cons.Head() && !g.blocked && !s.full {
 			return true
 		}
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -14,11 +15,12 @@ import (
 // namespace is a namespace as the workers see it: what it was when the controller's table was made. Another
 // medium is another namespace.
 type namespace struct {
-	of      *subsys.Namespace // has the gate
-	media   []*media          // by worker; the entry belongs to that worker
-	dulbe   atomic.Bool       // reads of blocks that are not allocated fail, which mapper tells
-	info    backend.Info      // its first fields are wanted for each command, as are those above
-	native  backend.Opcodes   // of info.Native, those that there are rules for
+	of      *subsys.Namespace        // has the gate
+	limits  atomic.Pointer[qos.Path] // nil: none
+	media   []*media                 // by worker; the entry belongs to that worker
+	dulbe   atomic.Bool              // reads of blocks that are not allocated fail, which mapper tells
+	info    backend.Info             // its first fields are wanted for each command, as are those above
+	native  backend.Opcodes          // of info.Native, those that there are rules for
 	backend backend.Backend
 	mapper  backend.Mapper
 }
@@ -70,6 +72,7 @@ func (c *Controller) table(list []ctrl.Namespace) *[]*namespace {
 			n.dulbe.Store(n.mapper != nil && c.dulbe[x.NSID])
 		}
 		t[x.NSID-1] = n
+		n.limits.Store(c.path(n))
 		if c.ns.Load() == nil {
 			continue
 		}
@@ -101,7 +104,7 @@ func (c *Controller) SetNamespaces(list []ctrl.Namespace) error {
 	c.ns.Store(&t)
 	// When this returns nobody begins a command with the old table any more: its caller may open a gate next.
 	for _, w := range c.cfg.Workers {
-		w.Call(func() {})
+		w.Call(func() { w.leaveLanes(c) })
 	}
 	return errors.Join(errs...)
 }

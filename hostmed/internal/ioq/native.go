@@ -128,6 +128,7 @@ func (w *Worker) nativeCopy(r *request) nvme.Status {
 			return st
 		}
 	}
+	w.owes(r, uint64(all)<<info.LBAShift)
 	r.FUA = r.cmd.FUA() || r.sq.g.ctl.through.Load()
 	r.vec = append(r.vec[:0], segOf(l.sources[:n]))
 	r.Vec = r.vec

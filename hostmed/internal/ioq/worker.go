@@ -17,7 +17,7 @@
 // on the worker's thread between two rounds. It never touches what a worker owns.
 //
 // Files in the order of a command's way: worker.go (the loop), group.go (fetch), exec.go (decode, translate,
-// submit), gate.go (what waits for a namespace), complete.go (post, interrupt), control.go (what the admin side asks for).
+// submit), gate.go and limits.go (what waits), complete.go (post, interrupt), control.go (what the admin side asks for).
 package ioq
 
 import (
@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/spin"
@@ -103,10 +104,17 @@ type Worker struct {
 	batchOf   *media
 	again     []*request // have another step to be submitted
 	held      []*request // wait, see gate.go, oldest first
+	lanes     turns      // have what waits for its turn, see limits.go
+	stalled   []*lane    // and are paused
+	freeLanes []*lane
+	seq       uint64     // of lanes' turns
+	ticket    qos.Ticket // of the command that is being started
 	finished  [2 * batchMax]*backend.Request
 	touched   []*group // have staged completions
 	current   *group   // whose memory is being touched
 	pending   *request // fetched, not yet handed on
+
+	limitClock func() int64 // in place of now, for tests; nil: now
 
 	pairs       []*pairOf   // wait for their namespace, see fused.go
 	pairing     bool        // the namespace of one is asked for or held
@@ -325,6 +333,9 @@ func (w *Worker) tick(work int) {
 	if len(w.dozing) > 0 {
 		w.countDozing()
 	}
+	if len(w.lanes) > 0 {
+		work += w.takeTurns()
+	}
 	if len(w.active) > 0 {
 		if w.now-w.sockets >= socketPeriod {
 			w.look(0)
@@ -356,9 +367,12 @@ func (w *Worker) idle() {
 		}
 		return
 	}
-	begin := w.now
+	begin, turn := w.now, w.nextTurn()
 	if !w.noSpin {
 		limit := int64(w.budget.Limit())
+		if turn >= 0 { // what the clock will end polling cannot
+			limit = min(limit, turn)
+		}
 		for limit > 0 {
 			if w.look(0) > 0 || w.posted.Load() || w.inflight > 0 && w.reap() > 0 {
 				w.budget.Earned(time.Duration(w.now - begin))
@@ -380,6 +394,9 @@ func (w *Worker) idle() {
 		if left := max(d.at-w.now, 0); timeout < 0 || left < timeout {
 			timeout = left
 		}
+	}
+	if turn = w.nextTurn(); turn >= 0 && (timeout < 0 || turn < timeout) {
+		timeout = turn
 	}
 	w.sleeping.Swap(true)
 	if w.posted.Load() { // pairs with post

@@ -66,17 +66,30 @@ func (b *bucket) charge(t *Ticket, cost uint64, now int64) bool {
 		return true
 	}
 	n, _ := r.granted(now)
-	for { // what is more than the burst is lost
-		spent := b.spent.Load()
-		over := int64(n - spent - r.burst)
-		if over <= 0 || b.spent.CompareAndSwap(spent, spent+uint64(over)) {
-			break
-		}
-	}
+	b.spill(n, r.burst)
 	at := b.spent.Add(cost) - cost + min(cost, r.burst)
 	t.places[t.n&(maxPlaces-1)] = place{b, at, cost}
 	t.n++
 	return int64(n-at) >= 0
+}
+
+// spill loses what is more than the burst of the n that were granted.
+func (b *bucket) spill(n, burst uint64) {
+	for {
+		spent := b.spent.Load()
+		over := int64(n - spent - burst)
+		if over <= 0 || b.spent.CompareAndSwap(spent, spent+uint64(over)) {
+			return
+		}
+	}
+}
+
+func (b *bucket) owe(cost uint64, now int64) {
+	if r := b.rate.Load(); r != nil {
+		n, _ := r.granted(now)
+		b.spill(n, r.burst)
+		b.spent.Add(cost)
+	}
 }
 
 // when is when n will have been granted: now, if it has been.

@@ -195,10 +195,10 @@ func (p *Path) Charge(t *Ticket, c Class, n uint64, now int64) bool {
 }
 
 // Owe pays for n bytes of class c that nobody waits for: those who come later do.
-func (p *Path) Owe(c Class, n uint64) {
+func (p *Path) Owe(c Class, n uint64, now int64) {
 	for _, m := range p.by[c] {
 		if m.unit == bytes {
-			m.b.spent.Add(n)
+			m.b.owe(n, now)
 		}
 	}
 }

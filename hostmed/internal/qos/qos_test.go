@@ -292,24 +292,24 @@ func TestChange(t *testing.T) {
 func TestOwe(t *testing.T) {
 	p, _ := path(Limits{Bandwidth: Limit{1 << 20, 1 << 20}, ReadBandwidth: Limit{1 << 20, 1 << 20}, WriteIOPS: Limit{Rate: 1}})
 	var tk Ticket
-	if !p.Charge(&tk, Write, 0, 0) { // a Copy
+	if !p.Charge(&tk, Write, 0, 10*second) { // a Copy, after a long time of nothing
 		t.Fatal("held")
 	}
-	p.Owe(Read, 1<<20)
-	p.Owe(Write, 1<<20)
-	if tk.Reset(); p.Charge(&tk, Read, 512, 0) {
+	p.Owe(Read, 1<<20, 10*second)
+	p.Owe(Write, 1<<20, 10*second)
+	if tk.Reset(); p.Charge(&tk, Read, 512, 10*second) {
 		t.Fatal("what a Copy moved was not paid for")
 	}
-	want := int64(second) + second/2048
-	if at := tk.When(0); at < want || at > want+1 {
+	want := int64(11*second) + second/2048
+	if at := tk.When(10 * second); at < want || at > want+1 {
 		t.Errorf("1 MiB read and written takes until %v, not %v", time.Duration(at), time.Duration(want))
 	}
 	tk.Refund()
-	if at := tk.When(0); at != 0 {
+	if at := tk.When(10 * second); at != 10*second {
 		t.Errorf("a ticket that was given back waits until %v", time.Duration(at))
 	}
-	if p.Charge(&tk, Read, 512, 0); tk.When(0) > want+1 {
-		t.Errorf("after a refund it takes until %v", time.Duration(tk.When(0)))
+	if p.Charge(&tk, Read, 512, 10*second); tk.When(10*second) > want+1 {
+		t.Errorf("after a refund it takes until %v", time.Duration(tk.When(10*second)))
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 )
 
 // Medium is what a namespace shows at a time. It does not change: a format or a resize makes another.
@@ -36,6 +37,8 @@ type Namespace struct {
 
 	formatting atomic.Bool
 	formats    atomic.Uint64 // how often it was formatted
+
+	limiter qos.Limiter
 
 	badChanges   atomic.Int64 // of marks that are not saved yet
 	reservations registry
@@ -75,6 +78,9 @@ func sha256Half(uuid [16]byte) (out [16]byte) {
 
 // Medium returns the namespace as it is now.
 func (n *Namespace) Medium() *Medium { return n.medium.Load() }
+
+// Limiter has the namespace's limits, for all controllers together.
+func (n *Namespace) Limiter() *qos.Limiter { return &n.limiter }
 
 // Gate returns what stands before the namespace's commands; nil: nothing.
 func (n *Namespace) Gate() *Gate { return n.gate.Load() }

@@ -22,6 +22,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 	"github.com/shadowbell/shadowbell/hostmed/internal/state"
 )
 
@@ -110,9 +111,10 @@ type Controller struct {
 	ID      uint16 // CNTLID
 	Manages bool   // takes Namespace Management and Attachment; set before the first client comes
 
-	sub    *Subsystem
-	host   atomic.Pointer[Host]
-	member Member // nil: no client; guarded by Subsystem.mu
+	sub     *Subsystem
+	limiter qos.Limiter
+	host    atomic.Pointer[Host]
+	member  Member // nil: no client; guarded by Subsystem.mu
 }
 
 var lastAnon atomic.Uint64
@@ -142,6 +144,9 @@ func (s *Subsystem) RemoveController(c *Controller) {
 
 // Subsystem is what c belongs to.
 func (c *Controller) Subsystem() *Subsystem { return c.sub }
+
+// Limiter has the limits of c, for all its namespaces together.
+func (c *Controller) Limiter() *qos.Limiter { return &c.limiter }
 
 // Host is who is behind the controller at the moment.
 func (c *Controller) Host() Host { return *c.host.Load() }

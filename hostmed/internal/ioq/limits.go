@@ -1,0 +1,352 @@
+package ioq
+
+import (
+	"container/heap"
+	"slices"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
+
+// Limits of namespaces and controllers. A command is asked for its price after the gate and before anything of it has begun. One that may
+// not go yet is held back as others are (gate.go), but in a lane:
+//
+//  1. There is a lane for each SQ, namespace and class (reads, writes, others, fused pairs) of which something waits. So what waits blocks
+//     neither other namespaces in the same SQ, nor reads those that only the limit of writes holds back.
+//  2. In a lane commands go in the order in which they were fetched. The first has paid, and its ticket says when it may go; the others
+//     have not: so each lane has one place in the line, however much waits in it, and lanes of all workers have equal parts.
+//  3. The worker has its lanes in a heap by that time, and sleeps until the first.
+//
+// A queue of which fullLane commands wait is not fetched from until half of them have gone, which bounds what a guest can make hostmed remember.
+
+// fullLane is as many commands as drivers usually have in a queue.
+const fullLane = 1024
+
+// lane is commands that wait for their turn.
+type lane struct {
+	sq     *sq
+	ns     *namespace
+	class  qos.Class
+	ticket qos.Ticket // of first
+	at     int64      // when first may go, as far as is known
+	seq    uint64     // of the time when that was asked
+	index  int        // in Worker.lanes; stalled: in Worker.stalled
+
+	first, last *request
+}
+
+// pairs is the class of lanes for fused pairs, which both kinds of limits hold back.
+const pairs = qos.Classes
+
+// stalled is a lane's index while its controller is paused or its CQ parked.
+const stalled = -1
+
+// Now reads the clock that limits are set by.
+func Now() int64 { return nanotime() }
+
+// turns are lanes by the time of their turn.
+type turns []*lane
+
+func (t turns) Len() int { return len(t) }
+func (t turns) Less(i, j int) bool {
+	return t[i].at < t[j].at || t[i].at == t[j].at && t[i].seq < t[j].seq
+}
+func (t turns) Swap(i, j int) {
+	t[i], t[j] = t[j], t[i]
+	t[i].index, t[j].index = i, j
+}
+func (t *turns) Push(x any) {
+	l := x.(*lane)
+	l.index = len(*t)
+	*t = append(*t, l)
+}
+func (t *turns) Pop() any {
+	n := len(*t) - 1
+	l := (*t)[n]
+	(*t)[n] = nil
+	*t = (*t)[:n]
+	return l
+}
+
+// price is what a command costs: of which class it is, and how many bytes it moves. What is no command to the medium is free.
+func (r *request) price(n *namespace) (class qos.Class, bytes uint64, free bool) {
+	c := &r.cmd
+	blocks := uint64(c.NLB().Count()) << n.info.LBAShift
+	switch c.Opcode {
+	case nvme.IORead, nvme.IOCompare, nvme.IOVerify:
+		return qos.Read, blocks, false
+	case nvme.IOWrite, nvme.IOWriteZeroes:
+		return qos.Write, blocks, false
+	case nvme.IODSM, nvme.IOWriteUncorrectable, nvme.IOCopy: // a Copy's bytes come later, see owes
+		return qos.Write, 0, false
+	case nvme.IOReservationRegister, nvme.IOReservationReport, nvme.IOReservationAcquire, nvme.IOReservationRelease:
+		return 0, 0, true
+	}
+	if c.Opcode >= firstVendor {
+		switch c.Opcode & 3 { // which way the data goes
+		case 1:
+			return qos.Write, uint64(c.CDW10) * 4, false
+		case 2:
+			return qos.Read, uint64(c.CDW10) * 4, false
+		}
+	}
+	return qos.Other, 0, false
+}
+
+// charge pays for r, and for its other half, or takes t.
+func (r *request) charge(t *qos.Ticket, p *qos.Path, n *namespace, now int64) bool {
+	class, bytes, free := r.price(n)
+	if free {
+		return true
+	}
+	may := p.Charge(t, class, bytes, now)
+	if pair := r.pair; pair != nil && pair.second != nil { // which goes first when their queue goes
+		class, bytes, _ = pair.second.price(n)
+		may = p.Charge(t, class, bytes, now) && may
+	}
+	return may
+}
+
+// pays reports whether r may go; otherwise it waits in a lane.
+func (w *Worker) pays(r *request, n *namespace, p *qos.Path) bool {
+	class, _, free := r.price(n)
+	if free {
+		return true
+	}
+	if r.pair != nil {
+		class = pairs
+	}
+	s := r.sq
+	i := slices.IndexFunc(s.lanes, func(l *lane) bool { return l.ns == n && l.class == class })
+	if i < 0 {
+		t := &w.ticket
+		t.Reset()
+		if r.paid = r.charge(t, p, n, w.clock()); r.paid {
+			return true
+		}
+		w.now = nanotime() // it was read a while ago perhaps
+		now := w.clock()
+		at := t.When(now)
+		if r.paid = at <= now; r.paid {
+			return true
+		}
+		i = len(s.lanes)
+		s.lanes = append(s.lanes, w.newLane(s, n, class, at))
+	}
+	l := s.lanes[i]
+	r.lane, r.next, r.since = l, nil, w.clock()
+	if l.first == nil {
+		l.first = r
+	} else {
+		l.last.next = r
+	}
+	l.last = r
+	r.held = true
+	s.g.held++
+	if s.waiting++; s.waiting >= fullLane {
+		s.full = true
+	}
+	return false
+}
+
+// clock is the time that limits go by.
+func (w *Worker) clock() int64 {
+	if w.limitClock != nil {
+		return w.limitClock()
+	}
+	return w.now
+}
+
+// newLane makes a lane whose first command has w.ticket.
+func (w *Worker) newLane(s *sq, n *namespace, class qos.Class, at int64) *lane {
+	l := &lane{}
+	if n := len(w.freeLanes) - 1; n >= 0 {
+		l = w.freeLanes[n]
+		w.freeLanes = w.freeLanes[:n]
+	}
+	l.sq, l.ns, l.class, l.at, l.ticket = s, n, class, at, w.ticket
+	w.seq++
+	l.seq = w.seq
+	heap.Push(&w.lanes, l)
+	return l
+}
+
+// nextPays is called when l has another first command.
+func (w *Worker) nextPays(l *lane, now int64) {
+	l.ticket.Reset()
+	l.at = now
+	if p := l.ns.limits.Load(); p != nil && !l.first.charge(&l.ticket, p, l.ns, now) {
+		l.at = l.ticket.When(now)
+	}
+	w.seq++
+	l.seq = w.seq
+	if l.index != stalled {
+		heap.Fix(&w.lanes, l.index)
+	}
+}
+
+// endLane forgets l, in which nothing waits any more.
+func (w *Worker) endLane(l *lane) {
+	if l.index != stalled {
+		heap.Remove(&w.lanes, l.index)
+	} else {
+		w.stalled = slices.DeleteFunc(w.stalled, func(x *lane) bool { return x == l })
+	}
+	s := l.sq
+	s.lanes = slices.DeleteFunc(s.lanes, func(x *lane) bool { return x == l })
+	l.sq, l.ns, l.first, l.last = nil, nil, nil, nil
+	l.ticket.Reset()
+	w.freeLanes = append(w.freeLanes, l)
+}
+
+// leave takes r, whose turn it is or which is given up, out of its lane. before is the one before it; nil: it is the first.
+func (w *Worker) leave(r, before *request, now int64) {
+	l, s := r.lane, r.sq
+	if before == nil {
+		l.first = r.next
+	} else {
+		before.next = r.next
+	}
+	if l.last == r {
+		l.last = before
+	}
+	r.lane, r.next, r.held = nil, nil, false
+	s.g.held--
+	d := max(now-r.since, 0)
+	s.g.stats.Throttled++
+	s.g.stats.ThrottledFor += time.Duration(d)
+	l.ns.of.Limiter().CountHeld(d)
+	if s.waiting--; s.full && s.waiting <= fullLane/2 {
+		s.full = false
+		s.g.kick() // not here, where a fault would lose r
+	}
+	if l.first == nil {
+		w.endLane(l)
+	} else if before == nil {
+		w.nextPays(l, now)
+	}
+}
+
+// turnsAtOnce is how many commands begin between two looks at what else there is to do.
+const turnsAtOnce = 4 * batchMax
+
+// takeTurns begins commands whose turn has come, and returns how many.
+func (w *Worker) takeTurns() (n int) {
+	now := w.clock()
+	for n < turnsAtOnce && len(w.lanes) > 0 && w.lanes[0].at <= now {
+		l := w.lanes[0]
+		if at := l.ticket.When(now); at > now {
+			l.at = at
+			heap.Fix(&w.lanes, 0)
+			continue
+		}
+		if !l.sq.g.begins() {
+			heap.Pop(&w.lanes)
+			l.index = stalled
+			w.stalled = append(w.stalled, l)
+			continue
+		}
+		r := l.first
+		w.leave(r, nil, now)
+		r.paid = true
+		n++
+		w.begin(r)
+	}
+	if n > 0 {
+		w.flushBatch()
+		w.postAll()
+	}
+	return n
+}
+
+// nextTurn is how long it is until somebody's turn, in ns; -1: nobody waits.
+func (w *Worker) nextTurn() int64 {
+	if len(w.lanes) == 0 {
+		return -1
+	}
+	return max(w.lanes[0].at-w.clock(), 0)
+}
+
+// newTurns asks all who wait again, since limits have changed or controllers go on.
+func (w *Worker) newTurns() {
+	now := w.clock()
+	for _, l := range w.stalled {
+		l.index = len(w.lanes)
+		w.lanes = append(w.lanes, l)
+	}
+	clear(w.stalled)
+	w.stalled = w.stalled[:0]
+	for _, l := range w.lanes {
+		l.at = l.ticket.When(now)
+	}
+	heap.Init(&w.lanes)
+}
+
+// unlane takes the first command that waits in a lane of s and that f chooses out of it; nil: there is none. It has not gone, and what was paid
+// for it is given back.
+func (w *Worker) unlane(s *sq, f func(*request) bool) *request {
+	for _, l := range s.lanes {
+		for r, before := l.first, (*request)(nil); r != nil; r, before = r.next, r {
+			if f(r) {
+				if before == nil {
+					l.ticket.Refund()
+				}
+				w.leave(r, before, w.clock())
+				return r
+			}
+		}
+	}
+	return nil
+}
+
+// leaveLanes puts those of c's commands that wait in lanes and whose namespace is no longer what it was back among what is held, to be begun
+// from the start.
+func (w *Worker) leaveLanes(c *Controller) {
+	any := false
+	for _, g := range c.groups {
+		if g.w != w {
+			continue
+		}
+		for _, s := range g.sqs {
+			for gone := func(r *request) bool { return c.namespace(r.cmd.NSID) != r.lane.ns }; ; {
+				r := w.unlane(s, gone)
+				if r == nil {
+					break
+				}
+				w.hold(r)
+				any = true
+			}
+		}
+	}
+	if any {
+		w.retryHeld()
+	}
+}
+
+// SetLimits makes the limits of what is attached, and of c, count as they are now.
+func (c *Controller) SetLimits() {
+	for _, n := range *c.ns.Load() {
+		if n != nil {
+			n.limits.Store(c.path(n))
+		}
+	}
+	for _, w := range c.involved() {
+		w.Call(w.newTurns)
+	}
+}
+
+func (c *Controller) path(n *namespace) *qos.Path {
+	if c.cfg.Self == nil {
+		return qos.NewPath(n.of.Limiter())
+	}
+	return qos.NewPath(n.of.Limiter(), c.cfg.Self.Limiter())
+}
+
+// owes charges the n bytes that a Copy reads and writes, which are known only when it has begun.
+func (w *Worker) owes(r *request, n uint64) {
+	if p := r.ns.limits.Load(); p != nil {
+		p.Owe(qos.Read, n, w.clock())
+		p.Owe(qos.Write, n, w.clock())
+	}
+}
