@@ -49,6 +49,10 @@ bench: ## the benchmark table and its JSON (ARGS=… for tools/bench)
 guestbench: ## the same load in one guest on the kernel's driver, guestdrv with ublk and with NBD, and the library (ARGS='--rounds 5 --json')
 	@$(GO) run ./tools/vmlab/cmd guestbench $(ARGS)
 
+.PHONY: backendbench
+backendbench: ## what hostmed costs between a guest and an NVMe device, by backend, against the ways without it (ARGS='--rounds 5 --json')
+	@$(GO) run ./tools/vmlab/cmd backendbench $(ARGS)
+
 ##@ Check
 .PHONY: check
 check: fmt vet ## quick, under 2 minutes: gofmt, vet, build, short tests

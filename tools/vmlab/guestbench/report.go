@@ -82,6 +82,11 @@ func (r *Report) Table() string {
 			name, string(row.Way), text.Count(row.IOPS), fmt.Sprintf("%.2f", row.Ratio), us(row.P50), us(row.P99), us(row.CPU), text.Ratio(row.MMIO),
 		})
 	}
+	return markdown(lines, 2)
+}
+
+// markdown lays out a table whose first line is its head; the first columns are aligned to the left.
+func markdown(lines [][]string, left int) string {
 	width := make([]int, len(lines[0]))
 	for _, l := range lines {
 		for i, c := range l {
@@ -91,7 +96,7 @@ func (r *Report) Table() string {
 	out := ""
 	for n, l := range lines {
 		for i, c := range l {
-			if i < 2 {
+			if i < left {
 				out += fmt.Sprintf("| %-*s ", width[i], c)
 			} else {
 				out += fmt.Sprintf("| %*s ", width[i], c)
@@ -103,7 +108,7 @@ func (r *Report) Table() string {
 		}
 		for i, w := range width {
 			rule := "---------------------------"[:w]
-			if i < 2 {
+			if i < left {
 				out += "| " + rule + " "
 			} else {
 				out += "| " + rule[1:] + ": "

@@ -1,0 +1,203 @@
+package guestbench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/shadowbell/shadowbell/tools/vmlab"
+	"github.com/shadowbell/shadowbell/tools/vmlab/doorbells"
+)
+
+// MeasureBackends is the other half: what hostmed costs between a guest and an NVMe device. One stock guest is the host, with QEMU's own NVMe
+// controller; hostmed and guestdrv, its guest, run in it. Each backend is compared with the way to the same device without hostmed.
+
+// Backend is a way to a device: with hostmed, or without it.
+type Backend string
+
+// The backends, each behind the way that it is compared with.
+const (
+	BareChar Backend = "fio io_uring_cmd"
+	ViaChar  Backend = "guestdrv, hostmed nvme:"
+)
+
+// Backends lists them.
+var Backends = []Backend{BareChar, ViaChar}
+
+// BackendJobs are the loads.
+var BackendJobs = []Job{{"randread", "4k", 1}, {"randread", "4k", 32}, {"randwrite", "4k", 32}}
+
+// BackendFigure is one measurement.
+type BackendFigure struct {
+	IOPS    float64 `json:"iops"`
+	P50     float64 `json:"p50_us"`
+	PerCore float64 `json:"iops_per_core"` // by the time that the host's CPUs were busy, with whatever
+	Costs   *Costs  `json:"costs_ns,omitempty"`
+}
+
+// Costs is what hostmed's own samples say of a command, in ns.
+type Costs struct {
+	Translate float64 `json:"translate"`
+	Submit    float64 `json:"submit"`
+	Complete  float64 `json:"complete"`
+	Interrupt float64 `json:"interrupt"`
+}
+
+// BackendResult is one job on all backends: by round, then in the order of Backends.
+type BackendResult struct {
+	Job    Job               `json:"job"`
+	Rounds [][]BackendFigure `json:"rounds"`
+}
+
+// BackendReport is what MeasureBackends has found. Its JSON form is that of `vmlab backendbench --json`.
+type BackendReport struct {
+	Accel   string          `json:"accel"`
+	CPUs    int             `json:"host_cpus"`
+	Rounds  int             `json:"rounds"`
+	Seconds float64         `json:"seconds"`
+	Poll    string          `json:"hostmed_poll"`
+	Results []BackendResult `json:"results"`
+}
+
+type backendRig struct {
+	cfg  Config
+	vm   *vmlab.VM
+	poll time.Duration
+	disk vmlab.Disk
+}
+
+// MeasureBackends boots a guest and measures. say is told what is being done.
+func MeasureBackends(ctx context.Context, lab *vmlab.Lab, cfg Config, say func(string)) (_ *BackendReport, err error) {
+	dir, err := os.MkdirTemp(tmpfs(), "backendbench-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	accel, _, err := lab.Accel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := &backendRig{cfg: cfg, poll: doorbells.Poll(accel)}
+	guest := vmlab.Config{CPUs: cfg.CPUs, MemoryMiB: 1024, Programs: []string{"guestdrv", "hostmed"}, VIOMMU: true, Append: "intel_iommu=on iommu=pt"}
+	image := filepath.Join(dir, "image")
+	if err := writeImage(image, 1); err != nil {
+		return nil, err
+	}
+	guest.Devices = []vmlab.Device{vmlab.QEMUNVMe(image, "bench")}
+	say("booting a host")
+	if r.vm, err = lab.Start(ctx, guest); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.vm.Close()) }()
+	if r.disk, err = r.vm.DiskAt(ctx, 0); err != nil {
+		return nil, err
+	}
+	report := &BackendReport{Accel: accel, CPUs: cfg.CPUs, Rounds: cfg.Rounds, Seconds: cfg.Runtime.Seconds(), Poll: r.poll.String()}
+	for _, job := range cfg.Jobs {
+		result := BackendResult{Job: job}
+		for round := range cfg.Rounds {
+			figures := make([]BackendFigure, len(Backends))
+			for k := range Backends {
+				i := (k + round) % len(Backends) // nobody comes always first
+				say(fmt.Sprintf("%s: round %d of %d, %s", job.Name(), round+1, cfg.Rounds, Backends[i]))
+				if figures[i], err = r.one(ctx, Backends[i], job); err != nil {
+					return report, fmt.Errorf("%s, %s: %w", job.Name(), Backends[i], err)
+				}
+			}
+			result.Rounds = append(result.Rounds, figures)
+		}
+		report.Results = append(report.Results, result)
+	}
+	return report, nil
+}
+
+// load is the command that makes the load, and what hostmed serves for it, if anything.
+func (r *backendRig) load(b Backend, job Job, seconds int) (command, spec string) {
+	char := strings.Replace(r.disk.Namespace(1), "/dev/nvme", "/dev/ng", 1)
+	if b == BareChar {
+		return strings.Replace(fioCommand(char, job, seconds), "--ioengine=libaio --direct=1", "--ioengine=io_uring_cmd --cmd_type=nvme", 1), ""
+	}
+	return libraryCommand("vfio-user:/tmp/bench.sock", job, seconds), "nvme:" + char
+}
+
+// one measures one job on one backend, with a hostmed of its own if it has one.
+func (r *backendRig) one(ctx context.Context, b Backend, job Job) (f BackendFigure, err error) {
+	seconds := max(1, int(r.cfg.Runtime.Seconds()))
+	load, spec := r.load(b, job, seconds)
+	window := time.Duration(seconds)*time.Second - margin
+	script := fmt.Sprintf(`%s >/tmp/load.json 2>/tmp/load.err & load=$!
+sleep %.1f
+head -1 /proc/stat
+sleep %.1f
+head -1 /proc/stat
+wait $load || { cat /tmp/load.json /tmp/load.err >&2; exit 1; }
+cat /tmp/load.json`, load, settle.Seconds(), window.Seconds())
+	if spec != "" {
+		script = fmt.Sprintf(`rm -f /tmp/bench.sock
+setsid hostmed serve --socket /tmp/bench.sock --namespace %s --poll %v >/tmp/hostmed.log 2>&1 </dev/null & hostmed=$!
+until [ -S /tmp/bench.sock ]; do
+	kill -0 $hostmed 2>/dev/null || { cat /tmp/hostmed.log >&2; exit 1; }
+	sleep 0.05
+done
+trap 'kill $hostmed; wait $hostmed' EXIT
+%s`, spec, r.poll, script)
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute+3*r.cfg.Runtime)
+	defer cancel()
+	res, err := r.vm.Exec(ctx, script)
+	if err != nil {
+		return f, err
+	}
+	if res.Exit != 0 {
+		return f, fmt.Errorf("exit %d: %s", res.Exit, tail(res.Stderr))
+	}
+	busy, rest, err := parseBusy(res.Stdout)
+	if err != nil {
+		return f, err
+	}
+	parse := parseLibrary
+	if strings.HasPrefix(load, "fio ") {
+		parse = parseFio
+	}
+	figure, err := parse([]byte(rest))
+	if err != nil {
+		return f, err
+	}
+	f = BackendFigure{IOPS: figure.IOPS, P50: figure.P50, PerCore: figure.IOPS / (busy * float64(r.cfg.CPUs))}
+	if spec == "" {
+		return f, nil
+	}
+	log, err := r.vm.ReadFile(ctx, "/tmp/hostmed.log")
+	if err != nil {
+		return f, err
+	}
+	f.Costs, err = parseCosts(string(log))
+	return f, err
+}
+
+// tail is the end of what a program said: fio puts a page of JSON before it.
+func tail(s string) string { return s[max(0, len(s)-500):] }
+
+var costs = regexp.MustCompile(`translate_ns=(\S+) submit_ns=(\S+) complete_ns=(\S+) interrupt_ns=(\S+)`)
+
+// parseCosts finds what hostmed says of its costs when its client goes; nil if it says nothing.
+func parseCosts(log string) (*Costs, error) {
+	m := costs.FindStringSubmatch(log)
+	if m == nil {
+		return nil, nil // it took no sample
+	}
+	var v [4]float64
+	for i := range v {
+		var err error
+		if v[i], err = strconv.ParseFloat(m[i+1], 64); err != nil {
+			return nil, fmt.Errorf("hostmed's costs: %w", err)
+		}
+	}
+	return &Costs{v[0], v[1], v[2], v[3]}, nil
+}
