@@ -28,6 +28,9 @@ func TestNVMeCharMovesBytes(t *testing.T) {
 	mustRun(t, q, read(0, mem[:4096]), read(1999*512, mem[8192:8704]))
 	expect(t, mem[:4096], before[1000*512:], "the slice's first blocks")
 	expect(t, mem[8192:8704], before[2999*512:3000*512], "its last block")
+	useOften(t, q, mem)
+	d.fixed = nil
+	mustRun(t, q, read(0, mem[:4096]), read(0, mem[8192:8704]))
 	for i, fixed := range d.fixed {
 		if !fixed {
 			t.Errorf("command %d: its memory is not registered", i)
@@ -92,34 +95,6 @@ func TestNVMeCharVectors(t *testing.T) {
 		expect(t, got, d.data[1001*512:], x.name)
 		if !equal(d.pages, x.pages) {
 			t.Errorf("%s: commands of %v pieces, want %v", x.name, d.pages, x.pages)
-		}
-	}
-}
-
-// TestNVMeCharFixedVectors has pieces of registered memory, with a kernel that takes them and with one that does not.
-func TestNVMeCharFixedVectors(t *testing.T) {
-	for _, takes := range []bool{true, false} {
-		d := newFakeChar()
-		d.fixedVec = takes
-		pattern(d.data, 3)
-		b := openFake(t, d, sliceSpec())
-		b.fixedVec.Store(true)
-		q, _ := fakeCharQueue(t, b, d, 16)
-		mem, other := guestMemory(t, 1<<20), guestMemory(t, 1<<20)
-		q.AddMemory(mem)
-		q.AddMemory(other)
-		for range 2 {
-			d.fixed = nil
-			mustRun(t, q, read(512, mem[:4096], mem[65536:69632]))
-			expect(t, mem[65536:69632], d.data[1001*512+4096:], "a second piece")
-			if len(d.fixed) != 1 || d.fixed[0] != takes || b.fixedVec.Load() != takes {
-				t.Errorf("taken %v: registered %v, and %v is remembered", takes, d.fixed, b.fixedVec.Load())
-			}
-		}
-		d.fixed = nil
-		mustRun(t, q, read(512, mem[:4096], other[:4096]), read(512, other[:4096], mem[:512], guestMemory(t, 4096)))
-		if len(d.fixed) != 2 || d.fixed[0] || d.fixed[1] {
-			t.Errorf("pieces in different buffers: registered %v", d.fixed)
 		}
 	}
 }

@@ -348,3 +348,16 @@ func fakeCharQueue(t *testing.T, b *nvmeChar, d *fakeChar, size int) (*charQueue
 	d.seen, d.pages, d.fixed = nil, nil, nil
 	return q, r
 }
+
+// useOften uses memory so often that it is registered.
+func useOften(t *testing.T, q Queue, mem []byte) {
+	t.Helper()
+	was := make([]byte, len(mem))
+	copy(was, mem)
+	for range registerAfter {
+		for at := 0; at < len(mem); at += 64 << 10 {
+			mustRun(t, q, read(0, mem[at:][:512]))
+		}
+	}
+	copy(mem, was)
+}

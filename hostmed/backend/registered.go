@@ -1,10 +1,14 @@
 package backend
 
-import "slices"
+import (
+	"math"
+	"slices"
+)
 
 const (
-	registeredMost  = 1024    // entries of a queue's table
-	registeredPiece = 1 << 30 // bytes of one: the kernel's limit
+	registeredMost  = 1 << 14 // entries of a queue's table: the kernel's limit
+	registeredShift = 22      // log2 of the bytes of one, by address
+	registerAfter   = 4       // uses of a piece of memory before it is registered
 )
 
 // bufferTable is what registered needs of a uring.Ring.
@@ -16,73 +20,53 @@ type bufferTable interface {
 // registered is guest memory that a queue's ring has pinned, so that the kernel need not look for its pages with every request. Memory that
 // the kernel does not take, for its kind or for the limit of locked memory, is served without.
 //
-// What is pinned is all there: the whole of a guest's memory becomes resident. And it stays what it is: pages that a balloon takes away
-// and gives back are others than those that the ring knows, which is why vfio has no balloon either.
+// It is pinned in pieces of 4 MiB, when they have been used some times: the whole of a guest would make all of its memory resident, and where that has
+// never been touched a worker would be away for seconds. What is pinned stays what it is: pages that a balloon takes away and gives back
+// are others than those that the ring knows, which is why vfio has no balloon either.
 type registered struct {
 	ring   bufferTable
 	state  int8 // 0: not asked yet; 1: there is a table; -1: the kernel has none
-	used   []registeredBuffer
+	next   int  // first entry that was never used
 	free   []uint16
-	latest int // index in used of what was found last
+	maps   []registeredMap
+	latest int // index in maps of what was found last
 }
 
-type registeredBuffer struct {
+// registeredMap is a mapping of guest memory.
+type registeredMap struct {
+	b        []byte
 	from, to uintptr
-	of       uintptr // the mapping's first byte
-	index    uint16
+	places   []int32 // by piece: its entry in the table; or less than 0, minus the number of uses; or refused
 }
 
-// add registers b, all of it or nothing.
+const refused = math.MinInt32
+
+// add says that there is b.
 func (p *registered) add(b []byte) {
-	base := address(b)
-	if len(b) == 0 || p.has(base) || !p.table() {
+	from := address(b)
+	if len(b) == 0 || slices.ContainsFunc(p.maps, func(m registeredMap) bool { return m.from == from }) {
 		return
 	}
-	n := (len(b) + registeredPiece - 1) / registeredPiece
-	if n > len(p.free) {
-		return
+	m := registeredMap{b: b, from: from, to: from + uintptr(len(b))}
+	m.places = make([]int32, (m.to-1)>>registeredShift-from>>registeredShift+1)
+	for i := range m.places {
+		m.places[i] = -1
 	}
-	for i := range n {
-		from := i * registeredPiece
-		piece := b[from:min(len(b), from+registeredPiece)]
-		index := p.free[len(p.free)-1]
-		if p.ring.UpdateBuffers(int(index), [][]byte{piece}) != nil {
-			p.remove(b)
-			return
-		}
-		p.free = p.free[:len(p.free)-1]
-		p.used = append(p.used, registeredBuffer{from: address(piece), to: address(piece) + uintptr(len(piece)), of: base, index: index})
-	}
-}
-
-func (p *registered) has(base uintptr) bool {
-	return slices.ContainsFunc(p.used, func(r registeredBuffer) bool { return r.of == base })
-}
-
-// table makes the ring's table with the first memory.
-func (p *registered) table() bool {
-	if p.state == 0 {
-		p.state = -1
-		if p.ring.RegisterSparseBuffers(registeredMost) == nil {
-			p.state = 1
-			for i := range registeredMost {
-				p.free = append(p.free, uint16(registeredMost-1-i))
-			}
-		}
-	}
-	return p.state > 0
+	p.maps = append(p.maps, m)
 }
 
 // remove unpins b.
 func (p *registered) remove(b []byte) {
-	base := address(b)
-	p.used = slices.DeleteFunc(p.used, func(r registeredBuffer) bool {
-		if r.of != base {
+	from := address(b)
+	p.maps = slices.DeleteFunc(p.maps, func(m registeredMap) bool {
+		if m.from != from {
 			return false
 		}
-		// A place that cannot be emptied is not used again.
-		if p.ring.UpdateBuffers(int(r.index), [][]byte{nil}) == nil {
-			p.free = append(p.free, r.index)
+		for _, place := range m.places {
+			// A place that cannot be emptied is not used again.
+			if place >= 0 && p.ring.UpdateBuffers(int(place), [][]byte{nil}) == nil {
+				p.free = append(p.free, uint16(place))
+			}
 		}
 		return true
 	})
@@ -91,32 +75,107 @@ func (p *registered) remove(b []byte) {
 
 // find returns the index of the buffer that s lies in.
 func (p *registered) find(s *Seg) (index uint16, ok bool) {
-	if len(p.used) == 0 {
+	if len(p.maps) == 0 || s.Len == 0 {
 		return 0, false
 	}
 	from := segAddress(s)
-	to := from + uintptr(s.Len)
-	if r := &p.used[p.latest]; from >= r.from && to <= r.to && to >= from {
-		return r.index, true
-	}
-	for i := range p.used {
-		if r := &p.used[i]; from >= r.from && to <= r.to && to >= from {
-			p.latest = i
-			return r.index, true
+	last := from + uintptr(s.Len) - 1
+	m := &p.maps[p.latest]
+	if from < m.from || last >= m.to || last < from {
+		if m = p.other(from, last); m == nil {
+			return 0, false
 		}
 	}
-	return 0, false
+	piece := from>>registeredShift - m.from>>registeredShift
+	if from>>registeredShift != last>>registeredShift {
+		return 0, false
+	}
+	place := m.places[piece]
+	if place < 0 {
+		if place = p.use(m, piece); place < 0 {
+			return 0, false
+		}
+	}
+	return uint16(place), true
+}
+
+// other finds the mapping that is not the latest.
+func (p *registered) other(from, last uintptr) *registeredMap {
+	if last < from {
+		return nil
+	}
+	for i := range p.maps {
+		if m := &p.maps[i]; from >= m.from && last < m.to {
+			p.latest = i
+			return m
+		}
+	}
+	return nil
+}
+
+// use counts a use of a piece that is not registered, and registers it when it is worth it.
+func (p *registered) use(m *registeredMap, piece uintptr) int32 {
+	place := &m.places[piece]
+	switch {
+	case *place == refused:
+		return refused
+	case *place > -registerAfter:
+		*place--
+		return *place
+	}
+	*place = refused
+	index, ok := p.entry()
+	if !ok {
+		return refused
+	}
+	from := max(m.from, (m.from>>registeredShift+piece)<<registeredShift)
+	to := min(m.to, (m.from>>registeredShift+piece+1)<<registeredShift)
+	if p.ring.UpdateBuffers(int(index), [][]byte{m.b[from-m.from : to-m.from]}) != nil {
+		p.free = append(p.free, index)
+		return refused
+	}
+	*place = int32(index)
+	return *place
+}
+
+// entry takes an entry of the table, which is made for the first one.
+func (p *registered) entry() (index uint16, ok bool) {
+	if p.state == 0 {
+		p.state = -1
+		if p.ring.RegisterSparseBuffers(registeredMost) == nil {
+			p.state = 1
+		}
+	}
+	if p.state < 0 {
+		return 0, false
+	}
+	if n := len(p.free) - 1; n >= 0 {
+		index, p.free = p.free[n], p.free[:n]
+		return index, true
+	}
+	if p.next == registeredMost {
+		return 0, false
+	}
+	p.next++
+	return uint16(p.next - 1), true
 }
 
 // findAll returns the index of the buffer that all of vec lies in.
 func (p *registered) findAll(vec []Seg) (index uint16, ok bool) {
+	piece := segAddress(&vec[0]) >> registeredShift
+	for i := range vec {
+		from := segAddress(&vec[i])
+		last := from + uintptr(vec[i].Len) - 1
+		if from>>registeredShift != piece || last>>registeredShift != piece || last < from {
+			return 0, false
+		}
+	}
 	if index, ok = p.find(&vec[0]); !ok {
 		return 0, false
 	}
-	r := &p.used[p.latest]
-	for i := range vec[1:] {
-		from := segAddress(&vec[1+i])
-		if to := from + uintptr(vec[1+i].Len); from < r.from || to > r.to || to < from {
+	in := &p.maps[p.latest]
+	for i := range vec {
+		if from := segAddress(&vec[i]); from < in.from || from+uintptr(vec[i].Len) > in.to {
 			return 0, false
 		}
 	}
