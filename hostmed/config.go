@@ -82,6 +82,7 @@ type ControllerConfig struct {
 	// Management lets the guest attach, detach, create and delete namespaces of the subsystem. It creates them in the subsystem's
 	// Pool, and deletes only what was created there.
 	Management bool
+	Limits     Limits // of what the guest does on all its namespaces
 
 	// Namespaces, in Config.Controllers only, are SPECs (see backend.Open); NSID 1 is the first. Controllers that name the same
 	// SPEC share the namespace, and with it the subsystem.
@@ -94,6 +95,7 @@ type NamespaceConfig struct {
 	Spec        string   // see backend.Open
 	Shared      bool     // may be attached to several controllers; implied if it is attached to several
 	Controllers []uint16 // ids of those that it is attached to; nil: all; empty: none
+	Limits      Limits   // of what all controllers do on it
 	UUID        string   // in place of the one made from Spec, 8-4-4-4-12 digits; empty: that one
 
 	uuid [16]byte // UUID
@@ -271,6 +273,9 @@ func (c *ControllerConfig) complete(i int, path string) error {
 	case c.MDTS < minMDTS || c.MDTS > mdtsBytes || bits.OnesCount64(c.MDTS) != 1:
 		return say("mdts", "mdts %d: a power of two from 8KiB to 1MiB", c.MDTS)
 	}
+	if err := checkLimits(c.Limits, path+".limits"); err != nil {
+		return err
+	}
 	if err := checkMode(c.Doorbells, runtime.GOARCH); err != nil {
 		return say("doorbells", "%w", err)
 	}
@@ -292,6 +297,9 @@ func (s *SubsystemConfig) completeNamespace(i int, path string) error {
 	}
 	if _, err := backend.ParseSpec(n.Spec); err != nil {
 		return wrongField(path+".spec", "%w", err)
+	}
+	if err := checkLimits(n.Limits, path+".limits"); err != nil {
+		return err
 	}
 	if n.UUID != "" {
 		var ok bool

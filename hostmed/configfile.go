@@ -49,6 +49,8 @@ type controllerInFile struct {
 	Depth     *uint32 `toml:"depth"`
 	MDTS      size    `toml:"mdts"`
 	Manage    bool    `toml:"management"`
+
+	Limits limitsInFile `toml:"limits"`
 }
 
 type namespaceInFile struct {
@@ -57,6 +59,8 @@ type namespaceInFile struct {
 	Shared      bool      `toml:"shared"`
 	Controllers *[]uint16 `toml:"controllers"`
 	UUID        string    `toml:"uuid"`
+
+	Limits limitsInFile `toml:"limits"`
 }
 
 // size is "1MiB" or a number of bytes.
@@ -347,7 +351,9 @@ func (x *controllerInFile) config(path string) (ControllerConfig, error) {
 		}
 		c.MDTS = n
 	}
-	return c, nil
+	var err error
+	c.Limits, err = x.Limits.config(path + ".limits")
+	return c, err
 }
 
 func (x *namespaceInFile) config(path string) (NamespaceConfig, error) {
@@ -363,5 +369,7 @@ func (x *namespaceInFile) config(path string) (NamespaceConfig, error) {
 	if x.Controllers != nil {
 		n.Controllers = append([]uint16{}, *x.Controllers...)
 	}
-	return n, nil
+	var err error
+	n.Limits, err = x.Limits.config(path + ".limits")
+	return n, err
 }

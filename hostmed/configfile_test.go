@@ -83,7 +83,7 @@ spec = "mem:size=1MiB"
 		"no socket":            {strings.Replace(rest, "socket = \"/s\"", "", 1), []string{"f:3:3: the controller has no socket"}},
 		"empty socket":         {strings.Replace(rest, "/s", "", 1), []string{"f:4:1: the controller has no socket"}},
 		"no spec":              {rest + "[[subsystem.namespace]]\nnsid = 4\n", []string{"f:7:3: the namespace has no spec"}},
-		"bad spec":             {strings.Replace(rest, "mem:", "men:", 1), []string{"f:6:1: ", "men:size=1MiB", "null:, mem: or file:"}},
+		"bad spec":             {strings.Replace(rest, "mem:", "men:", 1), []string{"f:6:1: ", "men:size=1MiB", "it must begin with file:, mem:, null:"}},
 		"doorbells":            {strings.Replace(rest, "socket", "doorbells = \"bell\"\nsocket", 1), []string{"f:4:1: doorbells: \"bell\"", "shadow, trap or mmap"}},
 		"dstrd":                {strings.Replace(rest, "socket", "dstrd = 5\nsocket", 1), []string{"f:4:1: ", "dstrd 5", "0 to 4"}},
 		"queues":               {strings.Replace(rest, "socket", "queues = 65\nsocket", 1), []string{"f:4:1: ", "queues 65", "1 to 64"}},
@@ -116,6 +116,11 @@ spec = "mem:size=1MiB"
 		"controllers of text":  {rest + "controllers = [\"a\"]\n", []string{"f:7:"}},
 		"a table as a value":   {"state = { dir = \"x\" }\n" + rest, []string{"f:1:"}},
 		"deeply nested":        {"state = " + strings.Repeat("[", 100000) + "\n" + rest, []string{"f:"}},
+		"no limit":             {rest + "limits = { iops = 0 }\n", []string{"f:7:1: iops", "leave it out"}},
+		"limit of what":        {rest + "limits = { iosp = 5 }\n", []string{"f:7:", "did you mean iops?"}},
+		"iops in MiB":          {rest + "limits = { write_iops = \"1MiB\" }\n", []string{"f:7:1: write_iops", "2000"}},
+		"bandwidth of nothing": {rest + "limits = { bandwidth = 100 }\n", []string{"f:7:1: bandwidth", "100MiB?"}},
+		"burst alone":          {strings.Replace(rest, "socket", "limits = { read_iops_burst = 7 }\nsocket", 1), []string{"f:4:1: read_iops_burst", "give read_iops too"}},
 		"a subsystem as table": {"[subsystem]\nserial = \"1\"\n", []string{"f"}},
 	} {
 		_, err := parseConfig("f", []byte(c.doc))

@@ -60,6 +60,7 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	}
 	p.self = s.AddController(c.ID)
 	p.self.Manages = c.Management
+	p.self.Limiter().Set(c.Limits, ioq.Now())
 	return p, nil
 }
 

@@ -210,7 +210,16 @@ func (s *subsystem) removeNamespaces(which func(*subsys.Namespace) bool) error {
 func (s *subsystem) grow(c *SubsystemConfig) error {
 	var errs []error
 	for _, cc := range c.Controllers {
-		if s.cfg.controller(cc.Socket) != nil {
+		if old := s.cfg.controller(cc.Socket); old != nil {
+			if old.Limits != cc.Limits {
+				old.Limits = cc.Limits
+				for _, p := range s.ports {
+					if p.path == cc.Socket {
+						s.setLimits(p.self.Limiter(), cc.Limits)
+						p.log.Info("limits changed", "limits", cc.Limits)
+					}
+				}
+			}
 			continue
 		}
 		p, err := s.listen(cc)
@@ -246,6 +255,11 @@ func (s *subsystem) growNamespace(c NamespaceConfig) error {
 		s.SetAttached(n, c.Controllers)
 		s.m.log.Info("namespace attached", "nqn", s.NQN(), "nsid", n.NSID, "controllers", c.Controllers)
 		old.Controllers = c.Controllers
+	}
+	if old.Limits != c.Limits {
+		old.Limits = c.Limits
+		s.setLimits(n.Limiter(), c.Limits)
+		s.m.log.Info("limits changed", "nqn", s.NQN(), "nsid", n.NSID, "limits", c.Limits)
 	}
 	return s.resize(n, c.Spec)
 }

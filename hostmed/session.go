@@ -370,6 +370,9 @@ func (s *session) tearDown() {
 		why = fmt.Errorf("%w (%w)", errVersion, why)
 	}
 	args := []any{"reason", why, "reads", did.Reads, "writes", did.Writes, "errors", did.Errors, "mmio_per_io", strconv.FormatFloat(did.MMIO(), 'g', 2, 64)}
+	if did.Throttled > 0 {
+		args = append(args, "throttled", did.Throttled, "throttled_for", did.ThrottledFor)
+	}
 	switch {
 	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
 		s.log.Info("client disconnected", args...)

@@ -1,6 +1,9 @@
 package hostmed
 
-import "fmt"
+import (
+	"fmt"
+	"time"
+)
 
 // Stats is what a controller has done for the client that it has now. Bytes are of commands that succeeded.
 type Stats struct {
@@ -10,6 +13,9 @@ type Stats struct {
 	Interrupts              uint64
 	// Doorbells of I/O queues that came as messages, each of which is an exit of a virtual machine: SQ tails and CQ heads.
 	SQDoorbells, CQDoorbells uint64
+	// Commands that limits held back, and the sum of how long.
+	Throttled    uint64
+	ThrottledFor time.Duration
 }
 
 // Commands is the number of I/O commands.
@@ -21,6 +27,7 @@ func (s Stats) Sub(before Stats) Stats {
 		Reads: s.Reads - before.Reads, Writes: s.Writes - before.Writes, Others: s.Others - before.Others, Errors: s.Errors - before.Errors,
 		BytesRead: s.BytesRead - before.BytesRead, BytesWritten: s.BytesWritten - before.BytesWritten, Interrupts: s.Interrupts - before.Interrupts,
 		SQDoorbells: s.SQDoorbells - before.SQDoorbells, CQDoorbells: s.CQDoorbells - before.CQDoorbells,
+		Throttled: s.Throttled - before.Throttled, ThrottledFor: s.ThrottledFor - before.ThrottledFor,
 	}
 }
 
@@ -42,6 +49,7 @@ func (m *Mediator) Stats(socket string) (Stats, error) {
 		got <- Stats{
 			Reads: d.Reads, Writes: d.Writes, Others: d.Others, Errors: d.Errors, BytesRead: d.BytesRead, BytesWritten: d.BytesWritten,
 			Interrupts: d.Interrupts, SQDoorbells: d.SQDoorbells, CQDoorbells: d.CQDoorbells,
+			Throttled: d.Throttled, ThrottledFor: d.ThrottledFor,
 		}
 	})
 	select {

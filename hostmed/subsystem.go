@@ -69,9 +69,11 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 			s.m.log.Warn("namespace "+spec.String(), "warning", text)
 		}
 	}
-	s.watch(s.AddNamespace(subsys.NamespaceConfig{
+	made := s.AddNamespace(subsys.NamespaceConfig{
 		NSID: n.NSID, Backend: b, Shared: n.Shared, Controllers: n.Controllers, UUID: n.uuid, Spec: spec,
-	}))
+	})
+	made.Limiter().Set(n.Limits, ioq.Now()) // nobody has been told of it
+	s.watch(made)
 	return nil
 }
 

@@ -18,6 +18,10 @@ MODE is one of
   mmap    The doorbell page of BAR0 is mapped into the client and polled. For clients that know nothing of
           shadow doorbells, such as SPDK's driver; x86-64 only, and never quite asleep.
 
+LIMITS are KEY=N with commas between them. KEY is iops, read_iops or write_iops, commands a second, or bandwidth, read_bandwidth or
+write_bandwidth, bytes a second (N may be 100MiB). KEY_burst is how much may be done at once after a pause: a tenth of a second's worth if
+it is not given. Commands beyond a limit wait. FILE has limits of namespaces too, and SIGHUP changes them.
+
 Controllers that present one SPEC share it: they are one NVM subsystem, and each sees what the others write. FILE says
 more than flags can: several subsystems, namespaces of some controllers only, identifiers; docs/hostmed.toml in the
 source is an example with every key. SIGHUP reads it again while clients work: controllers and namespaces come and go, guests are
@@ -30,6 +34,9 @@ Examples
 
   Two controllers on the same disk, polled on core 3; SPDK looks for a socket of the name cntrl in a directory:
     hostmed serve --socket /run/a/cntrl --socket /run/b/cntrl --namespace file:/srv/db.img --doorbells mmap --cpus 3
+
+  A disk with at most 2000 commands and 100 MiB a second:
+    hostmed serve --socket /run/vm1.sock --namespace file:/srv/vm1.img --limit iops=2000,bandwidth=100MiB
 
   What the doorbells cost by themselves:
     hostmed serve --socket /tmp/null.sock --namespace null:size=1TiB,lba=4096

@@ -35,6 +35,7 @@ type serveCmd struct {
 	Config    string        `placeholder:"FILE" help:"Configuration file, in place of --socket, --namespace and what is said of doorbells. SIGHUP reads it again. See above."`
 	Socket    []string      `sep:"none" placeholder:"PATH" help:"Unix socket to listen on. Give it several times for several controllers; each presents the same namespaces and takes one client at a time."`
 	Namespace []string      `sep:"none" placeholder:"SPEC" help:"A namespace to present; the first has NSID 1. Give it several times for several. See above."`
+	Limit     limits        `placeholder:"LIMITS" help:"What each controller may use at the most, such as iops=2000,bandwidth=100MiB. See above."`
 	Doorbells string        `default:"shadow" enum:"shadow,trap,mmap" placeholder:"MODE" help:"How clients ring: ${enum} (${default}). See above."`
 	Stride    int           `name:"doorbell-stride" default:"4" enum:"4,8,16,32,64" placeholder:"BYTES" help:"Bytes from one doorbell to the next: ${enum} (${default}). With 64 no two share a cache line; shadow then has room for 31 I/O queues."`
 	State     string        `placeholder:"DIR" help:"Directory of what has to outlive hostmed: counters, saved features. Default: nothing does."`
@@ -43,6 +44,15 @@ type serveCmd struct {
 	LogLevel  string        `default:"info" enum:"trace,debug,info,warn,error" placeholder:"LEVEL" help:"Least important message to log on stderr: ${enum} (${default})."`
 	LogJSON   bool          `name:"log-json" help:"Log one JSON object a line."`
 	Spin      string        `default:"on" enum:"on,off" hidden:"" help:"off: never poll, sleep at once; for measurements."`
+}
+
+// limits are hostmed's, as a flag.
+type limits struct{ hostmed.Limits }
+
+// UnmarshalText reads LIMITS.
+func (l *limits) UnmarshalText(text []byte) (err error) {
+	l.Limits, err = hostmed.ParseLimits(string(text))
+	return err
 }
 
 // Validate is called by kong when the flags are parsed.
@@ -57,8 +67,8 @@ func (s *serveCmd) Validate() error {
 	switch {
 	case s.Config == "" && len(missing) > 0:
 		return fmt.Errorf("missing flags: %s (or --config=FILE)", strings.Join(missing, ", "))
-	case s.Config != "" && (len(missing) < 2 || s.Doorbells != "shadow" || s.Stride != 4):
-		return errors.New("--config says what is served: leave --socket, --namespace, --doorbells and --doorbell-stride out, or --config")
+	case s.Config != "" && (len(missing) < 2 || s.Limit.Limits != hostmed.Limits{} || s.Doorbells != "shadow" || s.Stride != 4):
+		return errors.New("--config says what is served: leave --socket, --namespace, --limit, --doorbells and --doorbell-stride out, or --config")
 	}
 	return nil
 }
@@ -117,7 +127,7 @@ func (s *serveCmd) config(stderr io.Writer) (c hostmed.Config, err error) {
 	c.LogLevel = level
 	c.Logger = hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.LevelFromString(level), JSONFormat: s.LogJSON, Output: stderr})
 	for _, socket := range s.Socket {
-		c.Controllers = append(c.Controllers, hostmed.ControllerConfig{Socket: socket, Namespaces: s.Namespace, Doorbells: modes[s.Doorbells], DSTRD: dstrd})
+		c.Controllers = append(c.Controllers, hostmed.ControllerConfig{Socket: socket, Namespaces: s.Namespace, Doorbells: modes[s.Doorbells], DSTRD: dstrd, Limits: s.Limit.Limits})
 	}
 	return c, nil
 }

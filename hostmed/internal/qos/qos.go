@@ -11,8 +11,12 @@ package qos
 
 import (
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
+
+	"github.com/shadowbell/shadowbell/hostmed/backend"
 )
 
 // Limit is a rate, and how much of it may be used at once after a time of less.
@@ -69,6 +73,27 @@ func (l *Limits) Fields() [6]Field {
 		{"iops", false, &l.IOPS}, {"read_iops", false, &l.ReadIOPS}, {"write_iops", false, &l.WriteIOPS},
 		{"bandwidth", true, &l.Bandwidth}, {"read_bandwidth", true, &l.ReadBandwidth}, {"write_bandwidth", true, &l.WriteBandwidth},
 	}
+}
+
+// String is l as the command line has it.
+func (l Limits) String() string {
+	var parts []string
+	for _, f := range l.Fields() {
+		format := func(n uint64) string { return strconv.FormatUint(n, 10) }
+		if f.Bytes {
+			format = backend.FormatSize
+		}
+		if f.Limit.Rate != 0 {
+			parts = append(parts, f.Name+"="+format(f.Limit.Rate))
+		}
+		if f.Limit.Burst != 0 {
+			parts = append(parts, f.Name+"_burst="+format(f.Limit.Burst))
+		}
+	}
+	if parts == nil {
+		return "none"
+	}
+	return strings.Join(parts, ",")
 }
 
 // Check says what is wrong with l, and with which field.
