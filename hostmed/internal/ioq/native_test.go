@@ -47,6 +47,13 @@ func (s *speaker) NewQueue() (backend.Queue, error) {
 	return &speakerQueue{q, s}, err
 }
 
+// say makes st the answer to what comes.
+func (s *speaker) say(st nvme.Status) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status = st
+}
+
 // take returns what was asked since the last take.
 func (s *speaker) take() []asked {
 	s.mu.Lock()
@@ -101,7 +108,7 @@ func TestNative(t *testing.T) {
 		s := newSpeaker(t, "mem:size=16MiB", nvme.IOCompare, nvme.IOVerify, nvme.IOWriteUncorrectable, nvme.IODSM, nvme.IOCopy, 0x80, 0x81, 0xfe, 0x83,
 			nvme.IORead, nvme.IOFlush, nvme.IOReservationReport, 0x7d)
 		c.backend = s
-		s.dw0, s.status = 0x12345678, 0
+		s.dw0, s.fill = 0x12345678, 9
 		r := newRig(t, c)
 		p := r.pair(1, 16, false)
 		data := randomData(8192)
@@ -132,9 +139,8 @@ func TestNative(t *testing.T) {
 			"vendor, to medium":   {func() nvme.Command { r.put(dataOff, data); return vendor(0x81, 25) }, asked{len: 100, data: data[:100]}},
 			"vendor, from medium": {func() nvme.Command { return vendor(0xfe, 1024) }, asked{len: 4096, data: bytes.Repeat([]byte{9}, 4096)}},
 		} {
-			s.fill = 9
 			for _, st := range []nvme.Status{nvme.StatusSuccess, nvme.StatusWriteFault, 0x3c1} {
-				s.status = st
+				s.say(st)
 				r.put(dataOff, data)
 				c := x.make()
 				e := p.run(c)
@@ -151,7 +157,7 @@ func TestNative(t *testing.T) {
 				}
 			}
 		}
-		s.status = nvme.StatusSuccess
+		s.say(nvme.StatusSuccess)
 		p.do(vendor(0xfe, 1024))
 		if !bytes.Equal(r.get(dataOff, 4096), bytes.Repeat([]byte{9}, 4096)) {
 			t.Error("the guest has not got the medium's data")
@@ -305,11 +311,11 @@ func TestNativeRules(t *testing.T) {
 		if st := p.do(commands(r, nvme.IODSM)); st != nvme.StatusSuccess || of.Gate() == nil || of.Gate().Marked(10, 1) || !of.Gate().Marked(11, 1) || of.Gate().Marked(12, 1) {
 			t.Errorf("dsm: %v, %+v", st, of.Gate())
 		}
-		s.status = nvme.StatusWriteFault
+		s.say(nvme.StatusWriteFault)
 		if st := p.do(commands(r, nvme.IOCopy)); st.Code() != nvme.StatusWriteFault || of.Gate() == nil || !of.Gate().Marked(11, 1) {
 			t.Errorf("a copy that failed: %v, %+v", st, of.Gate())
 		}
-		s.status = nvme.StatusSuccess
+		s.say(nvme.StatusSuccess)
 		if st := p.do(commands(r, nvme.IOCopy)); st != nvme.StatusSuccess || of.Gate() != nil && of.Gate().Marked(10, 3) {
 			t.Errorf("copy: %v, %+v", st, of.Gate())
 		}
@@ -335,6 +341,7 @@ func TestCommandBesideRequest(t *testing.T) {
 	s := &slow{info: openBackend(t, "null:size=1GiB").Info()}
 	r := newRig(t, rigConfig{shadow: true, backend: s})
 	p := r.pair(1, 16, false)
+	s.status = nvme.StatusWriteFault // so that one request is all that there is
 	for _, op := range []uint8{nvme.IORead, nvme.IOWrite, nvme.IOFlush, nvme.IOWriteZeroes, nvme.IOCompare} {
 		c := rw(op, 5, 1, base+dataOff)
 		c.CDW13 = uint32(op) + 1000
@@ -356,7 +363,6 @@ func TestCommandBesideRequest(t *testing.T) {
 		if *got != c {
 			t.Errorf("opcode %#x: %+v, want %+v", op, *got, c)
 		}
-		s.status = nvme.StatusWriteFault
 		s.finish(1)
 		p.reap(1)
 	}
