@@ -373,6 +373,9 @@ func (s *session) tearDown() {
 	if did.Throttled > 0 {
 		args = append(args, "throttled", did.Throttled, "throttled_for", did.ThrottledFor)
 	}
+	if did.Costs.Translate.Commands > 0 {
+		args = append(args, "ns_per_io", did.Costs.String())
+	}
 	switch {
 	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
 		s.log.Info("client disconnected", args...)

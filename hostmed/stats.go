@@ -3,6 +3,8 @@ package hostmed
 import (
 	"fmt"
 	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 )
 
 // Stats is what a controller has done for the client that it has now. Bytes are of commands that succeeded.
@@ -16,7 +18,15 @@ type Stats struct {
 	// Commands that limits held back, and the sum of how long.
 	Throttled    uint64
 	ThrottledFor time.Duration
+	// Costs is what samples of the commands cost the worker's thread.
+	Costs Costs
 }
+
+// Costs is the time of the data path by phase: translating a command, the backend's Submit, completing it, interrupting.
+type Costs = ioq.Costs
+
+// Phase is one of Costs.
+type Phase = ioq.Phase
 
 // Commands is the number of I/O commands.
 func (s Stats) Commands() uint64 { return s.Reads + s.Writes + s.Others + s.Errors }
@@ -28,6 +38,7 @@ func (s Stats) Sub(before Stats) Stats {
 		BytesRead: s.BytesRead - before.BytesRead, BytesWritten: s.BytesWritten - before.BytesWritten, Interrupts: s.Interrupts - before.Interrupts,
 		SQDoorbells: s.SQDoorbells - before.SQDoorbells, CQDoorbells: s.CQDoorbells - before.CQDoorbells,
 		Throttled: s.Throttled - before.Throttled, ThrottledFor: s.ThrottledFor - before.ThrottledFor,
+		Costs: s.Costs.Sub(before.Costs),
 	}
 }
 
@@ -48,8 +59,8 @@ func (m *Mediator) Stats(socket string) (Stats, error) {
 		d := s.data.Stats()
 		got <- Stats{
 			Reads: d.Reads, Writes: d.Writes, Others: d.Others, Errors: d.Errors, BytesRead: d.BytesRead, BytesWritten: d.BytesWritten,
-			Interrupts: d.Interrupts, SQDoorbells: d.SQDoorbells, CQDoorbells: d.CQDoorbells,
 			Throttled: d.Throttled, ThrottledFor: d.ThrottledFor,
+			Interrupts: d.Interrupts, SQDoorbells: d.SQDoorbells, CQDoorbells: d.CQDoorbells, Costs: d.Costs,
 		}
 	})
 	select {

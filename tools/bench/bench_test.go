@@ -64,7 +64,7 @@ func TestCaseThatMatchesNothing(t *testing.T) {
 func sampleReport() *report {
 	r := &report{Machine: machine{Model: "CPU", Cores: 2, LoadCPU: 1, Go: "go1"}}
 	shadow := caseResult{Name: "null/shadow/qd32", Load: &load.Result{IOPS: 8e6, BandwidthMiB: 31250, MMIOPerIO: 0.000001, Latency: load.Latency{P50: 4000, P99: 9000}},
-		BareBefore: 10e6, BareAfter: 14e6, Ratio: 8. / 12}
+		HostNS: phasesIn("INFO client gone: reads=1 ns_per_io=18/10/21/0 x=y\nINFO stopped"), BareBefore: 10e6, BareAfter: 14e6, Ratio: 8. / 12}
 	shadow.aim("IOPS", 8e6, atLeast, 6e6)
 	shadow.aim("MMIO writes per I/O", 0.000001, atMost, 0.001)
 	trap := caseResult{Name: "null/trap/qd32", Load: &load.Result{IOPS: 500e3, Latency: load.Latency{P50: 60_000, P99: 90_000}, MMIOPerIO: 1.02}}
@@ -78,10 +78,12 @@ func sampleReport() *report {
 func TestReportTable(t *testing.T) {
 	const want = `CPU, 2 cores (hostmed on 0, load on 1), go1
 
-  case                   IOPS   MiB/s      p50      p99    MMIO/IO  bare rings  ratio
-  ------------------------------------------------------------------------------------
-  null/shadow/qd32  8,000,000  31,250  4.00 us  9.00 us  0.0000010  12,000,000   0.67
+  case                   IOPS   MiB/s      p50      p99    MMIO/IO     host ns  bare rings  ratio
+  ------------------------------------------------------------------------------------------------
+  null/shadow/qd32  8,000,000  31,250  4.00 us  9.00 us  0.0000010  18/10/21/0  12,000,000   0.67
   null/trap/qd32      500,000       0  60.0 us  90.0 us       1.02
+
+  host ns: what a command took of hostmed's worker, to translate / submit / complete / interrupt
 
   case              figure                                measured                 aim
   --------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ func TestReportJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range []string{
-		`"machine":{"model":"CPU","cores":2`, `"name":"null/shadow/qd32","load":{"iops":8000000`, `"bare_before":10000000,"bare_after":14000000,"ratio":0.66`,
+		`"machine":{"model":"CPU","cores":2`, `"name":"null/shadow/qd32","load":{"iops":8000000`, `"host_ns":{"translate":18,"submit":10,"complete":21,"interrupt":0}`, `"bare_before":10000000,"bare_after":14000000,"ratio":0.66`,
 		`{"name":"times as fast with shadow doorbells","value":16,"aim":{"bound":"at least","value":20,"met":false}}`, `{"name":"memory","error":"no memory"}`,
 	} {
 		if !strings.Contains(string(data), s) {

@@ -121,6 +121,7 @@ func (c rateCase) run(ctx context.Context, b *bench) (r caseResult, err error) {
 	if err != nil {
 		return r, err
 	}
+	r.HostNS = phasesIn(b.hostLog)
 	if r.BareAfter, err = bare(); err != nil {
 		return r, fmt.Errorf("bare rings: %w", err)
 	}

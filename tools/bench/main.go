@@ -48,6 +48,7 @@ type bench struct {
 	line     *text.Line
 	progress string // of the whole run, before each line
 	sockets  int    // names given so far
+	hostLog  string // the last lines of what the last hostmed said
 }
 
 // Run measures the chosen cases.
@@ -157,6 +158,7 @@ func (b *bench) host(ctx context.Context, n int, args []string, f func(h *proces
 		if e := h.Stop(); err == nil {
 			err = e
 		}
+		b.hostLog = h.Log()
 	}()
 	return f(h, devices)
 }

@@ -33,11 +33,41 @@ type machine struct {
 type caseResult struct {
 	Name       string       `json:"name"`
 	Load       *load.Result `json:"load,omitempty"`
+	HostNS     *phases      `json:"host_ns,omitempty"`
 	BareBefore float64      `json:"bare_before,omitempty"`
 	BareAfter  float64      `json:"bare_after,omitempty"`
 	Ratio      float64      `json:"ratio,omitempty"` // of IOPS to the mean of the two
 	Figures    []figure     `json:"figures,omitempty"`
 	Error      string       `json:"error,omitempty"` // the case could not be measured
+}
+
+// phases are the ns of hostmed's worker that a command took, as it has sampled them.
+type phases struct {
+	Translate float64 `json:"translate"`
+	Submit    float64 `json:"submit"`
+	Complete  float64 `json:"complete"`
+	Interrupt float64 `json:"interrupt"`
+}
+
+func (p *phases) String() string {
+	if p == nil {
+		return ""
+	}
+	return fmt.Sprintf("%.0f/%.0f/%.0f/%.0f", p.Translate, p.Submit, p.Complete, p.Interrupt)
+}
+
+// phasesIn finds what hostmed has logged when its client went; nil: it has not.
+func phasesIn(log string) *phases {
+	const key = "ns_per_io="
+	i := strings.LastIndex(log, key)
+	if i < 0 {
+		return nil
+	}
+	p := &phases{}
+	if n, _ := fmt.Sscanf(log[i+len(key):], "%f/%f/%f/%f", &p.Translate, &p.Submit, &p.Complete, &p.Interrupt); n != 4 {
+		return nil
+	}
+	return p
 }
 
 // figure is a number, and what it should be if there is an aim.
@@ -140,7 +170,7 @@ func (r *report) table() string {
 	}
 	b.WriteString("\n\n")
 
-	rates := text.Table{Head: []string{"case", "IOPS", "MiB/s", "p50", "p99", "MMIO/IO", "bare rings", "ratio "}}
+	rates := text.Table{Head: []string{"case", "IOPS", "MiB/s", "p50", "p99", "MMIO/IO", "host ns", "bare rings", "ratio "}}
 	figs := text.Table{Head: []string{"case", "figure", "measured", "aim", ""}, Left: map[int]bool{1: true, 4: true}}
 	anyRate, anyFigure, anyUnsteady := false, false, false
 	for _, c := range r.Cases {
@@ -155,7 +185,7 @@ func (r *report) table() string {
 				}
 			}
 			rates.Add(c.Name, text.Count(l.IOPS), text.Count(l.BandwidthMiB), text.Duration(time.Duration(l.Latency.P50)),
-				text.Duration(time.Duration(l.Latency.P99)), text.Ratio(l.MMIOPerIO), bare, ratio)
+				text.Duration(time.Duration(l.Latency.P99)), text.Ratio(l.MMIOPerIO), c.HostNS.String(), bare, ratio)
 		}
 		for _, f := range c.Figures {
 			anyFigure = true
@@ -175,6 +205,7 @@ func (r *report) table() string {
 	}
 	if anyRate {
 		b.WriteString(rates.String())
+		b.WriteString("\n  host ns: what a command took of hostmed's worker, to translate / submit / complete / interrupt\n")
 	}
 	if anyUnsteady {
 		b.WriteString("\n  ? the bare rings before and after differ by more than a half: the machine was busy with something else\n")

@@ -54,9 +54,20 @@ func (w *Worker) postGroup(g *group) {
 	n := uint32(len(g.staged))
 	g.prod.Post(g.staged)
 	g.staged = g.staged[:0]
+	if w.cost.on {
+		w.cost.charge(&g.stats.Costs.Complete, 0)
+	}
 	if !g.ien {
 		return
 	}
+	w.interrupt(g, n)
+	if w.cost.on {
+		w.cost.charge(&g.stats.Costs.Interrupt, int(n))
+	}
+}
+
+// interrupt raises the interrupt for n completions of g, or finds that it need not be.
+func (w *Worker) interrupt(g *group, n uint32) {
 	if g.ctl.quiet.Load() && g.head.Quiet() {
 		return
 	}
@@ -81,6 +92,7 @@ type Stats struct {
 	Throttled               uint64        // commands that limits held back
 	ThrottledFor            time.Duration // the sum of how long
 	Busy                    time.Duration // with a command outstanding, as far as the worker looked at its clock
+	Costs                   Costs         // of samples
 }
 
 // MMIO is how many doorbell writes an I/O command cost its driver; 0 before the first.
@@ -124,4 +136,5 @@ func (s *Stats) add(o Stats) {
 	s.ThrottledFor += o.ThrottledFor
 	s.SQDoorbells += o.SQDoorbells
 	s.CQDoorbells += o.CQDoorbells
+	s.Costs.add(o.Costs)
 }

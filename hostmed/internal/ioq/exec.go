@@ -180,6 +180,10 @@ func (w *Worker) submit() {
 	m := w.batchOf
 	batch := w.batch
 	w.batch = w.batch[:0]
+	if w.cost.on {
+		w.submitSampled(m, batch)
+		return
+	}
 	n := m.q.Submit(batch, w.finished[:])
 	w.inflight += len(batch) - n
 	w.finish(w.finished[:n])
@@ -213,7 +217,15 @@ func (w *Worker) reap() int {
 		if m == nil || m.q.Inflight() == 0 {
 			continue
 		}
+		if w.cost.wanted {
+			work += w.reapSampled(m)
+			continue
+		}
 		n := m.q.Reap(w.finished[:])
+		if n == 0 {
+			continue
+		}
+		w.cost.came()
 		w.inflight -= n
 		w.finish(w.finished[:n])
 		work += n

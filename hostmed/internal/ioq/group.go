@@ -116,7 +116,13 @@ func (w *Worker) poll(g *group) int {
 		}
 		n = min(n, room, batchMax)
 		g.blocked = false
+		if w.cost.left--; w.cost.left == 0 {
+			w.sample(g)
+		}
 		w.fetch(s, n)
+		if w.cost.on {
+			w.cost.charge(&g.stats.Costs.Translate, int(n))
+		}
 		s.tail.Behind(s.cons.Head())
 		work += int(n)
 	}
@@ -124,6 +130,9 @@ func (w *Worker) poll(g *group) int {
 		g.worked = true
 		w.flushBatch()
 		w.postAll()
+		if w.cost.on {
+			w.endSample()
+		}
 	}
 	return work
 }
@@ -358,6 +367,7 @@ func (w *Worker) fault(err error) {
 		return
 	}
 	w.current = nil
+	w.endSample()
 	if r := w.pending; r != nil {
 		w.pending = nil
 		w.give(r)

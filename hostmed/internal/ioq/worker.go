@@ -120,6 +120,7 @@ type Worker struct {
 	pairing     bool        // the namespace of one is asked for or held
 	pairScratch *shm.Region // for its Compare
 
+	cost     sampler
 	copyFrom copySources // of the Copy that is being decoded
 }
 
@@ -158,6 +159,7 @@ func StartWorker(c WorkerConfig) (*Worker, error) {
 		sources: map[int32]Source{}, done: make(chan struct{}),
 		batch: make([]*backend.Request, 0, batchMax), extents: make([]prp.Extent, 0, 16),
 	}
+	w.cost.init()
 	if err := w.Add(wake, (*wakeSource)(w)); err != nil {
 		unix.Close(wake)
 		unix.Close(ep)
@@ -302,6 +304,9 @@ func (w *Worker) loop() {
 		}
 		if len(w.touched) > 0 {
 			w.postAll()
+		}
+		if w.cost.on {
+			w.endSample()
 		}
 		if len(w.waits) > 0 {
 			w.checkWaits()
