@@ -340,6 +340,12 @@ func (b *nvmeChar) Admin(c *nvme.Command, data []byte) (dw0 uint32, status nvme.
 // Warnings is what the operator should know.
 func (b *nvmeChar) Warnings() []string {
 	w := b.claim.warnings
+	if block := b.info.LBASize(); b.ident.ns.NSFEAT&nvme.NSFEATOptPerf != 0 {
+		unit := uint64(b.ident.ns.NPWG.Count()) * block
+		if b.spec.Offset%unit != 0 || b.spec.Size%unit != 0 {
+			w = append(w[:len(w):len(w)], fmt.Sprintf("the device writes best in units of %d bytes (NPWG), and the slice is not of such units: its guest's writes are slower than they need be", unit))
+		}
+	}
 	if b.ident.restricted {
 		w = append(w[:len(w):len(w)], "without CAP_SYS_ADMIN only reads, writes and flushes go to the device: hostmed writes zeroes itself, nothing is deallocated, and the device's health is not shown")
 	}

@@ -383,6 +383,11 @@ func TestNVMeCharUnprivileged(t *testing.T) {
 	if i := b.Info(); i.Native != (Opcodes{}) || i.Discard || i.WriteZeroes || !i.VolatileCache || len(b.Warnings()) != 1 {
 		t.Errorf("%+v, %q", i, b.Warnings())
 	}
+	d.ns.NSFEAT, d.ns.NPWG = nvme.NSFEATOptPerf, 15
+	other := openFake(t, d, sliceSpec())
+	if other.claim = new(claim); len(other.Warnings()) != 2 || !strings.Contains(other.Warnings()[0], "8192 bytes") {
+		t.Errorf("a slice not of the device's units: %q", other.Warnings())
+	}
 	q, _ := fakeCharQueue(t, b, d, 16)
 	mustRun(t, q, &Request{Op: OpWriteZeroes, Len: 64 << 10}, &Request{Op: OpDiscard, Len: 512}, &Request{Op: OpFlush})
 	for _, c := range d.seen {

@@ -190,3 +190,27 @@ func TestNVMeUnprivileged(t *testing.T) {
 	h.Run(t, "grep -q 'without CAP_SYS_ADMIN' "+dir+"/log")
 	h.verify(t, "vfio-user:"+dir+"/s", "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
 }
+
+// TestNVMePolled: a device that is polled is reset under load, and then pulled out, while nothing but the queue's own looks tell of anything.
+func TestNVMePolled(t *testing.T) {
+	h := open(t)
+	d := h.disk(t, diskConfig{})
+	m := h.serve(t, "nvme:"+d.char()+",poll")
+	load := h.startVerify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --jobs 2 --runtime 5s")
+	m.says(t, "client connected")
+	for range 3 {
+		h.Run(t, fmt.Sprintf("guestdrv list >/dev/null; echo 1 > /sys/class/nvme/%[1]s/reset_controller; until [ $(cat /sys/class/nvme/%[1]s/state) = live ]; do sleep 0.05; done", d.Name))
+	}
+	if load.ended() {
+		t.Error("the load had ended before the resets had")
+	}
+	load.verified()
+	load = h.start(t, "guestdrv bench "+m.device(0)+" --json --rw randrw --bs 4k,64k --qd 32 --span 128MiB --runtime 8s --timeout 10s")
+	h.until(t, "no second client", "[ $(grep -c 'client connected' "+m.log+") = 2 ]")
+	d.vanish(t)
+	d.forget(t)
+	m.says(t, "namespace removed: its medium is gone.*"+d.char())
+	if r := load.result(); r.Exit == 0 {
+		t.Errorf("a load without its disk ended well: %s", r.Stdout)
+	}
+}
