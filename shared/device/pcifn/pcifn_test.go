@@ -309,3 +309,25 @@ func TestUnescape(t *testing.T) {
 		}
 	}
 }
+
+// TestBlockUses: of each device that is asked about its own uses, and not those of others.
+func TestBlockUses(t *testing.T) {
+	f := newFake(t)
+	f.put("proc/self/mountinfo", "30 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
+	f.mkdir("sys/class/block/nvme0n2/holders/md0")
+	f.put("sys/block/loop3/loop/backing_file", "/dev/nvme0n1p1\n")
+	for _, x := range []struct{ names, want []string }{
+		{[]string{"nvme0n1"}, nil},
+		{[]string{"nvme0n1", "nvme0n1p1"}, []string{"nvme0n1p1 is mounted at /srv", "nvme0n1p1 is held by loop3"}},
+		{[]string{"nvme0n2"}, []string{"nvme0n2 is held by md0"}},
+		{nil, nil},
+	} {
+		if got, err := f.blockUses(x.names); err != nil || !slices.Equal(got, x.want) {
+			t.Errorf("%v: %q, %v; want %q", x.names, got, err, x.want)
+		}
+	}
+	f.must(os.Remove(f.path("proc/self/mountinfo")))
+	if _, err := f.blockUses([]string{"nvme0n1"}); err == nil {
+		t.Error("no error without the list of mounts")
+	}
+}
