@@ -39,9 +39,16 @@ type Daemon struct {
 // thing it said. The process is killed if this one is. log, which may be nil, gets its log too.
 func StartHostmed(ctx context.Context, bin string, log io.Writer, args ...string) (*Daemon, error) {
 	sockets := 0
-	for _, a := range args {
+	for i, a := range args {
 		if a == "--socket" || strings.HasPrefix(a, "--socket=") {
 			sockets++
+		}
+		if a == "--config" && i+1 < len(args) {
+			doc, err := os.ReadFile(args[i+1])
+			if err != nil {
+				return nil, err
+			}
+			sockets += strings.Count(string(doc), "[[subsystem.controller]]")
 		}
 	}
 	return start(ctx, "hostmed", bin, log, sockets, args)
