@@ -3,6 +3,7 @@ package backend
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +28,8 @@ type mappedFaulty struct {
 func (b mappedFaulty) Info() Info               { return b.faulty.Info() }
 func (b mappedFaulty) NewQueue() (Queue, error) { return b.faulty.NewQueue() }
 func (b mappedFaulty) Close() error             { return b.faulty.Close() }
+
+func (b mappedFaulty) NewQueueFor(owner any) (Queue, error) { return b.faulty.NewQueueFor(owner) }
 
 func openFaulty(s Spec) (Backend, error) {
 	rules, err := parseFaults(s.Faults)
@@ -63,12 +66,15 @@ func (b *faulty) Info() Info {
 	return i
 }
 
-func (b *faulty) NewQueue() (Queue, error) {
-	inner, err := b.Alterable.NewQueue()
+func (b *faulty) NewQueue() (Queue, error) { return b.NewQueueFor(nil) }
+
+// NewQueueFor is Sharer's.
+func (b *faulty) NewQueueFor(owner any) (Queue, error) {
+	inner, err := NewQueue(b.Alterable, owner)
 	if err != nil {
 		return nil, err
 	}
-	q := &faultQueue{Queue: inner, b: b, shift: b.Alterable.Info().LBAShift, fd: inner.EventFD(), late: map[*Request]time.Duration{}, torn: map[*Request]whole{}}
+	q := &faultQueue{Queue: inner, b: b, shift: b.Alterable.Info().LBAShift, wait: turnWait, fd: inner.EventFD(), late: map[*Request]time.Duration{}, torn: map[*Request]whole{}}
 	if q.fd < 0 {
 		if q.fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 			return nil, errors.Join(fmt.Errorf("eventfd: %w", err), inner.Close())
@@ -89,11 +95,14 @@ type faultQueue struct {
 	ownFD bool
 
 	pass    []*Request
-	late    map[*Request]time.Duration // with the medium, to be held back for that long; givenUp: not any more
+	late    map[*Request]time.Duration // with the medium, to be held back for that long; givenUp: not any more; below: reorder's number, negative
 	torn    map[*Request]whole         // with the medium, shortened
 	waiting []delayed                  // done, and held back
-	kept    []kept                     // never done
-	ready   []*Request                 // for Reap
+	turned  []*Request                 // done, and held back until there are as many as reorder turns round, or turnDue
+	turnDue time.Time
+	wait    time.Duration // turnWait, but for tests
+	kept    []kept        // never done
+	ready   []*Request    // for Reap
 
 	timer *time.Timer
 	mu    sync.Mutex // guards closed, for the timer's goroutine
@@ -135,7 +144,16 @@ func (q *faultQueue) Submit(reqs, done []*Request) int {
 		case faultDelay:
 			q.late[r] = rule.delay
 			q.pass = append(q.pass, r)
+		case faultReorder:
+			q.late[r] = time.Duration(-rule.turn)
+			q.pass = append(q.pass, r)
 		case faultTorn:
+			if r.Len>>q.shift < 2 { // half of it is nothing
+				r.Status = nvme.StatusWriteFault
+				done[n] = r
+				n++
+				continue
+			}
 			q.tear(r)
 			q.pass = append(q.pass, r)
 		}
@@ -174,6 +192,10 @@ func (q *faultQueue) keepLate(done []*Request) int {
 		if by, ok := q.late[r]; ok && by == givenUp {
 			delete(q.late, r)
 			r.Status = nvme.StatusAbortSQDeleted
+		} else if ok && by < givenUp {
+			delete(q.late, r)
+			q.turn(r, int(-by))
+			continue
 		} else if ok {
 			delete(q.late, r)
 			q.waiting = append(q.waiting, delayed{r, time.Now().Add(by)})
@@ -182,21 +204,43 @@ func (q *faultQueue) keepLate(done []*Request) int {
 		done[n] = r
 		n++
 	}
-	if len(q.waiting) > 0 {
-		q.setTimer()
-	}
+	q.setTimer()
 	return n
+}
+
+// turn keeps r until there are n of its kind, which then end the last one first.
+func (q *faultQueue) turn(r *Request, n int) {
+	if len(q.turned) == 0 {
+		q.turnDue = time.Now().Add(q.wait)
+	}
+	if q.turned = append(q.turned, r); len(q.turned) >= n {
+		q.endTurn()
+		q.ring()
+	}
+}
+
+// endTurn makes those that are turned round ready.
+func (q *faultQueue) endTurn() {
+	slices.Reverse(q.turned)
+	q.ready = append(q.ready, q.turned...)
+	clear(q.turned)
+	q.turned = q.turned[:0]
 }
 
 // setTimer rings for the first of those that wait.
 func (q *faultQueue) setTimer() {
-	first := q.waiting[0].due
-	for _, d := range q.waiting[1:] {
-		if d.due.Before(first) {
+	first := time.Time{}
+	if len(q.turned) > 0 {
+		first = q.turnDue
+	}
+	for _, d := range q.waiting {
+		if first.IsZero() || d.due.Before(first) {
 			first = d.due
 		}
 	}
-	q.timer.Reset(max(time.Until(first), 0))
+	if !first.IsZero() {
+		q.timer.Reset(max(time.Until(first), 0))
+	}
 }
 
 // ring makes the worker call Reap. It runs on the timer's goroutine.
@@ -214,7 +258,7 @@ func (q *faultQueue) Reap(done []*Request) int {
 	if q.Queue.Inflight() > 0 {
 		n = q.keepLate(done[:q.Queue.Reap(done)])
 	}
-	if len(q.waiting) > 0 {
+	if len(q.waiting)+len(q.turned) > 0 {
 		q.endWaiting(time.Now())
 	}
 	k := copy(done[n:], q.ready)
@@ -234,9 +278,10 @@ func (q *faultQueue) endWaiting(now time.Time) {
 	}
 	clear(q.waiting[len(still):])
 	q.waiting = still
-	if len(still) > 0 {
-		q.setTimer()
+	if len(q.turned) > 0 && !q.turnDue.After(now) {
+		q.endTurn()
 	}
+	q.setTimer()
 }
 
 // givenUp is the delay of a request that GiveUp met while the medium had it.
@@ -245,6 +290,10 @@ const givenUp = -1
 // GiveUp is Keeper's. What comes late or never ends with StatusAbortRequested or StatusAbortSQDeleted: a completion that comes after a reset does not
 // come at all.
 func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
+	inner := 0
+	if k, ok := q.Queue.(Keeper); ok {
+		inner = k.GiveUp(aborted, which)
+	}
 	keep := q.kept[:0]
 	for _, k := range q.kept {
 		switch {
@@ -265,7 +314,7 @@ func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
 		if n > 0 {
 			q.ring()
 		}
-		return n
+		return n + inner
 	}
 	for r := range q.late { // with the medium still
 		if which(r) {
@@ -285,14 +334,29 @@ func (q *faultQueue) GiveUp(aborted bool, which func(*Request) bool) (n int) {
 	}
 	clear(q.waiting[len(still):])
 	q.waiting = still
+	q.turned = slices.DeleteFunc(q.turned, func(r *Request) bool {
+		if !which(r) {
+			return false
+		}
+		r.Status = nvme.StatusAbortSQDeleted
+		q.ready = append(q.ready, r)
+		n++
+		return true
+	})
 	if n > 0 {
 		q.ring()
 	}
-	return n
+	return n + inner
+}
+
+// Polled is Poller's: what the medium does is to be polled for as it wants it.
+func (q *faultQueue) Polled() bool {
+	p, ok := q.Queue.(Poller)
+	return ok && p.Polled()
 }
 
 func (q *faultQueue) Inflight() int {
-	return q.Queue.Inflight() + len(q.waiting) + len(q.kept) + len(q.ready)
+	return q.Queue.Inflight() + len(q.waiting) + len(q.turned) + len(q.kept) + len(q.ready)
 }
 
 func (q *faultQueue) EventFD() int { return q.fd }

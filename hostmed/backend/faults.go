@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -21,16 +22,23 @@ const (
 	faultOver = "over="
 )
 
+const (
+	// maxTurn is the most that reorder turns round, and turnWait how long it waits for so many.
+	maxTurn  = 1024
+	turnWait = 10 * time.Millisecond
+)
+
 // faultAction is what happens to a request.
 type faultAction uint8
 
 const (
-	faultNone   faultAction = iota
-	faultStatus             // it ends with a status, and nothing is done
-	faultDelay              // it is done, and ends later
-	faultDrop               // it never ends, until its queue does; nothing is done
-	faultHold               // it never ends, until its queue does or it is aborted; nothing is done
-	faultTorn               // the first half of a write is done, and it ends with Write Fault
+	faultNone    faultAction = iota
+	faultStatus              // it ends with a status, and nothing is done
+	faultDelay               // it is done, and ends later
+	faultDrop                // it never ends, until its queue does; nothing is done
+	faultHold                // it never ends, until its queue does or it is aborted; nothing is done
+	faultTorn                // the first half of a write is done, and it ends with Write Fault
+	faultReorder             // it is done, and ends after others that came later
 )
 
 // faultRule is one RULE.
@@ -38,9 +46,11 @@ type faultRule struct {
 	action faultAction
 	status nvme.Status
 	delay  time.Duration
+	turn   int // reorder: how many are turned round
 
 	op          Op
 	anyOp       bool
+	opcode      int  // of the guest's command; -1: any
 	lba         bool // only blocks from first to last
 	first, last uint64
 	after, most uint64 // of those that match: so many pass first; no more than so many are hit
@@ -103,7 +113,7 @@ func parseFaults(s string) (*faultRules, error) {
 
 func parseFault(s string) (*faultRule, error) {
 	words := strings.Split(s, "@")
-	r := &faultRule{anyOp: true, most: math.MaxUint64}
+	r := &faultRule{anyOp: true, opcode: -1, most: math.MaxUint64}
 	key, value, _ := strings.Cut(words[0], "=")
 	hasValue := key != words[0]
 	switch {
@@ -123,6 +133,12 @@ func parseFault(s string) (*faultRule, error) {
 			return nil, fmt.Errorf("%q is no time, as 50ms or 3s is", value)
 		}
 		r.action, r.delay = faultDelay, d
+	case key == "reorder" && hasValue:
+		n, err := strconv.ParseUint(value, 10, 32)
+		if err != nil || n < 2 || n > maxTurn {
+			return nil, fmt.Errorf("%q is not how many to turn round: from 2 to %d, as in reorder=4", value, maxTurn)
+		}
+		r.action, r.turn = faultReorder, int(n)
 	case key == "drop" && !hasValue:
 		r.action = faultDrop
 	case key == "hold" && !hasValue:
@@ -130,7 +146,7 @@ func parseFault(s string) (*faultRule, error) {
 	case key == "torn" && !hasValue:
 		r.action, r.op, r.anyOp = faultTorn, OpWrite, false
 	default:
-		return nil, fmt.Errorf("%q is nothing that can happen: a rule begins with status=STATUS, delay=TIME, drop, hold or torn", words[0])
+		return nil, fmt.Errorf("%q is nothing that can happen: a rule begins with status=STATUS, delay=TIME, reorder=N, drop, hold or torn", words[0])
 	}
 	seen := map[string]bool{}
 	for _, w := range words[1:] {
@@ -162,6 +178,12 @@ func (r *faultRule) condition(s string, seen map[string]bool) (err error) {
 	switch {
 	case isOp && !hasValue:
 		r.op, r.anyOp = op, false
+	case key == "opcode" && hasValue:
+		n, err := strconv.ParseUint(value, 0, 8)
+		if err != nil {
+			return bad("opcode=0x05")
+		}
+		r.opcode = int(n)
 	case key == "lba" && hasValue:
 		from, to, isRange := strings.Cut(value, "-")
 		if !isRange {
@@ -190,7 +212,7 @@ func (r *faultRule) condition(s string, seen map[string]bool) (err error) {
 			return bad("first=3")
 		}
 	default:
-		return fmt.Errorf("@%s is no condition: there are @read, @write, @flush, @zeroes, @discard, @lba=A-B, @rate=N/M, @after=N and @first=N", s)
+		return fmt.Errorf("@%s is no condition: there are @read, @write, @flush, @zeroes, @discard, @opcode=N, @lba=A-B, @rate=N/M, @after=N and @first=N", s)
 	}
 	return nil
 }
@@ -209,17 +231,43 @@ func (r *faultRule) hits(req *Request, shift uint8, seed uint64) bool {
 	if !r.anyOp && req.Op != r.op {
 		return false
 	}
-	if r.lba {
-		first, n := req.Off>>shift, req.Len>>shift
-		if n == 0 || first > r.last || first+n-1 < r.first {
-			return false
-		}
+	if r.opcode >= 0 && (req.Cmd == nil || int(req.Cmd.Opcode) != r.opcode) {
+		return false
+	}
+	if r.lba && !r.inRange(req, shift) {
+		return false
 	}
 	n := r.matched.Add(1) - 1
 	if n < r.after || n-r.after >= r.most {
 		return false
 	}
 	return r.denom == 0 || mix(seed<<32^n)%r.denom < r.num
+}
+
+// inRange says whether one of the blocks that req is about is from first to last.
+func (r *faultRule) inRange(req *Request, shift uint8) bool {
+	has := func(first, n uint64) bool { return n > 0 && first <= r.last && first+n-1 >= r.first }
+	if req.Op != OpCommand {
+		return has(req.Off>>shift, req.Len>>shift)
+	}
+	switch op := req.Cmd.Opcode; {
+	case op == nvme.IODSM:
+		for list := segBytes(&req.Vec[0]); len(list) >= nvme.DSMRangeSize; list = list[nvme.DSMRangeSize:] {
+			if has(binary.LittleEndian.Uint64(list[8:]), uint64(binary.LittleEndian.Uint32(list[4:]))) {
+				return true
+			}
+		}
+		return false
+	case op == nvme.IOCopy: // what it reads, and below what it writes
+		for list := segBytes(&req.Vec[0]); len(list) >= nvme.CopyRangeSize; list = list[nvme.CopyRangeSize:] {
+			if has(binary.LittleEndian.Uint64(list[8:]), uint64(binary.LittleEndian.Uint16(list[16:]))+1) {
+				return true
+			}
+		}
+	case op >= 0x80:
+		return false // it has no blocks
+	}
+	return has(req.Off>>shift, req.Len>>shift)
 }
 
 // mix is the finalizer of splitmix64: the same numbers give the same chances.

@@ -19,7 +19,8 @@ func TestParseFaults(t *testing.T) {
 		"fault:status=write-fault+dnr@lba=0-0x7f@after=3@first=2,over=file:a,,b,size=1M,lba=4096": {
 			Kind: KindFile, Path: "a,b", LBA: 4096, Size: 1 << 20, Faults: "status=write-fault+dnr@lba=0-0x7f@after=3@first=2",
 		},
-		"fault:hold,torn,over=file:a,,b,size=1M,readonly": {Kind: KindFile, Path: "a,b", LBA: 512, Size: 1 << 20, ReadOnly: true, Faults: "hold,torn"},
+		"fault:reorder=4@opcode=0x19@first=9,over=mem:size=1MiB": {Kind: KindMem, Size: 1 << 20, LBA: 512, Faults: "reorder=4@opcode=0x19@first=9"},
+		"fault:hold,torn,over=file:a,,b,size=1M,readonly":        {Kind: KindFile, Path: "a,b", LBA: 512, Size: 1 << 20, ReadOnly: true, Faults: "hold,torn"},
 	} {
 		got, err := ParseSpec(in)
 		if err != nil || got != want {
@@ -48,6 +49,12 @@ func TestParseFaultsSaysWhatIsWrong(t *testing.T) {
 		"fault:status=9/99" + over:                    {"no status"},
 		"fault:delay=5" + over:                        {"no time", "50ms"},
 		"fault:delay=-5s" + over:                      {"no time"},
+		"fault:reorder" + over:                        {"nothing that can happen", "reorder=N"},
+		"fault:reorder=1" + over:                      {"from 2 to 1024"},
+		"fault:reorder=1025" + over:                   {"from 2 to 1024"},
+		"fault:drop@opcode" + over:                    {"no condition", "@opcode=N"},
+		"fault:drop@opcode=256" + over:                {"@opcode=0x05"},
+		"fault:drop@opcode=1@opcode=2" + over:         {"one opcode"},
 		"fault:torn@read" + over:                      {"only writes"},
 		"fault:drop@sometimes" + over:                 {"no condition", "@first=N"},
 		"fault:drop@read@write" + over:                {"one operation", "two rules"},

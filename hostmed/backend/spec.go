@@ -40,9 +40,11 @@ bytes, 512 if not given. A comma in PATH is written twice.
 RULE is what happens, and @CONDITIONs, all of which must hold; of several rules the first one that holds counts:
   status=STATUS[+dnr]  the command fails. STATUS is a name, as write-fault, or SCT/SC, as 2/80; +dnr: Do Not Retry
   delay=TIME           it is done, and completed TIME later
+  reorder=N            N of them are done, and completed the last one first, or as many as there are after 10 ms
   drop                 it is never completed, until its queue goes; hold: or until it is aborted
   torn                 of a write, the first half is done, and it fails with Write Fault
   @read @write @flush @zeroes @discard  what is asked of the medium   @lba=A-B  a block of it is from A to B
+  @opcode=N  it is, or is a part of, a guest's command with the opcode N, as 0x05 of Compare
   @after=N  not the first N of those   @first=N  N of the rest   @rate=N/M  of those, N in M, by chance from seed`
 
 const (
