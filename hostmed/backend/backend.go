@@ -65,6 +65,7 @@ type Info struct {
 	Name          string  // for people and logs: the spec without its defaults, "file:/srv/a.img"
 	Blocks        uint64  // size in LBAs
 	LBAShift      uint8   // log2 of the LBA size in bytes, 9 to 16
+	FixedLBA      bool    // Format takes no other LBA size: it is the medium\'s own
 	ReadOnly      bool    // writes are refused
 	Discard       bool    // OpDiscard gives space back
 	DiscardZeroes bool    // after OpDiscard the range reads as zeroes

@@ -284,7 +284,7 @@ func (b *nvmeChar) mayCommand() error {
 func (b *nvmeChar) show() {
 	id := b.ident
 	i := &b.info
-	i.Name = b.spec.String()
+	i.Name, i.FixedLBA = b.spec.String(), true
 	i.ReadOnly = b.spec.ReadOnly || id.ns.NSATTR&nvme.NSATTRWriteProtected != 0
 	i.NGUID, i.UUID = b.id.nguid(), b.id.uuid()
 	writes := !i.ReadOnly

@@ -191,6 +191,7 @@ func (b *vfio) show(ns *nvme.IdentifyNamespace) {
 	ctrl, s := b.dev.Controller(), &b.slice
 	i := &b.info
 	i.Name, i.Blocks, i.LBAShift, i.ReadOnly = b.spec.String(), s.Blocks, s.Shift, s.ReadOnly
+	i.FixedLBA = true
 	writes := !i.ReadOnly
 	i.VolatileCache = writes && ctrl.VWC&nvme.VWCPresent != 0
 	i.Discard = writes && s.Discard

@@ -32,7 +32,7 @@ func (c *Controller) formatNVM(cmd *nvme.Command) result {
 		if cmd.NSID != n.NSID && cmd.NSID != nvme.NSIDAll {
 			continue
 		}
-		list := formats(n.Info.LBAShift)
+		list := formats(&n.Info)
 		if int(index) >= len(list) {
 			return fail(nvme.StatusInvalidFormat, dword(10, 0), "no such LBA format")
 		}

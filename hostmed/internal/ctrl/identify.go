@@ -207,7 +207,7 @@ func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		NGUID:  info.NGUID,
 		NVMCAP: nvme.Uint128{Lo: info.Size()},
 	}
-	setFormats(id, info.LBAShift)
+	setFormats(id, formats(info), info.LBAShift)
 	id.FPI = n.progress()
 	c.identifyNamespaceIO(id, info)
 	if info.OptimalBlocks > 0 {
@@ -233,12 +233,12 @@ func (n *Namespace) progress() uint8 {
 	return nvme.FPISupported
 }
 
-// blockSizes are the LBA formats that every namespace can be formatted with, as powers of two.
+// blockSizes are the LBA formats that a namespace can be formatted with, as powers of two.
 var blockSizes = [...]uint8{9, 12}
 
-// setFormats fills in the LBA formats, of which that with shift is in use. One that the operator has chosen is the last.
-func setFormats(id *nvme.IdentifyNamespace, shift uint8) {
-	for i, f := range formats(shift) {
+// setFormats fills in the LBA formats, of which that with shift is in use.
+func setFormats(id *nvme.IdentifyNamespace, list []uint8, shift uint8) {
+	for i, f := range list {
 		id.LBAF[i].LBADS = f
 		id.NLBAF = nvme.ZeroBased8(i)
 		if f == shift {
@@ -247,11 +247,15 @@ func setFormats(id *nvme.IdentifyNamespace, shift uint8) {
 	}
 }
 
-// formats lists the LBA formats of a namespace that has shift at the moment.
-func formats(shift uint8) []uint8 {
+// formats lists the LBA formats of a namespace with this medium. One that the operator has chosen is the last; where the block size is the medium's own it is
+// the only one.
+func formats(info *backend.Info) []uint8 {
+	if info.FixedLBA {
+		return []uint8{info.LBAShift}
+	}
 	list := slices.Clone(blockSizes[:])
-	if !slices.Contains(list, shift) {
-		list = append(list, shift)
+	if !slices.Contains(list, info.LBAShift) {
+		list = append(list, info.LBAShift)
 	}
 	return list
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"testing"
 
+	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -210,4 +211,17 @@ func TestIdentifyCommandSets(t *testing.T) {
 	}
 	cmd.CDW10 = uint32(nvme.CNSCommandSets) | 8<<16
 	h.fails(cmd, nvme.StatusInvalidField)
+}
+
+// TestFixedLBA: a medium whose block size is its own shows that one, and no other can be asked for.
+func TestFixedLBA(t *testing.T) {
+	for _, shift := range []uint8{9, 12, 16} {
+		n := &Namespace{NSID: 1, Info: backend.Info{Blocks: 100, LBAShift: shift, FixedLBA: true}}
+		cfg := testConfig()
+		cfg.Namespaces = []Namespace{*n}
+		id := newEnabled(t, cfg).c.namespaceData(n)
+		if id.NLBAF != 0 || id.FLBAS != 0 || id.LBAF[0].LBADS != shift || id.LBAF[1].LBADS != 0 {
+			t.Errorf("2^%d: %d formats, FLBAS %d, %v", shift, id.NLBAF.Count(), id.FLBAS, id.LBAF[:3])
+		}
+	}
 }

@@ -180,6 +180,6 @@ func (c *Controller) identifyManaged(cmd *nvme.Command) result {
 // commonNamespaceData is what Identify Namespace of NSIDAll says where namespaces are managed: what all have in common.
 func commonNamespaceData() *nvme.IdentifyNamespace {
 	id := &nvme.IdentifyNamespace{NMIC: nvme.NMICShared}
-	setFormats(id, blockSizes[0])
+	setFormats(id, blockSizes[:], blockSizes[0])
 	return id
 }

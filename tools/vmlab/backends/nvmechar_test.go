@@ -64,7 +64,7 @@ func TestNVMeConformance(t *testing.T) {
 		Passed, Failed, Skipped int
 		Cases                   []struct{ ID, Result, Seen string }
 	}
-	r := h.Try(t, "conformance run "+m.device(0)+" --json --nsid 1 --filter 'io.*'")
+	r := h.Try(t, "conformance run "+m.device(0)+" --json --nsid 1 --destructive")
 	if err := json.Unmarshal([]byte(r.Stdout), &out); err != nil {
 		t.Fatalf("%v: exit %d\n%s\n%s", err, r.Exit, r.Stdout, r.Stderr)
 	}
@@ -74,7 +74,7 @@ func TestNVMeConformance(t *testing.T) {
 			t.Errorf("%s: %s", c.ID, c.Seen)
 		}
 	}
-	if out.Passed < 20 {
+	if out.Passed < 200 {
 		t.Errorf("exit %d: %s", r.Exit, r.Stderr)
 	}
 	if !bytes.Equal(before, append(d.read(t, 0, 64<<20), d.read(t, 96<<20, 64<<20)...)) {
