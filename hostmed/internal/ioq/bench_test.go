@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -82,17 +83,23 @@ func BenchmarkRead(b *testing.B) {
 func BenchmarkPoll(b *testing.B) {
 	for _, spec := range []string{"null:size=1GiB", "mem:size=16MiB"} {
 		for _, tc := range []struct {
-			op     uint8
-			qd     int
-			blocks uint32
-		}{{nvme.IORead, 1, 8}, {nvme.IORead, 16, 8}, {nvme.IOWrite, 16, 8}, {nvme.IORead, 16, 64}} {
-			b.Run(fmt.Sprintf("%s/%s/qd=%d/%dk", spec, nvme.IOOpcodeName(tc.op), tc.qd, tc.blocks/2), func(b *testing.B) {
+			op      uint8
+			qd      int
+			blocks  uint32
+			limited string // by more than it does
+		}{{nvme.IORead, 1, 8, ""}, {nvme.IORead, 16, 8, ""}, {nvme.IOWrite, 16, 8, ""}, {nvme.IORead, 16, 64, ""}, {nvme.IORead, 16, 8, "/limited"}} {
+			b.Run(fmt.Sprintf("%s/%s/qd=%d/%dk%s", spec, nvme.IOOpcodeName(tc.op), tc.qd, tc.blocks/2, tc.limited), func(b *testing.B) {
 				be, err := backend.Open(spec)
 				if err != nil {
 					b.Fatal(err)
 				}
 				b.Cleanup(func() { be.Close() })
 				r := newRig(b, rigConfig{backend: be, shadow: true})
+				if tc.limited != "" {
+					most := qos.Limit{Rate: 8 << 30, Burst: qos.MaxRate}
+					r.ctl.namespace(1).of.Limiter().Set(qos.Limits{IOPS: most, Bandwidth: most}, Now())
+					r.ctl.SetLimits()
+				}
 				p := r.pair(1, 256, false)
 				const listOff, pages = 0x80000, 64 // of the PRP list that all commands share
 				list := r.view(listOff, 4096)
