@@ -156,6 +156,13 @@ type Sharer interface {
 	NewQueueFor(owner any) (Queue, error)
 }
 
+// Pinner is a Backend that gets at memory that its queues were told of some time later. Requests work meanwhile, only not as well.
+type Pinner interface {
+	Backend
+	// AwaitMemory waits for that, some seconds at the most.
+	AwaitMemory()
+}
+
 // NewQueue opens a queue of b for owner.
 func NewQueue(b Backend, owner any) (Queue, error) {
 	if s, ok := b.(Sharer); ok {

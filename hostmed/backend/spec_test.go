@@ -23,7 +23,11 @@ func TestParseSpec(t *testing.T) {
 		"null:size=9223372036854775296":  {Kind: KindNull, Size: 1<<63 - 512, LBA: 512},
 		"file:x,size=3TiB,lba=65536":     {Kind: KindFile, Path: "x", Size: 3 << 40, LBA: 65536},
 		"null:size=1MiB,lba=4KiB":        {Kind: KindNull, Size: 1 << 20, LBA: 4096},
-		"nvme:/dev/ng0n1":                {Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512},
+		"vfio:0000:01:00.0":              {Kind: KindVFIO, Path: "0000:01:00.0", LBA: 512},
+		"vfio:01:00.0,nsid=3,offset=1M,size=4k,queues=2,poll,readonly": {
+			Kind: KindVFIO, Path: "01:00.0", LBA: 512, NSID: 3, Offset: 1 << 20, Size: 4096, Queues: 2, Poll: true, ReadOnly: true,
+		},
+		"nvme:/dev/ng0n1": {Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512},
 		"nvme:/dev/ng0n1,size=1G,poll,offset=4k,nopin,readonly": {
 			Kind: KindNVMe, Path: "/dev/ng0n1", LBA: 512, Offset: 4096, Size: 1 << 30, Poll: true, NoPin: true, ReadOnly: true},
 	} {

@@ -33,9 +33,10 @@ type vfio struct {
 }
 
 const (
-	vfioPatience = time.Minute // for a device to come up
-	adminTimeout = 10 * time.Second
-	maxVFIONLB   = 1 << 16
+	vfioPatience   = time.Minute // for a device to come up
+	adminTimeout   = 10 * time.Second
+	memoryPatience = 3 * time.Second // 100 GiB and more in large pages
+	maxVFIONLB     = 1 << 16
 )
 
 func openVFIO(s Spec) (_ Backend, err error) {
@@ -226,6 +227,9 @@ func (b *vfio) show(ns *nvme.IdentifyNamespace) {
 
 func (b *vfio) Info() Info { return b.info }
 
+// AwaitMemory waits until the device reaches what its queues were told of: until then data is copied.
+func (b *vfio) AwaitMemory() { b.dev.Pairs().Memory().Settle(memoryPatience) }
+
 // Watch makes f hear of the device's end, and of changes of the namespace.
 func (b *vfio) Watch(f func(Event)) {
 	b.deaf = b.dev.Watch(b.spec.NSID, func(e hostnvme.Event) {
@@ -298,7 +302,9 @@ func (b *vfio) Close() error {
 	if b.pool != nil {
 		b.dev.Pairs().Return(b.pool)
 	}
-	err := errors.Join(b.dev.Pairs().Trim(), b.dev.Close())
+	err := b.dev.Pairs().Trim()
+	b.AwaitMemory() // to be taken back
+	err = errors.Join(err, b.dev.Close())
 	b.dev = nil
 	return err
 }

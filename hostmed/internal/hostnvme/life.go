@@ -135,6 +135,9 @@ func (d *Device) now() uint64 {
 // neither it only looks whether the controller is well.
 func (d *Device) heal(late []lateCommand, cause error) error {
 	err := d.adm.Look()
+	if err == nil {
+		err = d.adm.Kept()
+	}
 	switch {
 	case errors.Is(err, device.ErrGone):
 		if cause != nil {

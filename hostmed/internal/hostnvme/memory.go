@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -27,9 +28,8 @@ type Memory struct {
 
 	mu      sync.Mutex
 	known   map[block]*mapping
-	jobs    []*mapping // to be mapped or unmapped, in order
-	running bool       // there is a goroutine that does the jobs
-	idle    sync.Cond  // running has ended
+	jobs    []*mapping    // to be mapped or unmapped, in order
+	running chan struct{} // there is a goroutine that does the jobs; closed when it has
 }
 
 // block is memory by its address in this process.
@@ -57,7 +57,6 @@ type snapshot struct{ spans []span }
 // NewMemory returns an empty Memory.
 func NewMemory(dev Mapper, log hclog.Logger) *Memory {
 	m := &Memory{dev: dev, log: log, known: map[block]*mapping{}}
-	m.idle.L = &m.mu
 	m.snap.Store(&snapshot{})
 	return m
 }
@@ -99,8 +98,8 @@ func (m *Memory) removeBlock(k block) {
 // do has x mapped, or unmapped if nobody wants it.
 func (m *Memory) do(x *mapping) {
 	m.jobs = append(m.jobs, x)
-	if !m.running {
-		m.running = true
+	if m.running == nil {
+		m.running = make(chan struct{})
 		go m.run()
 	}
 }
@@ -120,8 +119,8 @@ func (m *Memory) run() {
 		}
 	}
 	m.jobs = nil
-	m.running = false
-	m.idle.Broadcast()
+	close(m.running)
+	m.running = nil
 }
 
 func (m *Memory) mapOne(x *mapping) {
@@ -206,26 +205,19 @@ func (m *Memory) State() (s MemoryState) {
 	return s
 }
 
-// Settle returns when nothing is being mapped or unmapped.
-func (m *Memory) Settle() {
+// Settle returns when nothing is being mapped or unmapped any more, or most has passed.
+func (m *Memory) Settle(most time.Duration) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	for m.running {
-		m.idle.Wait()
+	running := m.running
+	m.mu.Unlock()
+	if running == nil {
+		return
 	}
-}
-
-// Close takes all memory from the device. No queue is open any more.
-func (m *Memory) Close() {
-	m.Settle()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.snap.Store(&snapshot{})
-	for k, x := range m.known {
-		delete(m.known, k)
-		if x.mapped {
-			m.unmap(x)
-		}
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-running:
+	case <-timer.C:
 	}
 }
 

@@ -32,7 +32,7 @@ func TestMemoryIsMappedOnce(t *testing.T) {
 	for range 3 {
 		m.add(mem)
 	}
-	m.Settle()
+	m.Settle(patience)
 	if iova, left := find(); iova != 1<<40+512 || left != 4*page-512 {
 		t.Fatalf("%#x, +%#x", iova, left)
 	}
@@ -48,10 +48,12 @@ func TestMemoryIsMappedOnce(t *testing.T) {
 	if _, left := find(); left != 0 {
 		t.Fatal("found after it was taken back")
 	}
-	m.Settle()
+	m.Settle(patience)
 	m.remove(mem) // once too often
 	m.add(mem)
-	m.Close()
+	m.Settle(patience)
+	m.remove(mem)
+	m.Settle(patience)
 	if want := []string{"map", "unmap", "map", "unmap"}; !slices.Equal(log, want) {
 		t.Fatalf("%v", log)
 	}
@@ -75,7 +77,7 @@ func TestMemoryTakenBackBeforeItWasMapped(t *testing.T) {
 	m.remove(first)
 	m.remove(second)
 	goOn <- true
-	m.Settle()
+	m.Settle(patience)
 	f := finder{m: m}
 	f.refresh()
 	if _, left := f.find(blockOf(first).base); left != 0 || maps.Load() != 1 || unmaps.Load() != 1 {
@@ -91,10 +93,10 @@ func TestMemoryThatCannotBeMapped(t *testing.T) {
 	mem := heap(t, 8*page)
 	m.add(mem[:4*page])
 	m.add(mem[2*page:]) // overlaps
-	m.Settle()
+	m.Settle(patience)
 	refuse = errors.New("no")
 	m.add(mem[4*page:])
-	m.Settle()
+	m.Settle(patience)
 	f := finder{m: m}
 	f.refresh()
 	if s := m.State(); s != (MemoryState{Mapped: 4 * page, Failed: 2}) {
@@ -105,7 +107,8 @@ func TestMemoryThatCannotBeMapped(t *testing.T) {
 	}
 	m.remove(mem[4*page:])
 	m.remove(mem[2*page:])
-	m.Close()
+	m.remove(mem[:4*page])
+	m.Settle(patience)
 	if s := m.State(); s != (MemoryState{}) {
 		t.Fatalf("%+v", s)
 	}
@@ -118,7 +121,7 @@ func TestFindersWhileMemoryChanges(t *testing.T) {
 	for i := 0; i < 64; i += 2 {
 		m.add(mem[i*page : (i+1)*page])
 	}
-	m.Settle()
+	m.Settle(patience)
 	var wg sync.WaitGroup
 	var stop atomic.Bool
 	for w := range 2 {
@@ -139,10 +142,10 @@ func TestFindersWhileMemoryChanges(t *testing.T) {
 	for i := range 500 {
 		at := i%32*2 + 1
 		m.add(mem[at*page : (at+1)*page])
-		m.Settle()
+		m.Settle(patience)
 		m.remove(mem[at*page : (at+1)*page])
 	}
 	stop.Store(true)
 	wg.Wait()
-	m.Close()
+	m.Settle(patience)
 }

@@ -56,7 +56,7 @@ func newPointers(tb testing.TB, mem []byte, size int, holes ...int) *pointers {
 			m.add(mem[i*size : (i+1)*size])
 		}
 	}
-	m.Settle()
+	m.Settle(patience)
 	p := &pointers{finder: finder{m: m}, page: page, block: 512}
 	p.refresh()
 	return p

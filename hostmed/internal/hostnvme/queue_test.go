@@ -42,7 +42,7 @@ func TestDataComesAndGoes(t *testing.T) {
 			mem := r.memory(t, 2<<20)
 			if c.mapped {
 				q.AddMemory(mem)
-				r.mem.Settle()
+				r.mem.Settle(patience)
 			}
 			data := random(1 << 20)
 			copy(mem, data)
@@ -96,7 +96,7 @@ func TestCommandsOfASlice(t *testing.T) {
 	q := r.queue(t, Attach{Slice: part, Polled: true})
 	mem := r.memory(t, 1<<20)
 	q.AddMemory(mem)
-	r.mem.Settle()
+	r.mem.Settle(patience)
 	type cmd struct {
 		op           uint8
 		slba         uint64
@@ -277,7 +277,7 @@ func TestFirstErrorOfAPieceWins(t *testing.T) {
 	for _, mapped := range []bool{false, true} {
 		if n.Store(0); mapped {
 			q.AddMemory(mem)
-			r.mem.Settle()
+			r.mem.Settle(patience)
 		}
 		if st := q.do(t, Request{Op: Read, Len: 1 << 20, Vec: []Seg{seg(mem)}}); st != nvme.StatusUnrecoveredRead.WithDNR() {
 			t.Fatalf("mapped %v: %v", mapped, st)
@@ -297,7 +297,7 @@ func TestMoreThanThereIsRoomFor(t *testing.T) {
 		}
 		queues = append(queues, q)
 	}
-	r.mem.Settle()
+	r.mem.Settle(patience)
 	const each = 1000
 	for _, q := range queues {
 		q.Begin()
@@ -341,7 +341,7 @@ func TestTurns(t *testing.T) {
 	mem := r.memory(t, 1<<20)
 	greedy, modest := r.queue(t, Attach{Slice: all}), r.queue(t, Attach{Slice: all})
 	greedy.AddMemory(mem)
-	r.mem.Settle()
+	r.mem.Settle(patience)
 	greedy.Begin()
 	for range 1000 {
 		x := greedy.Take()
@@ -434,7 +434,7 @@ func TestSleepersOnOnePair(t *testing.T) {
 		q.AddMemory(mem)
 		queues = append(queues, q)
 	}
-	r.mem.Settle()
+	r.mem.Settle(patience)
 	for i, q := range queues {
 		wg.Add(1)
 		go func() {

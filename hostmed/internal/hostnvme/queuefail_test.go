@@ -25,7 +25,7 @@ func TestResetUnderLoad(t *testing.T) {
 	stop := make(chan struct{})
 	queues := []*Queue{r.queue(t, Attach{Slice: all, Owner: 0}), r.queue(t, Attach{Slice: all, Owner: 1})}
 	queues[0].AddMemory(mem)
-	r.mem.Settle()
+	r.mem.Settle(patience)
 	wg.Add(1)
 	go func() {
 		defer wg.Done()
@@ -69,6 +69,29 @@ func TestResetUnderLoad(t *testing.T) {
 	t.Logf("%d resets, %+v", r.dev.Stats().Resets, c)
 	if r.dev.Stats().Resets == 0 {
 		t.Fatal("no reset")
+	}
+}
+
+// TestResetBehindOurBack is a reset of the function that somebody else makes: it is found out long before commands are late.
+func TestResetBehindOurBack(t *testing.T) {
+	var hold atomic.Bool
+	r := newRig(t, nvmetest.Config{Hooks: nvmetest.Hooks{Command: func(qid uint16, _ *nvme.Command) nvmetest.Verdict {
+		if qid != 0 && hold.Load() {
+			return nvmetest.Verdict{Action: nvmetest.Drop}
+		}
+		return nvmetest.Verdict{}
+	}}})
+	q := r.queue(t, Attach{Slice: all})
+	mem := r.memory(t, 4096)
+	hold.Store(true)
+	x := q.put1(Request{Op: Read, Len: 4096, Vec: []Seg{seg(mem)}})
+	if err := r.Device.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	hold.Store(false)
+	q.wait(t, 1)
+	if !x.Status.OK() || r.dev.Stats().Resets != 1 {
+		t.Fatalf("%v, %+v", x.Status, r.dev.Stats())
 	}
 }
 

@@ -194,6 +194,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		c.groups = append(c.groups, g) // the session waits for this
 		c.cqs[p.QID].Store(g)
 	})
+	c.awaitMemory()
 	return err
 }
 

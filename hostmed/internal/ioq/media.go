@@ -153,7 +153,22 @@ func (closedQueue) Close() error                { return nil }
 
 // MemoryAdded and MemoryRemoved tell the backends of memory that the client mapped, and of memory that it
 // took back and that nothing uses any more.
-func (c *Controller) MemoryAdded(b []byte) { c.eachMedia(func(m *media) { m.addMemory(b) }) }
+func (c *Controller) MemoryAdded(b []byte) {
+	c.eachMedia(func(m *media) { m.addMemory(b) })
+	c.awaitMemory()
+}
+
+// awaitMemory gives media the time that they need to get at memory that they were told of. Only this client waits.
+func (c *Controller) awaitMemory() {
+	for _, n := range *c.ns.Load() {
+		if n == nil {
+			continue
+		}
+		if p, ok := n.backend.(backend.Pinner); ok {
+			p.AwaitMemory()
+		}
+	}
+}
 
 // MemoryRemoved goes to all that know of b: a namespace may have been detached since.
 func (c *Controller) MemoryRemoved(b []byte) {

@@ -25,6 +25,16 @@ func (a *Admin) Look() error {
 	return err
 }
 
+// Kept returns an error if the controller, which this side has enabled, is disabled: somebody else has reset its function. The error wraps ErrFatal, or says why
+// the register could not be read.
+func (a *Admin) Kept() error {
+	cc, err := a.config()
+	if err != nil || cc.EN() {
+		return err
+	}
+	return fmt.Errorf("somebody else has reset it: %v: %w", cc, ErrFatal)
+}
+
 // Abort asks the controller to end command cid of queue sqid. It returns when the controller has answered, whatever it has; the command may
 // end or not. NVMe Base 2.0c 5.1.
 func (a *Admin) Abort(ctx context.Context, sqid, cid uint16) error {

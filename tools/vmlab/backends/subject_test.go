@@ -3,12 +3,13 @@ package backends
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 )
 
 // kinds are the backends over an NVMe device.
-var kinds = []string{"nvme"}
+var kinds = []string{"nvme", "vfio"}
 
 const (
 	guestProgram = "vmlab/backends/guest"
@@ -183,21 +184,28 @@ func TestNoCopy(t *testing.T) {
 					t.Fatal(err)
 				}
 			})
-			physical, targets := map[uint64]uint64{}, map[uint64]int{}
+			type run struct{ iova, at, mask uint64 } // one entry of the IOMMU, which may be of a large page
+			var runs []run
+			targets := map[uint64]int{}
 			for _, l := range lines {
-				var iova, at, size uint64
+				var iova, at, mask uint64
 				if _, rest, ok := strings.Cut(l, "vtd_dmar_translate "); ok {
 					_, rest, _ = strings.Cut(rest, "iova ")
-					if n, _ := fmt.Sscanf(rest, "0x%x -> gpa 0x%x", &iova, &at); n == 2 {
-						physical[iova&^4095] = at &^ 4095
+					if n, _ := fmt.Sscanf(rest, "0x%x -> gpa 0x%x mask 0x%x", &iova, &at, &mask); n == 3 {
+						if r := (run{iova &^ mask, at &^ mask, mask}); !slices.Contains(runs, r) {
+							runs = append(runs, r)
+						}
 					}
 				}
+			}
+			for _, l := range lines {
+				var iova, size uint64
 				if _, rest, ok := strings.Cut(l, "pci_nvme_map_addr addr "); ok {
 					if n, _ := fmt.Sscanf(rest, "0x%x len %d", &iova, &size); n == 2 {
 						for end := iova + size; iova < end; iova += 4096 - iova%4096 {
 							page := iova &^ 4095
-							if to, ok := physical[page]; ok {
-								page = to
+							if i := slices.IndexFunc(runs, func(r run) bool { return page&^r.mask == r.iova }); i >= 0 {
+								page = runs[i].at + page&runs[i].mask
 							} else if kind == "vfio" {
 								t.Fatalf("the device was given %#x, which the IOMMU did not translate", iova)
 							}
