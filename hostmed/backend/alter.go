@@ -113,7 +113,7 @@ func (b *file) Format(lba uint32) error {
 	if err := b.erase(int64(size)); err != nil {
 		return fmt.Errorf("namespace %s: erasing: %w", b.info.Name, errnoOf(err))
 	}
-	if err := unix.Fdatasync(b.fd); err != nil {
+	if err := fdatasync(b.fd); err != nil {
 		return fmt.Errorf("namespace %s: %w", b.info.Name, err)
 	}
 	s := b.spec
@@ -124,7 +124,7 @@ func (b *file) Format(lba uint32) error {
 // erase zeroes the file in the best way there is.
 func (b *file) erase(size int64) error {
 	for _, mode := range []uint32{unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE, unix.FALLOC_FL_ZERO_RANGE} {
-		err := unix.Fallocate(b.fd, mode, 0, size)
+		err := fallocate(b.fd, mode, 0, size)
 		if err == nil {
 			return nil
 		}
@@ -134,10 +134,31 @@ func (b *file) erase(size int64) error {
 	}
 	for off := int64(0); off < size; {
 		n, err := unix.Pwrite(b.fd, b.zeros[:min(int64(len(b.zeros)), size-off)], off)
+		if err == unix.EINTR {
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		off += int64(n)
 	}
 	return nil
+}
+
+// fallocate goes on after a signal: file systems that look for one would do part of the work, and it would seem as if they could not do it.
+func fallocate(fd int, mode uint32, off, n int64) error {
+	for {
+		if err := unix.Fallocate(fd, mode, off, n); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// fdatasync is fdatasync(2) that a signal does not end.
+func fdatasync(fd int) error {
+	for {
+		if err := unix.Fdatasync(fd); err != unix.EINTR {
+			return err
+		}
+	}
 }

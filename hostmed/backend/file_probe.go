@@ -23,7 +23,7 @@ func (b *file) probe(s Spec, size uint64, direct bool) {
 	}
 	if !s.ReadOnly {
 		// Beyond the end there is nothing to lose.
-		err := unix.Fallocate(b.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(size), shm.PageSize)
+		err := fallocate(b.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(size), shm.PageSize)
 		b.noPunch.Store(err != nil)
 		b.info.Discard = err == nil
 		b.info.DiscardZeroes = err == nil
