@@ -1,5 +1,5 @@
 // Package backend is where a namespace's bytes are: nowhere (null), in this
-// process's memory (mem), or in a file (file). For tests of drivers, faults may lie over any of them (faults.go). It is what a worker of hostmed hands a
+// process's memory (mem), in a file (file), or on a device of the host's (block, nvme). For tests of drivers, faults may lie over any of them (faults.go). It is what a worker of hostmed hands a
 // batch of requests to, and what gives them back when they are done.
 //
 // A request comes with its range checked and its guest memory translated to host
@@ -75,6 +75,9 @@ type Info struct {
 	Native        Opcodes // I/O commands that the backend takes as OpCommand: the medium does them itself
 	NativeMax     CommandLimits
 	OptimalBlocks uint32 // LBAs that a discard should be a multiple of and aligned to; 0: not known
+	WriteBlocks   uint32 // LBAs that a write should be a multiple of and aligned to; 0: not known
+	OptimalWrite  uint32 // LBAs that a large write should be a multiple of; 0: WriteBlocks
+	Boundary      uint32 // LBAs: what does not cross a multiple of them is faster; 0: none
 	NGUID         [16]byte
 	UUID          [16]byte // both stable: derived from the spec, for a file from its path
 }

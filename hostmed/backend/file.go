@@ -39,6 +39,7 @@ type file struct {
 	f    *os.File // owns fd, and with it the lock
 
 	mayDirect bool // O_DIRECT may be tried
+	device    bool // a block device: see block.go
 
 	direct   bool
 	memAlign uint64 // of guest memory, direct only
@@ -48,6 +49,7 @@ type file struct {
 	zeros []byte     // for writing zeroes
 
 	noPunch, noZero atomic.Bool // the file system turned out not to have it
+	noDiscard       atomic.Bool // the same of the device's own discard; files have none
 	syncFailed      atomic.Bool // fdatasync failed: data may be lost, and the kernel says so only once
 }
 
@@ -58,6 +60,7 @@ func openFile(s Spec, direct bool) (_ Backend, err error) {
 		return nil, err
 	}
 	b := &file{f: f, fd: int(f.Fd()), spec: s, mayDirect: direct}
+	b.noDiscard.Store(true)
 	defer func() {
 		if err == nil {
 			return
@@ -166,7 +169,7 @@ func isDir(path string) bool {
 }
 
 func wrongKind(m fs.FileMode) error {
-	what := ""
+	what, remedy := "", ""
 	switch {
 	case m.IsRegular():
 		return nil
@@ -175,7 +178,7 @@ func wrongKind(m fs.FileMode) error {
 	case m&fs.ModeCharDevice != 0:
 		what = "a character device"
 	case m&fs.ModeDevice != 0:
-		what = "a block device"
+		what, remedy = "a block device", ", or use block:"
 	case m&fs.ModeNamedPipe != 0:
 		what = "a pipe"
 	case m&fs.ModeSocket != 0:
@@ -183,7 +186,7 @@ func wrongKind(m fs.FileMode) error {
 	default:
 		what = "not a regular file"
 	}
-	return fmt.Errorf("it is %s, and this backend serves regular files: give the path of a disk image", what)
+	return fmt.Errorf("it is %s, and this backend serves regular files: give the path of a disk image%s", what, remedy)
 }
 
 func explainOpen(s Spec, err error) error {
@@ -313,8 +316,8 @@ func (b *file) Close() error {
 // syncStatus is the result of an fdatasync. After a failure the kernel drops what it could not
 // write and reports the next one as a success, so the failure is remembered.
 func (b *file) syncStatus(op Op, e unix.Errno) nvme.Status {
-	if e != 0 {
+	if e != 0 && !b.device {
 		b.syncFailed.Store(true)
 	}
-	return statusOf(op, e)
+	return b.status(op, e)
 }

@@ -22,12 +22,13 @@ import (
 // A stage is one operation of the kernel. Write zeroes tries up to three ways and may sync after.
 
 const (
-	sqEntries = 128
-	cqEntries = 1024
-	maxSlots  = cqEntries // so that completions always fit into the ring
-	maxVec    = 1024      // UIO_MAXIOV
-	maxOp     = 1 << 30   // bytes in one operation; the rest goes on as after a short transfer
-	maxTries  = 8         // of an operation that the kernel wants repeated
+	sqEntries    = 128
+	cqEntries    = 1024
+	maxSlots     = cqEntries // so that completions always fit into the ring
+	maxVec       = 1024      // UIO_MAXIOV
+	maxOp        = 1 << 30   // bytes in one operation; the rest goes on as after a short transfer
+	closingPause = 100 * time.Microsecond
+	maxTries     = 8 // of an operation that the kernel wants repeated
 )
 
 // ring is what a queue needs of a uring.Ring.
@@ -49,6 +50,7 @@ const (
 	stageZeroRange
 	stageZeroes // writing them
 	stageSync
+	stageDiscard // of a block device
 )
 
 const noBounce = -1
@@ -67,6 +69,7 @@ type slot struct {
 type fileQueue struct {
 	b    *file
 	ring ring
+	aux  ring // nil, but where ring is polled, which is for reads and writes only: the rest
 	evfd int
 
 	slots    []slot
@@ -77,6 +80,7 @@ type fileQueue struct {
 	inflight int            // taken and not given back
 	inRing   int            // entries whose completion is to come
 
+	fixed  registered // block devices only
 	bounce bounceBuffers
 	cqes   [64]uring.CQE
 }
@@ -104,10 +108,23 @@ func (b *file) newQueue(r ring) (*fileQueue, error) {
 	return &fileQueue{b: b, ring: r, evfd: evfd}, err
 }
 
-func (q *fileQueue) Inflight() int       { return q.inflight }
-func (q *fileQueue) EventFD() int        { return q.evfd }
-func (q *fileQueue) AddMemory([]byte)    {}
-func (q *fileQueue) RemoveMemory([]byte) {}
+func (q *fileQueue) Inflight() int { return q.inflight }
+func (q *fileQueue) EventFD() int  { return q.evfd }
+
+func (q *fileQueue) AddMemory(b []byte) {
+	if q.fixed.ring != nil {
+		q.fixed.add(b)
+	}
+}
+
+func (q *fileQueue) RemoveMemory(b []byte) {
+	if q.fixed.ring != nil {
+		q.fixed.remove(b)
+	}
+}
+
+// Polled reports whether completions have to be looked for.
+func (q *fileQueue) Polled() bool { return q.aux != nil }
 
 func (q *fileQueue) Submit(reqs, done []*Request) int {
 	q.inflight += len(reqs)
@@ -137,7 +154,13 @@ func (q *fileQueue) Reap(done []*Request) int {
 		if n == len(done) || q.inRing+q.stalled.n == 0 {
 			break
 		}
-		k := q.ring.Reap(q.cqes[:min(len(q.cqes), len(done)-n)])
+		k := 0
+		if q.aux != nil { // first: the other one may never run dry
+			k = q.aux.Reap(q.cqes[:min(len(q.cqes), len(done)-n)])
+		}
+		if k == 0 {
+			k = q.ring.Reap(q.cqes[:min(len(q.cqes), len(done)-n)])
+		}
 		for i := range q.cqes[:k] {
 			q.inRing--
 			q.advance(uint32(q.cqes[i].UserData), q.cqes[i].Res)
@@ -145,7 +168,7 @@ func (q *fileQueue) Reap(done []*Request) int {
 		for ; q.waiting.n > 0 && q.hasSlot(); k++ {
 			q.begin(q.waiting.pop())
 		}
-		if q.stalled.n > 0 || q.ring.Pending() > 0 {
+		if q.stalled.n > 0 || q.pending() > 0 {
 			q.flush()
 		}
 		if k == 0 {
@@ -165,13 +188,16 @@ func (q *fileQueue) begin(r *Request) {
 	st := stageTransfer
 	switch r.Op {
 	case OpFlush:
-		if q.b.info.ReadOnly || q.b.pages != nil {
+		if !q.b.info.VolatileCache {
 			q.ready.push(r)
 			return
 		}
 		st = stageSync
 	case OpDiscard:
-		st = stagePunch
+		if st = q.b.discardStage(); st == stageTransfer {
+			q.ready.push(r) // only a hint
+			return
+		}
 	case OpWriteZeroes:
 		st = q.b.zeroStage(r, 0)
 	}
@@ -216,6 +242,17 @@ func (b *file) zeroStage(r *Request, tried uint8) stage {
 	return stageZeroes
 }
 
+// discardStage is how blocks are given back; stageTransfer: in no way.
+func (b *file) discardStage() stage {
+	switch {
+	case !b.noDiscard.Load():
+		return stageDiscard
+	case !b.noPunch.Load():
+		return stagePunch
+	}
+	return stageTransfer
+}
+
 func (q *fileQueue) hasSlot() bool { return len(q.free) > 0 || len(q.slots) < maxSlots }
 
 func (q *fileQueue) take() uint32 {
@@ -238,10 +275,14 @@ func (q *fileQueue) push(i uint32) {
 		q.finish(i, nvme.StatusDataTransferError)
 		return
 	}
-	e := q.ring.GetSQE()
+	ring := q.ring
+	if q.aux != nil && (s.stage != stageTransfer && s.stage != stageZeroes || s.req.FUA) {
+		ring = q.aux
+	}
+	e := ring.GetSQE()
 	if e == nil {
 		q.submit()
-		if e = q.ring.GetSQE(); e == nil {
+		if e = ring.GetSQE(); e == nil {
 			q.stalled.push(i)
 			return
 		}
@@ -252,7 +293,7 @@ func (q *fileQueue) push(i uint32) {
 	switch s.stage {
 	case stageTransfer:
 		q.transfer(e, s, off, left)
-		if r.FUA && r.Op == OpWrite {
+		if r.FUA && r.Op == OpWrite && q.b.info.VolatileCache {
 			e.OpFlags = uring.ReadWriteDsync
 		}
 	case stagePunch:
@@ -263,6 +304,9 @@ func (q *fileQueue) push(i uint32) {
 		e.PrepWrite(file, &q.b.zeros[0], uint32(min(left, zeroChunk)), off)
 	case stageSync:
 		e.PrepFsync(file, uring.FsyncDatasync)
+	case stageDiscard:
+		e.PrepCommand(file, uring.BlockDiscard)
+		e.Addr, e.Addr3 = off, left
 	}
 	e.Flags = uring.SQEFixedFile
 	if s.async {
@@ -289,6 +333,16 @@ func (q *fileQueue) transfer(e *uring.SQE, s *slot, off, left uint64) {
 	if s.moved > 0 {
 		s.vec = rest(s.vec[:0], r.Vec, s.moved)
 		vec = s.vec
+	}
+	if len(vec) == 1 && !(q.aux != nil && r.FUA) { // the table is that of the first ring
+		if buf, ok := q.fixed.find(&vec[0]); ok {
+			if write {
+				e.PrepWriteFixed(file, vec[0].Base, uint32(min(vec[0].Len, maxOp)), off, buf)
+			} else {
+				e.PrepReadFixed(file, vec[0].Base, uint32(min(vec[0].Len, maxOp)), off, buf)
+			}
+			return
+		}
 	}
 	switch {
 	case len(vec) == 1 && write:
@@ -341,8 +395,8 @@ func (q *fileQueue) advance(i uint32, res int32) {
 		q.moved(i, e, uint64(max(res, 0)))
 	case stageZeroes:
 		q.moved(i, e, uint64(max(res, 0)))
-	case stagePunch, stageZeroRange:
-		if e == unix.EOPNOTSUPP || e == unix.ENOSYS || e == unix.EINVAL && s.stage == stageZeroRange {
+	case stagePunch, stageZeroRange, stageDiscard:
+		if e == unix.EOPNOTSUPP || e == unix.ENOSYS || e == unix.EINVAL && s.stage != stagePunch {
 			q.lacks(i)
 			return
 		}
@@ -360,9 +414,15 @@ func (q *fileQueue) lacks(i uint32) {
 		q.b.noPunch.Store(true)
 	case stageZeroRange:
 		q.b.noZero.Store(true)
+	case stageDiscard:
+		q.b.noDiscard.Store(true)
 	}
 	if s.req.Op == OpDiscard {
-		q.finish(i, nvme.StatusSuccess) // only a hint
+		if s.stage = q.b.discardStage(); s.stage == stageTransfer {
+			q.finish(i, nvme.StatusSuccess) // only a hint
+			return
+		}
+		q.push(i)
 		return
 	}
 	s.stage = q.b.zeroStage(s.req, 1<<s.stage)
@@ -385,7 +445,7 @@ func (q *fileQueue) moved(i uint32, e unix.Errno, n uint64) {
 		e = unix.EIO // the file has become shorter
 	}
 	if e != 0 {
-		if e == unix.EIO && r.FUA {
+		if e == unix.EIO && r.FUA && !q.b.device {
 			q.b.syncFailed.Store(true) // it may be about an earlier write, and is not said again
 		}
 		q.ended(i, e)
@@ -404,12 +464,12 @@ func (q *fileQueue) moved(i uint32, e unix.Errno, n uint64) {
 func (q *fileQueue) ended(i uint32, e unix.Errno) {
 	s := &q.slots[i]
 	r := s.req
-	if e == 0 && r.Op == OpWriteZeroes && r.FUA && q.b.pages == nil {
+	if e == 0 && r.Op == OpWriteZeroes && r.FUA && q.b.info.VolatileCache {
 		s.stage, s.tries = stageSync, 0
 		q.push(i)
 		return
 	}
-	q.finish(i, statusOf(r.Op, e))
+	q.finish(i, q.b.status(r.Op, e))
 }
 
 func (q *fileQueue) finish(i uint32, st nvme.Status) {
@@ -433,10 +493,10 @@ func (q *fileQueue) flush() {
 	for n := q.stalled.n; n > 0; n-- {
 		q.push(q.stalled.pop())
 	}
-	if q.ring.Pending() > 0 {
+	if q.pending() > 0 {
 		q.submit()
 	}
-	if q.ring.Pending() > 0 || q.stalled.n > 0 {
+	if q.pending() > 0 || q.stalled.n > 0 {
 		q.kick() // the kernel is short of memory; the caller must come again
 	}
 }
@@ -446,6 +506,17 @@ func (q *fileQueue) submit() {
 	if q.ring.Pending() > 0 {
 		_, _ = q.ring.Submit()
 	}
+	if q.aux != nil && q.aux.Pending() > 0 {
+		_, _ = q.aux.Submit()
+	}
+}
+
+func (q *fileQueue) pending() int {
+	n := q.ring.Pending()
+	if q.aux != nil {
+		n += q.aux.Pending()
+	}
+	return n
 }
 
 var one = [8]byte{1}
@@ -460,9 +531,17 @@ func (q *fileQueue) Close() error {
 		if q.Reap(drop[:]) > 0 {
 			continue
 		}
+		if q.aux != nil {
+			q.submit()
+			time.Sleep(closingPause) // neither ring tells of the other
+			continue
+		}
 		if _, err := q.ring.SubmitAndWait(1); err != nil {
 			time.Sleep(time.Millisecond) // short of memory
 		}
+	}
+	if q.aux != nil {
+		return errors.Join(q.aux.Close(), q.ring.Close())
 	}
 	return q.ring.Close()
 }

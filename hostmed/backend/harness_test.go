@@ -78,6 +78,13 @@ var flavours = []flavour{
 	}},
 }
 
+// devices are those of the host's, over files.
+var devices = []flavour{
+	{"block", func(t testing.TB, size uint64, lba uint32) Backend {
+		return opened(t)(blockOverFile(t, size, Spec{Kind: KindBlock, LBA: lba}, plainFacts))
+	}},
+}
+
 // spared are media with faults that nobody meets.
 var spared = []flavour{
 	{"faulty mem", func(t testing.TB, size uint64, lba uint32) Backend {

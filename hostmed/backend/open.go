@@ -30,6 +30,8 @@ func OpenSpec(s Spec) (Backend, error) {
 		return newMem(s)
 	case KindFile:
 		return openFile(s, true)
+	case KindBlock:
+		return openBlock(s, &disks)
 	case KindNVMe:
 		return openNvmeChar(s)
 	case KindVFIO:
@@ -66,7 +68,7 @@ var identities = struct {
 
 func takeIdentity(s Spec) identity {
 	id := identity{key: s.String()}
-	if s.Kind == KindFile {
+	if s.Kind == KindFile || s.Kind == KindBlock {
 		path, err := filepath.Abs(s.Path)
 		if err != nil {
 			path = s.Path
@@ -74,7 +76,7 @@ func takeIdentity(s Spec) identity {
 		if real, err := filepath.EvalSymlinks(path); err == nil {
 			path = real
 		}
-		id.key = "file:" + path
+		id.key = string(s.Kind) + ":" + path
 	}
 	return takeKey(id.key)
 }

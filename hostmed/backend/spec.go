@@ -14,17 +14,22 @@ type Kind string
 
 // The kinds of a Spec.
 const (
-	KindNull Kind = "null"
-	KindMem  Kind = "mem"
-	KindFile Kind = "file"
-	KindNVMe Kind = "nvme"
-	KindVFIO Kind = "vfio"
+	KindNull  Kind = "null"
+	KindMem   Kind = "mem"
+	KindFile  Kind = "file"
+	KindBlock Kind = "block"
+	KindNVMe  Kind = "nvme"
+	KindVFIO  Kind = "vfio"
 )
+
+// Keeps reports whether what a namespace of this kind holds is there after the end of hostmed, by the same path.
+func (k Kind) Keeps() bool { return k == KindFile || k == KindBlock }
 
 // SpecHelp is the syntax that ParseSpec takes, for --help.
 const SpecHelp = `null:size=SIZE[,lba=N]                       answers at once and stores nothing
 mem:size=SIZE[,lba=N]                        this process's memory, gone when it ends
 file:PATH[,size=SIZE][,lba=N][,readonly]     a regular file; size= creates it, sparse, if it is missing
+block:PATH[,lba=N][,poll][,nopin][,readonly] a block device or partition, as /dev/nvme0n1p3; lba is the device's if not given
 nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,vendor][,readonly]
                                              an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
                                              poll: by its poll queues; nopin: guest memory is not pinned; vendor: the
@@ -58,7 +63,7 @@ type Spec struct {
 	Kind     Kind
 	Path     string // of kinds that begin with one
 	Size     uint64 // bytes, a multiple of LBA; 0: not given
-	LBA      uint32 // bytes
+	LBA      uint32 // bytes; 0: the device's
 	ReadOnly bool
 	Offset   uint64 // bytes, where a slice begins
 	NSID     uint32 // of the device's namespace; 0: its only one
@@ -73,6 +78,7 @@ type Spec struct {
 type syntax struct {
 	path    string // an example of what it begins with; empty: it begins with an option
 	sized   bool   // size= must be given
+	ownLBA  bool   // without lba= the device decides
 	options []option
 }
 
@@ -128,11 +134,12 @@ func flag(key string, set func(*Spec)) option {
 }
 
 var syntaxes = map[Kind]syntax{
-	KindNull: {sized: true, options: []option{optSize, optLBA}},
-	KindMem:  {sized: true, options: []option{optSize, optLBA}},
-	KindFile: {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
-	KindNVMe: {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
-	KindVFIO: {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optReadOnly}},
+	KindNull:  {sized: true, options: []option{optSize, optLBA}},
+	KindMem:   {sized: true, options: []option{optSize, optLBA}},
+	KindFile:  {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
+	KindBlock: {path: "/dev/nvme0n1p3", ownLBA: true, options: []option{optLBA, optPoll, optNoPin, optReadOnly}},
+	KindNVMe:  {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
+	KindVFIO:  {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optReadOnly}},
 }
 
 // takes names the options of x.
@@ -191,6 +198,9 @@ func parsePlain(s string) (Spec, error) {
 		return say("it must begin with %s (or, for tests, fault:), as in mem:size=1GiB or file:/srv/disk.img", kindNames())
 	}
 	spec := Spec{Kind: Kind(kind), LBA: defaultLBA}
+	if x.ownLBA {
+		spec.LBA = 0
+	}
 	fields := splitCommas(rest)
 	if x.path != "" {
 		spec.Path, fields = fields[0], fields[1:]
@@ -253,6 +263,9 @@ func splitCommas(s string) []string {
 }
 
 func checkMultiple(size uint64, lba uint32) error {
+	if lba == 0 {
+		return nil
+	}
 	if rest := size % uint64(lba); rest != 0 {
 		return fmt.Errorf("is not a multiple of the block size lba=%d: the next one is %d", lba, size-rest+uint64(lba))
 	}
@@ -325,7 +338,7 @@ func (s Spec) String() string {
 		b.WriteString(sep + "size=" + FormatSize(s.Size))
 		sep = ","
 	}
-	if s.LBA != defaultLBA {
+	if s.LBA != defaultLBA && s.LBA != 0 || s.Kind == KindBlock && s.LBA != 0 {
 		fmt.Fprintf(&b, "%slba=%d", sep, s.LBA)
 	}
 	if s.Queues != 0 {

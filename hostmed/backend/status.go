@@ -27,6 +27,30 @@ func (i *Info) check(r *Request) nvme.Status {
 	return nvme.StatusSuccess
 }
 
+// status is statusOf for what the file is.
+func (b *file) status(op Op, e unix.Errno) nvme.Status {
+	if b.device {
+		return deviceStatus(op, e)
+	}
+	return statusOf(op, e)
+}
+
+// deviceStatus maps the errno of an operation on a block device: its driver had a status of the device's, and the block layer has made
+// an errno of it (blk_status_to_errno). What is not here is as for a file.
+func deviceStatus(op Op, e unix.Errno) nvme.Status {
+	switch e {
+	case unix.EBADE: // BLK_STS_RESV_CONFLICT
+		return nvme.StatusReservationConflict.WithDNR()
+	case unix.EILSEQ: // BLK_STS_PROTECTION: which of the checks it was is not said
+		return nvme.StatusGuardCheck
+	case unix.ENOLINK, unix.ENODEV, unix.ENXIO: // BLK_STS_TRANSPORT, BLK_STS_OFFLINE
+		return nvme.StatusInternalPathError
+	case unix.EREMOTEIO, unix.ETIMEDOUT, unix.ETIME: // BLK_STS_TARGET, BLK_STS_TIMEOUT, BLK_STS_DURATION_LIMIT
+		return nvme.StatusInternalError
+	}
+	return statusOf(op, e)
+}
+
 // statusOf maps the errno of a file operation to what the guest is told. Do Not Retry is set where
 // the same command would meet the same fate.
 func statusOf(op Op, e unix.Errno) nvme.Status {

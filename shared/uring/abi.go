@@ -20,6 +20,9 @@ const (
 	OpURingCmd    = 46 // 5.19
 )
 
+// BlockDiscard is a command of block devices (PrepCommand, 6.12; include/uapi/linux/blkdev.h): Addr is where to begin, Addr3 how many bytes.
+const BlockDiscard = 0x12 << 8
+
 // SQE.Flags.
 const (
 	SQEFixedFile        = 1 << 0 // FD is an index of the registered files

@@ -219,6 +219,13 @@ func (c *Controller) namespaceData(n *Namespace) *nvme.IdentifyNamespace {
 		id.NPWA = id.NPWG
 		id.NOWS = id.NPWG
 	}
+	if info.WriteBlocks > 0 {
+		id.NSFEAT |= nvme.NSFEATOptPerf
+		id.NPWG = zeroBased(info.WriteBlocks)
+		id.NPWA = id.NPWG
+		id.NOWS = zeroBased(max(info.OptimalWrite, info.WriteBlocks))
+	}
+	id.NOIOB = uint16(min(info.Boundary, 1<<16-1))
 	return id
 }
 
@@ -263,7 +270,7 @@ func formats(info *backend.Info) []uint8 {
 func independentData(n *Namespace) *nvme.IdentifyIndependentNamespace {
 	info := &n.Info
 	id := &nvme.IdentifyIndependentNamespace{NMIC: n.sharing(), RESCAP: n.reservations(), NSATTR: n.attributes(), NSTAT: nvme.NSTATReady}
-	if info.OptimalBlocks > 0 {
+	if info.OptimalBlocks > 0 || info.WriteBlocks > 0 {
 		id.NSFEAT = nvme.NSFEATOptPerf
 	}
 	id.FPI = n.progress()

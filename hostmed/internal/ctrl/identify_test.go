@@ -225,3 +225,28 @@ func TestFixedLBA(t *testing.T) {
 		}
 	}
 }
+
+// TestIdentifyShowsTheDevice: what a medium says of how it is best written to is the guest's to know.
+func TestIdentifyShowsTheDevice(t *testing.T) {
+	for _, c := range []struct {
+		write, optimal, boundary uint32
+		npwg, nows               uint32
+		noiob                    uint16
+	}{
+		{16, 128, 256, 16, 128, 256},
+		{8, 0, 0, 8, 8, 0},
+		{1, 4, 1 << 20, 1, 4, 0xffff},
+	} {
+		cfg := testConfig()
+		for i := range cfg.Namespaces {
+			info := &cfg.Namespaces[i].Info
+			info.WriteBlocks, info.OptimalWrite, info.Boundary = c.write, c.optimal, c.boundary
+		}
+		h := newEnabled(t, cfg)
+		var id nvme.IdentifyNamespace
+		copy(id.Bytes()[:], h.identify(nvme.CNSNamespace, 1))
+		if id.NSFEAT&nvme.NSFEATOptPerf == 0 || id.NPWG.Count() != c.npwg || id.NPWA != id.NPWG || id.NOWS.Count() != c.nows || id.NOIOB != c.noiob || id.NPDG.Count() != 8 {
+			t.Errorf("%+v: NSFEAT %#x NPWG %v NPWA %v NOWS %v NOIOB %d NPDG %v", c, id.NSFEAT, id.NPWG, id.NPWA, id.NOWS, id.NOIOB, id.NPDG)
+		}
+	}
+}

@@ -3,8 +3,6 @@ package subsys
 import (
 	"crypto/sha256"
 	"fmt"
-
-	"github.com/shadowbell/shadowbell/hostmed/backend"
 )
 
 // Which blocks Write Uncorrectable has marked is part of what a medium holds, so it is kept with what a file holds. It is saved on another goroutine, soon:
@@ -23,7 +21,7 @@ func (n *Namespace) badKey() string {
 
 // keepsBad reports whether n's content outlives hostmed, and there is a store for what belongs to it.
 func (n *Namespace) keepsBad() bool {
-	return n.sub != nil && n.sub.cfg.Store != nil && (n.spec.Kind == backend.KindFile || n.pool != nil)
+	return n.sub != nil && n.sub.cfg.Store != nil && (n.spec.Kind.Keeps() || n.pool != nil)
 }
 
 // restoreBad marks what was saved. What does not fit the medium as it is now is no longer about it.

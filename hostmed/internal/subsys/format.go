@@ -36,7 +36,7 @@ func (s *Subsystem) loadFormats() {
 func (s *Subsystem) Formatted(nsid uint32, spec backend.Spec) backend.Spec {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f, ok := s.formats[formatKey(nsid, spec)]; ok && f.From == spec.LBA && spec.Kind == backend.KindFile {
+	if f, ok := s.formats[formatKey(nsid, spec)]; ok && f.From == spec.LBA && spec.Kind.Keeps() {
 		spec.LBA = f.To
 	}
 	return spec
@@ -48,7 +48,7 @@ func (n *Namespace) keepFormat(lba uint32) error {
 	if n.pool != nil {
 		return n.pool.edit(n.NSID, func(m *made) { m.LBA = lba })
 	}
-	if n.spec.Kind != backend.KindFile {
+	if !n.spec.Kind.Keeps() {
 		return nil // what it holds ends with hostmed
 	}
 	if s.cfg.Forgets && lba != n.spec.LBA {
