@@ -2,9 +2,11 @@ package ioq
 
 import (
 	"container/heap"
+	"math"
 	"slices"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -12,7 +14,7 @@ import (
 // Limits of namespaces and controllers. A command is asked for its price after the gate and before anything of it has begun. One that may
 // not go yet is held back as others are (gate.go), but in a lane:
 //
-//  1. There is a lane for each SQ, namespace and class (reads, writes, others, fused pairs) of which something waits. So what waits blocks
+//  1. There is a lane for each SQ, namespace and class (reads, writes, others, and what both reads and writes) of which something waits. So what waits blocks
 //     neither other namespaces in the same SQ, nor reads those that only the limit of writes holds back.
 //  2. In a lane commands go in the order in which they were fetched. The first has paid, and its ticket says when it may go; the others
 //     have not: so each lane has one place in the line, however much waits in it, and lanes of all workers have equal parts.
@@ -36,8 +38,8 @@ type lane struct {
 	first, last *request
 }
 
-// pairs is the class of lanes for fused pairs, which both kinds of limits hold back.
-const pairs = qos.Classes
+// both is the class of lanes for what is twoSided.
+const both = qos.Classes
 
 // stalled is a lane's index while its controller is paused or its CQ parked.
 const stalled = -1
@@ -69,30 +71,47 @@ func (t *turns) Pop() any {
 	return l
 }
 
-// price is what a command costs: of which class it is, and how many bytes it moves. What is no command to the medium is free.
+// price is what a command costs: of which class it is, and how many bytes it moves. What is no command to the medium is free, and what will fail
+// because of its size moves nothing: others may share the limit.
 func (r *request) price(n *namespace) (class qos.Class, bytes uint64, free bool) {
-	c := &r.cmd
-	blocks := uint64(c.NLB().Count()) << n.info.LBAShift
-	switch c.Opcode {
-	case nvme.IORead, nvme.IOCompare, nvme.IOVerify:
-		return qos.Read, blocks, false
-	case nvme.IOWrite, nvme.IOWriteZeroes:
-		return qos.Write, blocks, false
-	case nvme.IODSM, nvme.IOWriteUncorrectable, nvme.IOCopy: // a Copy's bytes come later, see owes
-		return qos.Write, 0, false
-	case nvme.IOReservationRegister, nvme.IOReservationReport, nvme.IOReservationAcquire, nvme.IOReservationRelease:
-		return 0, 0, true
+	c, info, most := &r.cmd, &n.info, r.sq.g.ctl.mdts
+	blocks := uint64(c.NLB().Count())
+	if c.SLBA() >= info.Blocks || blocks > info.Blocks-c.SLBA() {
+		blocks = 0
 	}
-	if c.Opcode >= firstVendor {
-		switch c.Opcode & 3 { // which way the data goes
-		case 1:
-			return qos.Write, uint64(c.CDW10) * 4, false
-		case 2:
-			return qos.Read, uint64(c.CDW10) * 4, false
+	switch c.Opcode {
+	case nvme.IORead, nvme.IOCompare:
+		class, bytes = qos.Read, blocks<<info.LBAShift
+	case nvme.IOWrite:
+		class, bytes = qos.Write, blocks<<info.LBAShift
+	case nvme.IOVerify:
+		class, bytes, most = qos.Read, blocks<<info.LBAShift, ctrl.MaxVerify
+	case nvme.IOWriteZeroes:
+		class, bytes, most = qos.Write, blocks<<info.LBAShift, math.MaxUint64
+	case nvme.IODSM, nvme.IOWriteUncorrectable:
+		class = qos.Write
+	case nvme.IOCopy: // the rest comes later, see owes; by this it waits for what others owe
+		class, bytes = qos.Write, 1<<info.LBAShift
+	case nvme.IOReservationRegister, nvme.IOReservationReport, nvme.IOReservationAcquire, nvme.IOReservationRelease:
+		free = true
+	default:
+		if n.native.Has(c.Opcode) && c.Opcode >= firstVendor {
+			switch c.Opcode & 3 { // which way the data goes
+			case 1:
+				class, bytes = qos.Write, uint64(c.CDW10)*4
+			case 2:
+				class, bytes = qos.Read, uint64(c.CDW10)*4
+			}
 		}
 	}
-	return qos.Other, 0, false
+	if bytes > most {
+		bytes = 0
+	}
+	return class, bytes, free
 }
+
+// twoSided says that limits of reads and of writes hold r back.
+func (r *request) twoSided() bool { return r.pair != nil || r.cmd.Opcode == nvme.IOCopy }
 
 // charge pays for r, and for its other half, or takes t.
 func (r *request) charge(t *qos.Ticket, p *qos.Path, n *namespace, now int64) bool {
@@ -101,6 +120,9 @@ func (r *request) charge(t *qos.Ticket, p *qos.Path, n *namespace, now int64) bo
 		return true
 	}
 	may := p.Charge(t, class, bytes, now)
+	if r.cmd.Opcode == nvme.IOCopy {
+		may = p.ChargeBytes(t, qos.Read, bytes, now) && may
+	}
 	if pair := r.pair; pair != nil && pair.second != nil { // which goes first when their queue goes
 		class, bytes, _ = pair.second.price(n)
 		may = p.Charge(t, class, bytes, now) && may
@@ -114,8 +136,8 @@ func (w *Worker) pays(r *request, n *namespace, p *qos.Path) bool {
 	if free {
 		return true
 	}
-	if r.pair != nil {
-		class = pairs
+	if r.twoSided() {
+		class = both
 	}
 	s := r.sq
 	i := slices.IndexFunc(s.lanes, func(l *lane) bool { return l.ns == n && l.class == class })

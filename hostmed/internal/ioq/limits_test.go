@@ -444,24 +444,74 @@ func TestLimitsOfBandwidth(t *testing.T) {
 	l.noError()
 }
 
+// TestLimitsHoldCopiesBack, of bytes alone, of either side: though how much a Copy moves is known only when it has begun.
+func TestLimitsHoldCopiesBack(t *testing.T) {
+	for name, x := range map[string]qos.Limits{
+		"both":  {Bandwidth: qos.Limit{Rate: 1 << 20, Burst: 64 << 10}},
+		"read":  {ReadBandwidth: qos.Limit{Rate: 512 << 10, Burst: 64 << 10}},
+		"write": {WriteBandwidth: qos.Limit{Rate: 512 << 10, Burst: 64 << 10}},
+	} {
+		l := newLimited(t, rigConfig{shadow: true}, openBackend(t, "mem:size=8MiB"))
+		l.limit(1, x)
+		p := l.pair(1, 64, false)
+		p.pushAll(5, l.copyCmd(4096, source(0, 512))) // 256 KiB, in half a second
+		l.awaitWaiting(4)
+		p.reap(1)
+		if x.Bandwidth.Rate == 0 { // what is of the other side does not wait behind them
+			c := aWrite
+			if name == "write" {
+				c = aRead
+			}
+			if st := p.do(c); !st.OK() {
+				t.Error(st)
+			}
+		}
+		l.advance(1900 * time.Millisecond)
+		if n := l.ready(p); n < 3 || n > 4 {
+			t.Errorf("%s: %d copies of half a second each in 1.9 s", name, n)
+		}
+		l.advance(time.Second)
+		p.reap(4)
+		l.empty()
+	}
+}
+
 // TestPriceOf each command.
 func TestPriceOf(t *testing.T) {
-	n := &namespace{info: backend.Info{LBAShift: 12, Blocks: 1000}}
-	for op, want := range map[uint8]struct {
+	n := &namespace{info: backend.Info{LBAShift: 12, Blocks: 100_000}, native: backend.Opcodes{}.With(0xc0, 0xc1, 0xc2)}
+	s := &sq{g: &group{ctl: &Controller{mdts: 1 << 20}}}
+	type price struct {
 		class qos.Class
 		bytes uint64
 		free  bool
-	}{
+	}
+	at := func(op uint8, lba uint64, blocks uint32) price {
+		r := &request{cmd: rw(op, lba, blocks, 0), sq: s}
+		class, bytes, free := r.price(n)
+		return price{class, bytes, free}
+	}
+	for op, want := range map[uint8]price{
 		nvme.IORead: {qos.Read, 16384, false}, nvme.IOCompare: {qos.Read, 16384, false}, nvme.IOVerify: {qos.Read, 16384, false},
 		nvme.IOWrite: {qos.Write, 16384, false}, nvme.IOWriteZeroes: {qos.Write, 16384, false},
-		nvme.IODSM: {qos.Write, 0, false}, nvme.IOWriteUncorrectable: {qos.Write, 0, false}, nvme.IOCopy: {qos.Write, 0, false},
+		nvme.IODSM: {qos.Write, 0, false}, nvme.IOWriteUncorrectable: {qos.Write, 0, false}, nvme.IOCopy: {qos.Write, 4096, false},
 		nvme.IOFlush: {qos.Other, 0, false}, nvme.IOReservationAcquire: {0, 0, true}, nvme.IOReservationReport: {0, 0, true},
-		0xc1: {qos.Write, 400, false}, 0xc2: {qos.Read, 400, false}, 0xc0: {qos.Other, 0, false}, 0x7f: {qos.Other, 0, false},
+		0xc1: {qos.Write, 400, false}, 0xc2: {qos.Read, 400, false}, 0xc0: {qos.Other, 0, false}, 0xc5: {qos.Other, 0, false}, 0x7f: {qos.Other, 0, false},
 	} {
-		r := &request{cmd: nvme.Command{Opcode: op, CDW10: 100, CDW12: 3}}
-		if class, bytes, free := r.price(n); class != want.class || bytes != want.bytes || free != want.free {
-			t.Errorf("opcode %#x: %v, %d bytes, free %v", op, class, bytes, free)
+		if got := at(op, 100, 4); got != want {
+			t.Errorf("opcode %#x: %+v, not %+v", op, got, want)
 		}
+	}
+	// What fails moves nothing, however much it names.
+	for name, got := range map[string]price{
+		"MDTS": at(nvme.IORead, 0, 257), "past the end": at(nvme.IORead, 99_999, 2), "far past it": at(nvme.IORead, 1<<63, 1),
+		"verify": at(nvme.IOVerify, 0, 65536), "vendor": at(0xc2, 1<<31, 1),
+	} {
+		if got != (price{qos.Read, 0, false}) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+	if got := at(nvme.IOWriteZeroes, 0, 65536); got.bytes != 256<<20 {
+		t.Errorf("write zeroes has no limit of its size: %+v", got)
 	}
 }
 

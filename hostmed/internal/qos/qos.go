@@ -219,6 +219,17 @@ func (p *Path) Charge(t *Ticket, c Class, n uint64, now int64) bool {
 	return may
 }
 
+// ChargeBytes is Charge for n bytes of a command that is paid for as one of another class.
+func (p *Path) ChargeBytes(t *Ticket, c Class, n uint64, now int64) bool {
+	may := true
+	for _, m := range p.by[c] {
+		if m.unit == bytes && !m.b.charge(t, n, now) {
+			may = false
+		}
+	}
+	return may
+}
+
 // Owe pays for n bytes of class c that nobody waits for: those who come later do.
 func (p *Path) Owe(c Class, n uint64, now int64) {
 	for _, m := range p.by[c] {
