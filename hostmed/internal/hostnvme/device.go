@@ -74,6 +74,8 @@ type function interface {
 	device.Device
 	MapDMA(mem []byte) (iova uint64, err error)
 	UnmapDMA(iova, size uint64) error
+	// Sever is the first half of Close, which takes no time: the function reaches no memory any more.
+	Sever()
 }
 
 // state is what a Device goes through. See reset.go.
@@ -109,6 +111,7 @@ type Device struct {
 	life    context.Context // ends when the device fails or is closed
 	end     context.CancelFunc
 	running sync.WaitGroup
+	severed chan struct{} // closed when the device reaches no memory any more, and no pair is in use
 	buried  chan struct{} // closed when the function was given back
 
 	late    chan lateCommand

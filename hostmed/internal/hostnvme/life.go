@@ -252,7 +252,8 @@ func (d *Device) fail(err error) {
 	d.end()
 }
 
-// bury gives the function back. Nobody uses a queue any more after that, nor reaches the device any guest's memory; only then commands end.
+// bury gives the function back. Nobody uses a queue any more before that, nor reaches the device any guest's memory; only then commands end. What the
+// kernel takes for the rest nobody waits for but Close of a device that works.
 func (d *Device) bury() {
 	err := d.Err()
 	d.forget()
@@ -267,20 +268,24 @@ func (d *Device) bury() {
 	}
 	d.adm.Close()
 	d.using.Lock()
-	defer d.using.Unlock()
-	closeErr := errors.Join(d.fn.Close(), d.fn.Unmap())
+	d.fn.Sever()
 	d.adm.Drop()
 	d.dropOrphans()
-	closeErr = errors.Join(closeErr, d.mem.Free())
-	if closeErr != nil {
-		d.log.Warn("giving the function back", "error", closeErr)
-	}
+	freeErr := d.mem.Free()
+	d.using.Unlock()
 	for _, p := range pairs {
 		p.user.Fail(err)
 	}
+	close(d.severed)
 	if err != ErrClosed {
 		d.tell(func(*watcher) (Event, bool) { return Gone, true })
 	}
+	// The function is given back by what lets go of it last. That may take a minute: it had better be a close than a munmap, for which all of
+	// the process waits.
+	if err := errors.Join(freeErr, d.fn.Unmap(), d.fn.Close()); err != nil {
+		d.log.Warn("giving the function back", "error", err)
+	}
+	d.forgotten()
 	close(d.buried)
 }
 

@@ -59,6 +59,8 @@ type testFunction struct {
 	hooks
 }
 
+func (f *testFunction) Sever() { f.Close() }
+
 func (*testFunction) MapDMA([]byte) (uint64, error) { return 0, errors.ErrUnsupported }
 func (*testFunction) UnmapDMA(uint64, uint64) error { return errors.ErrUnsupported }
 

@@ -19,7 +19,8 @@ var devices = struct {
 	change sync.Mutex
 	mu     sync.Mutex
 	open   map[string]*Device
-}{open: map[string]*Device{}}
+	going  map[string]*Device // those that have failed and that the kernel does not have back yet
+}{open: map[string]*Device{}, going: map[string]*Device{}}
 
 // hooks are what a function tells of itself.
 type hooks struct {
@@ -45,6 +46,9 @@ func open(ctx context.Context, m machine, address string, o Options) (*Device, e
 	if err != nil {
 		return nil, err
 	}
+	if err := awaitGoing(ctx, address); err != nil {
+		return nil, fmt.Errorf("%s: %w", address, err)
+	}
 	devices.change.Lock()
 	defer devices.change.Unlock()
 	devices.mu.Lock()
@@ -67,12 +71,28 @@ func open(ctx context.Context, m machine, address string, o Options) (*Device, e
 	return d, nil
 }
 
+// awaitGoing waits until the kernel has a function back that has failed, which it tries to reset: for one that does not answer that takes a minute.
+func awaitGoing(ctx context.Context, address string) error {
+	devices.mu.Lock()
+	d := devices.going[address]
+	devices.mu.Unlock()
+	if d == nil {
+		return nil
+	}
+	select {
+	case <-d.buried:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: it has failed (%w), and the kernel has not let go of it yet: try again in a minute", ctx.Err(), d.Err())
+	}
+}
+
 // bringUp opens the function and enables its controller.
 func bringUp(ctx context.Context, m machine, address string, o Options) (*Device, error) {
 	d := &Device{
 		address: address, opts: o, log: o.Logger.With("device", address), refs: 1,
 		late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), trouble: make(chan struct{}, 1), asked: make(chan chan error),
-		changed: make(chan struct{}), buried: make(chan struct{}), watchers: map[*watcher]struct{}{},
+		changed: make(chan struct{}), severed: make(chan struct{}), buried: make(chan struct{}), watchers: map[*watcher]struct{}{},
 	}
 	d.life, d.end = context.WithCancel(context.Background())
 	var err error
@@ -126,10 +146,9 @@ func (d *Device) abandon() {
 		if err != nil {
 			d.log.Warn("giving the function back", "error", err)
 		}
-		close(d.buried)
+		close(d.severed)
 	}
-	<-d.buried
-	d.running.Wait()
+	<-d.severed
 	if err := d.release(); err != nil {
 		d.log.Warn("giving the function back", "error", err)
 	}
@@ -148,21 +167,32 @@ func (d *Device) Close() error {
 		return nil
 	}
 	d.fail(ErrClosed)
+	<-d.severed
+	err := d.release()
+	if d.Err() != ErrClosed {
+		return err // the kernel may take its time: see bury
+	}
 	<-d.buried
 	d.running.Wait()
-	err := d.release()
-	if d.Err() == ErrClosed {
-		return err
-	}
-	return nil // it had failed before, and said so
+	return err
 }
 
-// forget makes the address free for another Open.
+// forget makes the address free for another Open, once the function was given back.
 func (d *Device) forget() {
 	devices.mu.Lock()
 	defer devices.mu.Unlock()
 	if devices.open[d.address] == d {
 		delete(devices.open, d.address)
+	}
+	devices.going[d.address] = d
+}
+
+// forgotten is the end of that.
+func (d *Device) forgotten() {
+	devices.mu.Lock()
+	defer devices.mu.Unlock()
+	if devices.going[d.address] == d {
+		delete(devices.going, d.address)
 	}
 }
 

@@ -39,6 +39,8 @@ func (g *guests) MapDMA(mem []byte) (uint64, error) {
 	return g.model.Reach(r), nil
 }
 
+func (g *guests) Sever() { g.Close() }
+
 func (g *guests) UnmapDMA(iova, _ uint64) error {
 	if !g.model.Forget(iova) {
 		return errors.New("not mapped")

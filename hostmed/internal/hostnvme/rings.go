@@ -230,7 +230,7 @@ func (p *Pair) Close() error {
 	defer cancel()
 	epoch, err := d.remove(ctx, p)
 	if err != nil {
-		<-d.buried
+		<-d.severed
 		return p.free()
 	}
 	d.using.RLock()

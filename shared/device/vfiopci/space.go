@@ -18,6 +18,8 @@ type space interface {
 	// mapDMA lets the function reach size bytes at the address at of this process, and returns where; without write it may only read them.
 	mapDMA(at, size uint64, write bool) (iova uint64, err error)
 	unmapDMA(iova, size uint64) error
+	// unmapAll takes everything back at once.
+	unmapAll() error
 	// way names it in messages.
 	way() string
 	close() error
@@ -102,6 +104,14 @@ func (c *container) unmapDMA(iova, size uint64) error {
 	return nil
 }
 
+// unmapAll goes by what was given: to take back all in one call needs Linux 5.12.
+func (c *container) unmapAll() (err error) {
+	for _, s := range slices.Clone(c.taken) {
+		err = errors.Join(err, c.unmapDMA(s.begin, s.end-s.begin))
+	}
+	return err
+}
+
 // floors are where IOVAs are looked for, one after the other: above what 32-bit addresses might be mistaken for, then anywhere but in the
 // lowest part, where an address of 0 might be.
 var floors = []uint64{1 << 32, 1 << 20}
@@ -180,6 +190,14 @@ func (s *ioas) unmapDMA(iova, size uint64) error {
 	return nil
 }
 
+// unmapAll is one call: an IOVA of 0 and all of the length.
+func (s *ioas) unmapAll() error {
+	if _, err := s.k.ioctl(s.fd, iommuIOASUnmap, with64(words(s.id), 0, ^uint64(0))); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("taking all memory from the function: %w", err)
+	}
+	return nil
+}
+
 func (s *ioas) close() error { return s.k.close(s.fd) }
 
 // physical is all memory of the machine: a group of the mode without an IOMMU.
@@ -196,6 +214,8 @@ func (p *physical) alloc(size uint64) (*device.DMARegion, error) {
 	}
 	return mem, nil
 }
+
+func (p *physical) unmapAll() error { return nil }
 
 // mapDMA is refused: nothing keeps memory that others share with this process where it is.
 func (p *physical) mapDMA(uint64, uint64, bool) (uint64, error) {

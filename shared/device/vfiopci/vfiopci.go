@@ -60,6 +60,7 @@ type Device struct {
 
 	events    []*os.File
 	watching  sync.WaitGroup
+	severOnce sync.Once
 	closeOnce sync.Once
 	closeErr  error
 }
@@ -343,18 +344,28 @@ func (d *Device) Err() error { return d.gone.Err() }
 // PeerPID returns 0: nobody serves the device.
 func (d *Device) PeerPID() int { return 0 }
 
-// Close takes the right to reach memory away from the function and gives it back to the kernel, which has it when Unmap was called too.
-func (d *Device) Close() error {
-	d.closeOnce.Do(func() {
+// Sever is the first half of Close, which takes no time: the function reaches no memory any more, and neither descriptors nor registers are used again
+// but by Close. To give back a function that does not answer takes the kernel a minute or more.
+func (d *Device) Sever() {
+	d.severOnce.Do(func() {
 		gone := d.gone.Err() != nil
 		d.gone.End(errClosed)
 		d.mu.Lock()
+		defer d.mu.Unlock()
 		d.closed = true
-		if err := d.command(0, pci.CommandBusMaster); !gone {
-			d.closeErr = err
+		err := d.command(0, pci.CommandBusMaster)
+		if gone {
+			err = nil
 		}
+		d.closeErr = errors.Join(err, d.space.unmapAll())
+	})
+}
+
+// Close takes the right to reach memory away from the function and gives it back to the kernel, which has it when Unmap was called too.
+func (d *Device) Close() error {
+	d.Sever()
+	d.closeOnce.Do(func() {
 		d.closeErr = errors.Join(d.closeErr, d.k.close(d.fd), d.space.close())
-		d.mu.Unlock()
 		for _, f := range d.events {
 			d.closeErr = errors.Join(d.closeErr, f.Close())
 		}

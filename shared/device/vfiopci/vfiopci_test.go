@@ -181,6 +181,28 @@ func TestEventsThatTheOwnerHandles(t *testing.T) {
 	check(t, errors.Join(d.Close(), d.Unmap()))
 }
 
+func TestSeveredFunctionReachesNothing(t *testing.T) {
+	for _, cdev := range []bool{false, true} {
+		k := newFake(t)
+		d := opened(t, k, cdev)
+		mem, err := d.AllocDMA(64 << 10)
+		check(t, err)
+		for range 2 {
+			_, err := d.MapDMA(make([]byte, 64<<10))
+			check(t, err)
+		}
+		d.Sever()
+		if len(k.maps) != 0 || k.config[pci.RegCommand]&pci.CommandBusMaster != 0 {
+			t.Errorf("the function still has %#x, command register %#x", k.maps, k.config[pci.RegCommand])
+		}
+		check(t, mem.Free())
+		if err := d.Reset(); !errors.Is(err, device.ErrGone) {
+			t.Errorf("reset of what was severed: %v", err)
+		}
+		check(t, d.Close())
+	}
+}
+
 func TestMemoryOfOthers(t *testing.T) {
 	for _, cdev := range []bool{false, true} {
 		k := newFake(t)
