@@ -148,13 +148,14 @@ func (c CAP) NSSS() bool { return c.bits(58, 1) != 0 }
 // CRMS is the ready modes: bit 0 with media, bit 1 independent of media.
 func (c CAP) CRMS() uint8 { return uint8(c.bits(59, 2)) }
 
-// Bits of CAP.CSS and CAP.CRMS.
+// Bits of CAP.AMS, CAP.CSS and CAP.CRMS.
 const (
-	CAPCSSNVM    = 1 << 0
-	CAPCSSIOCS   = 1 << 6
-	CAPCSSNone   = 1 << 7
-	CAPCRMSMedia = 1 << 0
-	CAPCRMSIndep = 1 << 1
+	CAPAMSWeighted = 1 << 0
+	CAPCSSNVM      = 1 << 0
+	CAPCSSIOCS     = 1 << 6
+	CAPCSSNone     = 1 << 7
+	CAPCRMSMedia   = 1 << 0
+	CAPCRMSIndep   = 1 << 1
 )
 
 // The With methods return c with one field changed; a value too large for its field is cut.
@@ -227,14 +228,16 @@ func (c CC) IOCQES() uint8 { return c.bits(20, 4) }
 // CRIME chooses ready independent of media.
 func (c CC) CRIME() bool { return c.bits(24, 1) != 0 }
 
-// Values of CC.SHN and CC.CSS.
+// Values of CC.AMS, CC.SHN and CC.CSS.
 const (
-	SHNNone   = 0
-	SHNNormal = 1
-	SHNAbrupt = 2
-	CSSNVM    = 0
-	CSSIOCS   = 6
-	CSSAdmin  = 7
+	AMSRoundRobin = 0
+	AMSWeighted   = 1 // weighted round robin with urgent priority class
+	SHNNone       = 0
+	SHNNormal     = 1
+	SHNAbrupt     = 2
+	CSSNVM        = 0
+	CSSIOCS       = 6
+	CSSAdmin      = 7
 )
 
 // The With methods return c with one field changed; a value too large for its field is cut.

@@ -114,6 +114,8 @@ type DataPath interface {
 	SetQuiet(on bool)
 	SetCoalescing(thresholdZ uint8, time100us uint8)
 	SetVectorConfig(vector uint16, coalescingDisabled bool)
+	// SetArbitration says by what I/O SQs share: weighted is CC.AMS, and v its weights and burst. Stop ends it. It is round robin at first.
+	SetArbitration(weighted bool, v nvme.Arbitration)
 	// SetWriteCache turns the cache off, after which every write is durable before it completes, or, as it is at first and after
 	// Stop, on.
 	SetWriteCache(on bool)

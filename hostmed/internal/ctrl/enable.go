@@ -72,8 +72,8 @@ func (c *Controller) checkCC() error {
 		return fmt.Errorf("CC.MPS is %d, CAP allows %d to %d", cc.MPS(), caps.MPSMIN(), caps.MPSMAX())
 	case cc.CSS() != nvme.CSSNVM && cc.CSS() != nvme.CSSIOCS:
 		return fmt.Errorf("CC.CSS is %d, CAP allows the NVM command set (0) and all command sets (6), which is the same here", cc.CSS())
-	case cc.AMS() != 0:
-		return fmt.Errorf("CC.AMS is %d, only round robin (0) is supported", cc.AMS())
+	case cc.AMS() != nvme.AMSRoundRobin && cc.AMS() != nvme.AMSWeighted:
+		return fmt.Errorf("CC.AMS is %d, CAP allows round robin (0) and weighted round robin with urgent priority class (1)", cc.AMS())
 	}
 	return nil
 }

@@ -126,6 +126,7 @@ func (c *Controller) applyFeatures() {
 	if c.feature(nvme.FeatureWriteCache)&nvme.WriteCacheEnabled == 0 {
 		c.dp.SetWriteCache(false)
 	}
+	c.applyArbitration(c.feature(nvme.FeatureArbitration))
 	for v := range c.cfg.Vectors {
 		if c.uncoalesced(v) {
 			c.dp.SetVectorConfig(v, true)
@@ -380,6 +381,13 @@ func (c *Controller) checkQueues(ask nvme.QueueCounts, values map[featureKey]uin
 	return result{dw0: granted}
 }
 
+// applyArbitration tells the data path of weights, where CC chose that they count.
+func (c *Controller) applyArbitration(v uint32) {
+	if c.regs.cc.AMS() == nvme.AMSWeighted {
+		c.dp.SetArbitration(true, nvme.Arbitration(v))
+	}
+}
+
 // applyFeature does what a value that was just set asks for.
 func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 	switch fid {
@@ -392,6 +400,8 @@ func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 	case nvme.FeatureCoalescing:
 		x := nvme.Coalescing(v)
 		c.dp.SetCoalescing(uint8(x.Threshold()), x.Time100us())
+	case nvme.FeatureArbitration:
+		c.applyArbitration(v)
 	case nvme.FeatureVectorConfig:
 		x := nvme.VectorConfig(v)
 		c.dp.SetVectorConfig(x.Vector(), x.CoalescingDisabled())

@@ -2,6 +2,7 @@ package ctrl
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -78,6 +79,34 @@ func TestFeatureSelect(t *testing.T) {
 		if !h.dp.called(call) {
 			t.Errorf("the data path was not told %q: %q", call, h.dp.calls)
 		}
+	}
+}
+
+// TestArbitration has weights count where CC chose so, those that were saved too, and nowhere else.
+func TestArbitration(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	h.ok(setFeature(nvme.FeatureArbitration, 0, 0x03020104))
+	h.ok(saved(setFeature(nvme.FeatureArbitration, 0, 0x03020102)))
+	for _, call := range h.dp.calls {
+		if strings.HasPrefix(call, "SetArbitration") {
+			t.Errorf("with round robin: %s", call)
+		}
+	}
+	h.disable()
+	h.enableWith(goodCC.WithAMS(nvme.AMSWeighted), 0)
+	if !h.dp.called("SetArbitration true 0x3020102") {
+		t.Errorf("the data path was not told: %q", h.dp.calls)
+	}
+	h.ok(setFeature(nvme.FeatureArbitration, 0, 0x010101fb))
+	if !h.dp.called("SetArbitration true 0x1010103") {
+		t.Errorf("the data path was not told: %q", h.dp.calls)
+	}
+	cmd := createSQ(1, 16, 1)
+	cmd.CDW11 |= 3 << 1
+	h.ok(createCQ(1, 16, 1))
+	h.ok(cmd)
+	if !h.dp.called("SetArbitration true 0x1010103") || h.dp.prio != 3 {
+		t.Errorf("QPRIO %d", h.dp.prio)
 	}
 }
 

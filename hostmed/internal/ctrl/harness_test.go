@@ -70,6 +70,7 @@ type fakePath struct {
 	interrupts int
 	onIRQ      func()
 	cqs, sqs   map[uint16]bool
+	prio       uint8 // of the last SQ
 	shadow, ei *shm.Region
 	aborts     map[uint16]bool // by CID
 	fail       error           // of the next call that can fail
@@ -102,7 +103,7 @@ func (f *fakePath) CreateSQ(p SQParams) error {
 		return err
 	}
 	f.note("CreateSQ %d on %d size %d mem %d", p.QID, p.CQID, p.Size, p.Mem.Len())
-	f.sqs[p.QID] = true
+	f.sqs[p.QID], f.prio = true, p.Prio
 	return nil
 }
 
@@ -124,10 +125,13 @@ func (f *fakePath) ResumeDoorbellPages(shadow, ei *shm.Region) error {
 	return f.SetDoorbellPages(shadow, ei)
 }
 
-func (f *fakePath) SetQuiet(on bool)                      { f.note("SetQuiet %v", on) }
-func (f *fakePath) SetCoalescing(thr, time uint8)         { f.note("SetCoalescing %d %d", thr, time) }
-func (f *fakePath) SetVectorConfig(v uint16, off bool)    { f.note("SetVectorConfig %d %v", v, off) }
-func (f *fakePath) SetDULBE(nsid uint32, on bool)         { f.note("SetDULBE %d %v", nsid, on) }
+func (f *fakePath) SetQuiet(on bool)                   { f.note("SetQuiet %v", on) }
+func (f *fakePath) SetCoalescing(thr, time uint8)      { f.note("SetCoalescing %d %d", thr, time) }
+func (f *fakePath) SetVectorConfig(v uint16, off bool) { f.note("SetVectorConfig %d %v", v, off) }
+func (f *fakePath) SetDULBE(nsid uint32, on bool)      { f.note("SetDULBE %d %v", nsid, on) }
+func (f *fakePath) SetArbitration(on bool, v nvme.Arbitration) {
+	f.note("SetArbitration %v %#x", on, v)
+}
 func (f *fakePath) SetWriteCache(on bool)                 { f.note("SetWriteCache %v", on) }
 func (f *fakePath) AdminDoorbells() (t, h *atomic.Uint32) { return &f.tail, &f.head }
 func (f *fakePath) AdminTaken(t, h uint32)                { f.taken = [2]uint32{t, h} }

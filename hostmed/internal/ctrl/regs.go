@@ -36,7 +36,7 @@ type registers struct {
 func newRegisters(cfg *Config) registers {
 	mqes, _ := nvme.ToZeroBased16(cfg.MaxDepth)
 	return registers{cap: nvme.CAP(0).
-		WithMQES(mqes).
+		WithMQES(mqes).WithAMS(nvme.CAPAMSWeighted).
 		WithCQR(true).
 		WithTO(capTimeout).
 		WithDSTRD(cfg.DSTRD).

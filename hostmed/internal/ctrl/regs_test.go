@@ -13,7 +13,7 @@ func TestCapabilities(t *testing.T) {
 	h := newHost(t, testConfig())
 	cap := nvme.CAP(h.readReg(nvme.RegCAP, 8))
 	if cap.MQES().Count() != 4096 || !cap.CQR() || cap.CSS() != nvme.CAPCSSNVM|nvme.CAPCSSIOCS || cap.DSTRD() != 0 || cap.MPSMIN() != 0 || cap.MPSMAX() != 4 || !cap.NSSRS() ||
-		cap.TO() == 0 || cap.AMS() != 0 || cap.BPS() || cap.CPS() != 0 || cap.PMRS() || cap.CMBS() || cap.NSSS() || cap.CRMS() != nvme.CAPCRMSMedia {
+		cap.TO() == 0 || cap.AMS() != nvme.CAPAMSWeighted || cap.BPS() || cap.CPS() != 0 || cap.PMRS() || cap.CMBS() || cap.NSSS() || cap.CRMS() != nvme.CAPCRMSMedia {
 		t.Error(cap)
 	}
 	if lo, hi := h.readReg(nvme.RegCAP, 4), h.readReg(nvme.RegCAP+4, 4); lo|hi<<32 != uint64(cap) {
@@ -123,7 +123,7 @@ func TestEnableChecks(t *testing.T) {
 		"CSS admin":                   goodCC.WithCSS(nvme.CSSAdmin),
 		"CSS 1":                       goodCC.WithCSS(1),
 		"CSS 5":                       goodCC.WithCSS(5),
-		"AMS":                         goodCC.WithAMS(1),
+		"AMS":                         goodCC.WithAMS(2),
 		"AMS 7":                       goodCC.WithAMS(7),
 		"ASQ not aligned to the page": goodCC.WithMPS(4), // sqIOVA is 64 KiB aligned, cqIOVA is not
 	} {

@@ -79,9 +79,11 @@ type Controller struct {
 
 	rung [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
 
-	quiet      atomic.Bool // FeatureQuiet
-	through    atomic.Bool // the write cache is off
-	coalescing coalescing
+	quiet       atomic.Bool   // FeatureQuiet
+	through     atomic.Bool   // the write cache is off
+	weighted    bool          // CC.AMS; the session's
+	arbitration atomic.Uint32 // feature 01h, where weighted
+	coalescing  coalescing
 }
 
 var _ ctrl.DataPath = (*Controller)(nil)
@@ -191,6 +193,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		}
 		w.current = g
 		zero(head, headEI)
+		g.arbiter = c.arbiterFor(w)
 		c.groups = append(c.groups, g) // the session waits for this
 		c.cqs[p.QID].Store(g)
 	})
@@ -221,13 +224,16 @@ func (c *Controller) CreateSQ(p ctrl.SQParams) error {
 	if err != nil {
 		return err
 	}
-	s := &sq{g: g, qid: p.QID, iova: p.IOVA, mem: p.Mem, fresh: c.away, cons: cons, tail: dbbuf.NewPoller(tail, tailEI, p.Size), state: Polling, pageSize: c.cfg.PageSize()}
+	s := &sq{g: g, qid: p.QID, prio: p.Prio & 3, iova: p.IOVA, mem: p.Mem, fresh: c.away, cons: cons, tail: dbbuf.NewPoller(tail, tailEI, p.Size), state: Polling, pageSize: c.cfg.PageSize()}
 	s.maxPages = int(prp.Pages(uint64(s.pageSize-1), c.cfg.MDTSBytes, s.pageSize))
 	g.w.Call(func() {
 		w := g.w
 		w.current = g
 		zero(tail, tailEI)
 		g.sqs = append(g.sqs, s)
+		if g.arbiter != nil {
+			g.arbiter.add(s)
+		}
 		c.sqs[p.QID].Store(s)
 		if g.state == Armed || g.state == Polling {
 			w.resume(g)
@@ -254,6 +260,9 @@ func (c *Controller) DeleteSQ(qid uint16) {
 				s.g.sqs = append(s.g.sqs[:i], s.g.sqs[i+1:]...)
 				break
 			}
+		}
+		if s.g.arbiter != nil {
+			s.g.arbiter.drop(s)
 		}
 		c.sqs[qid].Store(nil)
 		closeMemory(&s.mem)
@@ -292,6 +301,9 @@ func (w *Worker) remove(g *group) {
 	g.ctl.cqs[g.qid].Store(nil)
 	closeMemory(&g.mem)
 	for _, s := range g.sqs {
+		if g.arbiter != nil {
+			g.arbiter.drop(s)
+		}
 		g.ctl.sqs[s.qid].Store(nil)
 		closeMemory(&s.mem)
 	}
@@ -379,6 +391,7 @@ func (c *Controller) Stop() {
 	c.quiet.Store(false)
 	c.coalescing.set(0, 0)
 	c.through.Store(false)
+	c.SetArbitration(false, 0)
 	for i := range c.vectors {
 		v := &c.vectors[i]
 		v.pending.Store(false)

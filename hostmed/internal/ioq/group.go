@@ -40,6 +40,8 @@ type group struct {
 	head *dbbuf.Poller
 	sqs  []*sq
 
+	arbiter *arbiter // nil: round robin
+
 	state    State
 	parking  bool        // to be Parked when nothing is in flight
 	fresh    bool        // created while the doorbell pages were away
@@ -70,6 +72,7 @@ type group struct {
 type sq struct {
 	g        *group
 	qid      uint16
+	prio     uint8 // QPRIO
 	iova     uint64
 	mem      *shm.Region // nil: parked
 	fresh    bool        // created while the doorbell pages were away
@@ -90,6 +93,9 @@ type sq struct {
 func (w *Worker) poll(g *group) int {
 	if g.state != Polling {
 		return 0
+	}
+	if g.arbiter != nil {
+		return g.arbiter.turn(w)
 	}
 	w.current = g
 	work := 0

@@ -268,6 +268,35 @@ var queueCases = []Case{
 		},
 	},
 	{
+		ID: "queue.priority.weighted", Ref: "NVMe Base 2.0c 3.4.4, 5.27.1.1", setup: setup{disabled: true},
+		needs: join(needNS, bitNeed("CAP.AMS has no weighted round robin", func(f *facts) bool { return f.cap.AMS()&nvme.CAPAMSWeighted != 0 })),
+		Text:  "with weighted round robin SQs of all classes are served in the end, and the weights can be changed meanwhile",
+		run: func(c *ctl) {
+			c.enable(setup{ams: nvme.AMSWeighted})
+			cq := c.makeCQ(1, 16)
+			var sqs []*sq
+			for qid := range min(c.granted().sqs, 4) {
+				s := c.newSQ(uint16(qid+1), 32, cq)
+				cmd := s.createSQ()
+				cmd.CDW11 = cmd.CDW11&^6 | qid%4<<1
+				c.ok(cmd)
+				sqs = append(sqs, s)
+			}
+			for round := range uint32(8) {
+				c.ok(setFeatureCmd(nvme.FeatureArbitration, 0, round|round<<8|(7-round)<<16|0xff<<24))
+				for _, s := range sqs {
+					for range 20 {
+						s.push(c.tick())
+					}
+					s.ring()
+				}
+				for _, s := range sqs {
+					c.settled(s)
+				}
+			}
+		},
+	},
+	{
 		ID: "queue.size.smallest", Ref: "NVMe Base 2.0c 3.3.1", needs: needNS,
 		Text: "queues of two entries hold one command at a time, and wrap at each second",
 		run:  func(c *ctl) { c.laps(2, 2, 41) },

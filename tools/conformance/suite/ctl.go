@@ -82,6 +82,7 @@ type setup struct {
 	disabled   bool   // reset only
 	asqs, acqs uint32 // entries of the admin queues [64]
 	mps        uint8  // CC.MPS
+	ams        uint8  // CC.AMS
 }
 
 const adminDepth = 64
@@ -240,7 +241,7 @@ func (c *ctl) enable(s setup) {
 }
 
 func (c *ctl) ccFor(s setup) nvme.CC {
-	cc := nvme.CC(0).WithEN(true).WithIOSQES(6).WithIOCQES(4).WithMPS(s.mps)
+	cc := nvme.CC(0).WithEN(true).WithIOSQES(6).WithIOCQES(4).WithMPS(s.mps).WithAMS(s.ams)
 	if caps := nvme.CAP(c.read64(nvme.RegCAP)); caps.CSS()&nvme.CAPCSSNVM == 0 && caps.CSS()&nvme.CAPCSSIOCS != 0 {
 		cc = cc.WithCSS(nvme.CSSIOCS)
 	}
