@@ -1,8 +1,10 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -12,6 +14,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
+	"github.com/shadowbell/shadowbell/tools/internal/load"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
 )
 
@@ -127,6 +130,73 @@ func TestLimitsOfThreeGuests(t *testing.T) {
 			if n := float64(after[2] - before[2]); n < 2*d*rates[0] {
 				t.Errorf("the guest without limits: %.0f reads in %.2f s", n, d)
 			}
+		}
+	}
+}
+
+// TestLimitsOfGuestProcesses: the same with guests that are processes, mixed sizes and reads and writes.
+func TestLimitsOfGuestProcesses(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes windows of 5 s")
+	}
+	dir := t.TempDir()
+	guestdrvBin, err := process.Binary(t.Context(), "guestdrv", "", dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const mib = 16
+	doc := ""
+	for i, limits := range []string{"limits = { iops = 2000 }", fmt.Sprintf("limits = { bandwidth = \"%dMiB\" }", mib), ""} {
+		doc += fmt.Sprintf("[[subsystem]]\n[[subsystem.controller]]\nsocket = \"%s/%d\"\n%s\n[[subsystem.namespace]]\nspec = \"mem:size=64MiB\"\n", dir, i, limits)
+	}
+	file := filepath.Join(dir, "hostmed.toml")
+	if err := os.WriteFile(file, []byte(doc), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h, err := process.StartHostmed(t.Context(), hostmedBin, nil, "--config", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	for try := 0; ; try++ {
+		var results [3]load.Result
+		var all sync.WaitGroup
+		for i, bs := range []string{"4k", "4k,64k,256k", "4k"} {
+			all.Go(func() {
+				cmd := exec.CommandContext(t.Context(), guestdrvBin, "bench", fmt.Sprintf("vfio-user:%s/%d", dir, i), "--rw", "randrw", "--bs", bs, "--jobs", "2", "--qd", "16", "--runtime", "5s", "--json")
+				out, err := cmd.Output()
+				if err == nil {
+					err = json.Unmarshal(out, &results[i])
+				}
+				if err != nil {
+					t.Errorf("guest %d: %v", i, err)
+				}
+			})
+		}
+		if all.Wait(); t.Failed() {
+			return
+		}
+		iops, bw := results[0].IOPS/2000, results[1].BandwidthMiB/mib
+		t.Logf("parts of the limits: %.3f of commands, %.3f of bytes; without: %.0f IOPS", iops, bw, results[2].IOPS)
+		// A burst of a tenth of a second is in each window, and what was under way at its end.
+		if s := results[0].Seconds; results[0].IOPS*s > 2000*(s+0.1)+33 {
+			t.Errorf("%.0f IOPS for %.2f s", results[0].IOPS, s)
+		}
+		if s := results[1].Seconds; results[1].BandwidthMiB*s > mib*(s+0.1)+33.0/4 {
+			t.Errorf("%.1f MiB/s for %.2f s", results[1].BandwidthMiB, s)
+		}
+		if results[2].IOPS < 4000 {
+			t.Errorf("the guest without limits: %.0f IOPS", results[2].IOPS)
+		}
+		if min(iops, bw) >= 0.95 {
+			return
+		}
+		if try == 5 {
+			t.Fatal("the limits were never used up")
 		}
 	}
 }
