@@ -75,32 +75,55 @@ func (s *subject) settled(t *testing.T) {
 	s.h.until(t, s.d.Name+" is not live", "[ $(cat /sys/class/nvme/"+s.d.Name+"/state) = live ]")
 }
 
-// reset resets the controller under whoever drives it, as an operator does, or a kernel whose commands time out.
+// reset resets the controller under whoever drives it, as an operator does, or a kernel whose commands time out, and waits until it is back.
 func (s *subject) reset(t *testing.T) {
 	t.Helper()
 	if s.kind == "vfio" {
 		s.h.Run(t, "echo 1 > /sys/bus/pci/devices/"+s.d.PCI+"/reset")
+		s.m.says(t, "controller is back")
 		return
 	}
 	s.h.Run(t, "echo 1 > /sys/class/nvme/"+s.d.Name+"/reset_controller")
 	s.settled(t)
 }
 
-// TestReset: the controller is reset under load, twice. The guest sees a delay: no error, and nothing wrong in what it reads.
+// TestReset: the controller is reset under load. The guest sees a delay: no error, and nothing wrong in what it reads.
 func TestReset(t *testing.T) {
 	h := open(t)
 	for _, kind := range kinds {
 		t.Run(kind, func(t *testing.T) {
 			s := h.subject(t, kind)
-			load := h.startVerify(t, s.m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --jobs 2 --runtime 5s")
-			for range 2 {
-				s.busy(t, load)
-				s.reset(t)
-			}
+			load := h.startVerify(t, s.m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --jobs 2 --runtime 3s")
 			s.busy(t, load)
+			s.reset(t)
 			f := load.verified()
 			t.Logf("%.0f IOPS; the longest command took %.0f ms", f.IOPS, f.Latency.Max/1e6)
+			h.verify(t, s.m.device(0), "--span 16MiB --bs 512,64k --qd 16 --jobs 1 --runtime 1s")
 			h.CheckDmesg(t, "Ignoring bogus Namespace Identifiers")
 		})
+	}
+}
+
+// TestVFIORemoved: a device of hostmed's is unplugged under load, as an operator does it. Commands fail, the namespace goes, and hostmed goes on with what
+// else it has. (One that is pulled out of its slot without a word fails at once too, but the kernel resets what is not there for 70 s before it
+// lets go; a slot that tells the kernel spares it that, and QEMU's do not.)
+func TestVFIORemoved(t *testing.T) {
+	h := open(t)
+	s := h.subject(t, "vfio")
+	s.m.stop(t)
+	s.m = h.serve(t, s.spec(""), "mem:size=32MiB")
+	load := h.start(t, "guestdrv bench "+s.m.device(0)+" --json --rw randrw --bs 4k,64k --qd 32 --span 16MiB --runtime 60s --timeout 20s")
+	s.busy(t, load)
+	s.d.unplug(t)
+	s.m.says(t, "namespace removed: its medium is gone.*"+s.d.PCI)
+	if r := load.result(); r.Exit == 0 {
+		t.Errorf("a load without its disk ended well: %s", r.Stdout)
+	}
+	if !s.m.running(t) {
+		t.Fatal("hostmed is gone")
+	}
+	h.verify(t, s.m.device(1), "--span 16MiB --bs 4k,64k --qd 16 --jobs 1 --runtime 1s")
+	if r := h.Try(t, "guestdrv read "+s.m.device(0)+" --offset 0 --length 4096 >/dev/null"); r.Exit == 0 {
+		t.Error("the namespace is still there")
 	}
 }

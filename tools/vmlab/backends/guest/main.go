@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -159,29 +160,32 @@ func (g *guest) outside() (answers []answer, err error) {
 	return answers, nil
 }
 
-// dma writes the whole buffer to the first blocks, reads it back, and tells where it is.
+// dma writes the whole buffer to the first blocks and reads it back, again and again for a while, since a device of hostmed's reaches the memory of a guest
+// only when that has been pinned; and tells where it is.
 func (g *guest) dma() (pages []uint64, err error) {
-	for i := range g.buf.Bytes() {
-		g.buf.Bytes()[i] = byte(i ^ i>>8)
+	pattern := make([]byte, dataBytes)
+	for i := range pattern {
+		pattern[i] = byte(i ^ i>>8)
 	}
+	copy(g.buf.Bytes(), pattern)
 	if pages, err = physical(g.buf.Bytes()); err != nil {
 		return nil, err
 	}
-	for _, op := range []uint8{nvme.IOWrite, nvme.IORead} {
-		status, err := g.do(guestdrv.IO{Op: op, Blocks: uint32(dataBytes / g.ns.BlockSize())})
-		if err == nil {
-			err = status.Err()
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		for _, op := range []uint8{nvme.IOWrite, nvme.IORead} {
+			status, err := g.do(guestdrv.IO{Op: op, Blocks: uint32(dataBytes / g.ns.BlockSize())})
+			if err == nil {
+				err = status.Err()
+			}
+			if err != nil {
+				return nil, fmt.Errorf("command %#x: %w", op, err)
+			}
+			if op == nvme.IOWrite {
+				clear(g.buf.Bytes())
+			}
 		}
-		if err != nil {
-			return nil, fmt.Errorf("command %#x: %w", op, err)
-		}
-		if op == nvme.IOWrite {
-			clear(g.buf.Bytes())
-		}
-	}
-	for i, b := range g.buf.Bytes() {
-		if b != byte(i^i>>8) {
-			return nil, fmt.Errorf("byte %d is %#x", i, b)
+		if !bytes.Equal(g.buf.Bytes(), pattern) {
+			return nil, errors.New("what is read is not what was written")
 		}
 	}
 	now, err := physical(g.buf.Bytes())
