@@ -125,15 +125,8 @@ func bringUp(ctx context.Context, m machine, address string, o Options) (*Device
 		d.abandon()
 		return nil, err
 	}
-	d.log.Info("device opened", "model", d.Controller().Model(), "serial", d.Controller().Serial(), "queues", d.granted, "namespaces", len(d.Namespaces()), "doorbells", d.doorbells())
+	d.log.Info("device opened", "model", d.Controller().Model(), "serial", d.Controller().Serial(), "queues", d.granted, "namespaces", len(d.Namespaces()), "shadow doorbells", d.Stats().Shadow)
 	return d, nil
-}
-
-func (d *Device) doorbells() string {
-	if d.shadow {
-		return "shadow"
-	}
-	return "mmio"
 }
 
 // abandon gives everything back after an Open that failed.
