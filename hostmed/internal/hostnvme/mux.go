@@ -287,7 +287,6 @@ func (r *Request) fail(st nvme.Status) {
 func (p *mux) finish(r *Request) {
 	q := r.q
 	q.ready.push(r)
-	q.readyN.Add(1)
 	if !q.wake {
 		q.wake = true
 		p.woken = append(p.woken, q)

@@ -34,7 +34,8 @@ type Queue struct {
 	ready requests // done
 	wake  bool     // it is in woken
 
-	readyN atomic.Int32 // how many are ready, for who only looks
+	// some says, to who only looks, that something was left ready when mu was last let go of.
+	some atomic.Bool
 }
 
 // requests is a list of them, oldest first.
@@ -157,7 +158,7 @@ func (q *Queue) Polled() bool { return q.polled }
 
 // Collect returns up to most requests of a batch that ended within Put, and others that are done already. It does not look at the device.
 func (q *Queue) Collect(most int) []*Request {
-	if q.readyN.Load() == 0 {
+	if !q.some.Load() {
 		return nil
 	}
 	q.pair.mu.Lock()
@@ -175,9 +176,9 @@ func (q *Queue) take(most int) {
 	for len(q.reaped) < most && q.ready.first != nil {
 		q.reaped = append(q.reaped, q.ready.pop())
 	}
-	if n := len(q.reaped); n > 0 {
-		q.readyN.Add(int32(-n))
-		q.inflight -= n
+	q.inflight -= len(q.reaped)
+	if q.ready.first == nil && q.some.Load() {
+		q.some.Store(false)
 	}
 }
 
@@ -185,7 +186,7 @@ func (q *Queue) take(most int) {
 // costs some loads.
 func (q *Queue) Reap(most int) []*Request {
 	p := q.pair
-	if q.readyN.Load() == 0 && !p.ready() {
+	if !q.some.Load() && !p.ready() {
 		return nil
 	}
 	p.mu.Lock()
@@ -198,12 +199,16 @@ func (q *Queue) Reap(most int) []*Request {
 	return q.reaped
 }
 
-// wakeOthers tells the queues that have something ready. by is whose worker is here, and comes back to reap its queues; nil: nobody is.
+// wakeOthers tells the queues that have something ready, and is called before mu is let go of. by is whose worker is here, and comes back to reap its queues; nil: nobody is.
 // mu is held.
 func (p *mux) wakeOthers(by *Queue, back bool) {
 	for i, q := range p.woken {
 		q.wake, p.woken[i] = false, nil
-		if q.readyN.Load() == 0 || by != nil && back && (q == by || q.owner != nil && q.owner == by.owner) {
+		if q.ready.first == nil {
+			continue
+		}
+		q.some.Store(true)
+		if by != nil && back && (q == by || q.owner != nil && q.owner == by.owner) {
 			continue
 		}
 		if q.fd >= 0 {
