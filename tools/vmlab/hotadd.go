@@ -71,7 +71,7 @@ func (vm *VM) HotAdd(ctx context.Context, d Device) (Disk, error) {
 	props["id"], props["bus"] = disk.Port+"-dev", disk.Port
 	if d.file != "" {
 		drive := disk.Port + "-drive"
-		node := map[string]any{"driver": "raw", "node-name": drive, "file": map[string]any{"driver": "file", "filename": d.file}}
+		node := map[string]any{"driver": "raw", "node-name": drive, "discard": "unmap", "file": map[string]any{"driver": "file", "filename": d.file, "discard": "unmap"}}
 		if _, err := vm.QMP(ctx, "blockdev-add", node); err != nil {
 			return Disk{}, err
 		}

@@ -2,6 +2,7 @@
 //
 //	guest outside DEVICE   names blocks that the namespace has not got, in all ways there are, and prints what becomes of each command
 //	guest smart DEVICE     prints what the health log says of the device
+//	guest trim DEVICE      deallocates blocks 8192 to 24575, and zeroes the 1024 behind them
 //	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
 package main
 
@@ -29,7 +30,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: guest outside|smart|dma DEVICE")
+		return errors.New("usage: guest outside|smart|trim|dma DEVICE")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -55,10 +56,12 @@ func run(args []string) error {
 		out, err = g.outside()
 	case "smart":
 		out, err = g.smart()
+	case "trim":
+		out, err = g.trim()
 	case "dma":
 		out, err = g.dma()
 	default:
-		err = fmt.Errorf("%q is neither outside nor smart nor dma", args[0])
+		err = fmt.Errorf("%q is neither outside nor smart nor trim nor dma", args[0])
 	}
 	if err != nil {
 		return err
@@ -98,6 +101,25 @@ func (g *guest) do(io guestdrv.IO) (nvme.Status, error) {
 			return 0, err
 		}
 	}
+}
+
+// trim returns the statuses of Dataset Management and of Write Zeroes.
+func (g *guest) trim() (statuses [2]string, err error) {
+	const first, blocks = 8192, 16384
+	clear(g.buf.Bytes()[:16])
+	binary.LittleEndian.PutUint32(g.buf.Bytes()[4:], blocks)
+	binary.LittleEndian.PutUint64(g.buf.Bytes()[8:], first)
+	for i, io := range []guestdrv.IO{{Op: nvme.IODSM, Blocks: 1}, {Op: nvme.IOWriteZeroes, LBA: first + blocks, Blocks: 1024}} {
+		st, err := g.do(io)
+		if err != nil {
+			return statuses, err
+		}
+		if !st.OK() {
+			return statuses, fmt.Errorf("command %d: %v", i, st)
+		}
+		statuses[i] = st.String()
+	}
+	return statuses, nil
 }
 
 // health is what there is in the SMART log that is the device's.
