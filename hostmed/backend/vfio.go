@@ -302,11 +302,21 @@ func (b *vfio) Close() error {
 	if b.pool != nil {
 		b.dev.Pairs().Return(b.pool)
 	}
+	b.tell()
 	err := b.dev.Pairs().Trim()
 	b.AwaitMemory() // to be taken back
 	err = errors.Join(err, b.dev.Close())
 	b.dev = nil
 	return err
+}
+
+// tell says in the log what the device has done so far, for all that have it.
+func (b *vfio) tell() {
+	n, used := b.dev.Pairs().Counts()
+	d := b.dev.Stats()
+	hclog.Default().Named("vfio").Info("namespace closed", "spec", b.info.Name, "commands", n.Commands, "mapped", n.Mapped, "copied", n.Bounced, "waited", n.Full,
+		"sent again", n.Reissued, "failed", n.Failed, "wrong completions", n.Wrong, "doorbell writes", n.Doorbells, "batches", n.Batches, "kicks", n.Kicks,
+		"queue pairs in use", used, "resets", d.Resets, "timeouts", d.Timeouts, "aborts", d.Aborts)
 }
 
 // vfioSlices are those that backends of this process have.

@@ -2,6 +2,7 @@ package backends
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 )
 
@@ -35,6 +36,9 @@ func TestVFIOSlices(t *testing.T) {
 		t.Error("two processes have the device")
 	}
 	m.stop(t)
+	if line := m.says(t, "namespace closed.*commands="); !strings.Contains(line, " copied=0 ") {
+		t.Errorf("data was copied: %s", line)
+	}
 	d.kernel(t)
 	for i, sum := range sums {
 		if h.sum(t, d.block(), (32*i+31)<<20, 1<<20) != sum {
