@@ -324,11 +324,31 @@ func (b *block) NewQueue() (Queue, error) {
 }
 
 // Warnings is what the operator should know.
-func (b *block) Warnings() []string {
-	if b.claim == nil {
-		return nil
+func (b *block) Warnings() (list []string) {
+	if b.claim != nil {
+		list = append(list, b.claim.warnings...)
 	}
-	return b.claim.warnings
+	if lba, whole := b.info.LBASize(), max(b.facts.physical, b.facts.logical); lba > whole && !b.info.ReadOnly {
+		list = append(list, fmt.Sprintf("a guest expects each of its blocks to be written as a whole or not at all: those of %d bytes can be written in part when power fails, as the device's are of %d (lba=%d)", lba, whole, whole))
+	}
+	if most, ok := lockable(); ok && !b.spec.NoPin {
+		list = append(list, fmt.Sprintf("at most %s of guest memory are registered with the kernel, the rest is served without: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) or give CAP_IPC_LOCK; nopin registers none", FormatSize(most)))
+	}
+	return list
+}
+
+// lockable returns how much memory this process may lock, if that is less than a small guest has.
+func lockable() (most uint64, limited bool) {
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &lim) != nil || lim.Cur >= 1<<30 {
+		return 0, false
+	}
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if unix.Capget(&head, &caps[0]) == nil && caps[0].Effective>>unix.CAP_IPC_LOCK&1 != 0 {
+		return 0, false
+	}
+	return lim.Cur, true
 }
 
 // Resized reports whether the device is of another size. One that is gone is not.

@@ -54,6 +54,23 @@ func TestBlockShowsTheDevice(t *testing.T) {
 	}
 }
 
+// TestBlockWarnings: blocks that can tear are worth a word, those of the device's own are not.
+func TestBlockWarnings(t *testing.T) {
+	for _, c := range []struct {
+		lba      uint32
+		physical uint64
+		readOnly bool
+		warns    bool
+	}{{0, 512, false, false}, {4096, 512, false, true}, {4096, 4096, false, false}, {4096, 512, true, false}} {
+		x := plainFacts
+		x.physical = c.physical
+		b := opened(t)(blockOverFile(t, 1<<20, Spec{Kind: KindBlock, LBA: c.lba, ReadOnly: c.readOnly, NoPin: true}, x)).(*block)
+		if got := strings.Join(b.Warnings(), "\n"); strings.Contains(got, "power fails") != c.warns {
+			t.Errorf("%+v: %q", c, got)
+		}
+	}
+}
+
 func TestBlockRefusesWithARemedy(t *testing.T) {
 	for _, c := range []struct {
 		s    Spec
