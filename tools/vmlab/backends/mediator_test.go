@@ -104,12 +104,6 @@ func (m *mediator) running(t *testing.T) bool {
 	return m.h.Try(t, "kill -0 $(cat "+m.pid+")").Exit == 0
 }
 
-// reload has hostmed read its configuration again.
-func (m *mediator) reload(t *testing.T) {
-	t.Helper()
-	m.h.Run(t, "kill -HUP $(cat "+m.pid+")")
-}
-
 // says waits until a line of the log matches a basic regular expression, and returns the last that does.
 func (m *mediator) says(t *testing.T, expression string) string {
 	t.Helper()
