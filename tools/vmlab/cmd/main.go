@@ -28,7 +28,7 @@ type grammar struct {
 	Doorbells  doorbellsCmd  `cmd:"" help:"Measure what doorbells cost in a guest: MMIO writes per I/O and IOPS by queue depth, with and without shadow doorbells and on QEMU's own NVMe device."`
 	Guestbench guestbenchCmd `cmd:"" help:"Measure in one guest what the ways to a disk cost: the kernel's nvme driver, guestdrv with ublk, guestdrv with NBD, guestdrv as a library."`
 
-	Backendbench backendbenchCmd `cmd:"" help:"Measure what hostmed costs between a guest and an NVMe device: nvme: against the way without it."`
+	Backendbench backendbenchCmd `cmd:"" help:"Measure what hostmed costs between a guest and an NVMe device: vfio:, nvme: and block: against the ways without it."`
 
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }

@@ -16,19 +16,23 @@ import (
 )
 
 // MeasureBackends is the other half: what hostmed costs between a guest and an NVMe device. One stock guest is the host, with QEMU's own NVMe
-// controller; hostmed and guestdrv, its guest, run in it. Each backend is compared with the way to the same device without hostmed.
+// controllers behind an IOMMU; hostmed and guestdrv, its guest, run in it. Each backend is compared with the way to the same device without hostmed.
 
 // Backend is a way to a device: with hostmed, or without it.
 type Backend string
 
 // The backends, each behind the way that it is compared with.
 const (
-	BareChar Backend = "fio io_uring_cmd"
-	ViaChar  Backend = "guestdrv, hostmed nvme:"
+	BareVFIO  Backend = "guestdrv on the device"
+	ViaVFIO   Backend = "guestdrv, hostmed vfio:"
+	BareChar  Backend = "fio io_uring_cmd"
+	ViaChar   Backend = "guestdrv, hostmed nvme:"
+	BareBlock Backend = "fio io_uring"
+	ViaBlock  Backend = "guestdrv, hostmed block:"
 )
 
 // Backends lists them.
-var Backends = []Backend{BareChar, ViaChar}
+var Backends = []Backend{BareVFIO, ViaVFIO, BareChar, ViaChar, BareBlock, ViaBlock}
 
 // BackendJobs are the loads.
 var BackendJobs = []Job{{"randread", "4k", 1}, {"randread", "4k", 32}, {"randwrite", "4k", 32}}
@@ -69,7 +73,8 @@ type backendRig struct {
 	cfg  Config
 	vm   *vmlab.VM
 	poll time.Duration
-	disk vmlab.Disk
+	disk vmlab.Disk // the kernel's
+	pci  string     // of the device that VFIO has
 }
 
 // MeasureBackends boots a guest and measures. say is told what is being done.
@@ -85,17 +90,31 @@ func MeasureBackends(ctx context.Context, lab *vmlab.Lab, cfg Config, say func(s
 	}
 	r := &backendRig{cfg: cfg, poll: doorbells.Poll(accel)}
 	guest := vmlab.Config{CPUs: cfg.CPUs, MemoryMiB: 1024, Programs: []string{"guestdrv", "hostmed"}, VIOMMU: true, Append: "intel_iommu=on iommu=pt"}
-	image := filepath.Join(dir, "image")
-	if err := writeImage(image, 1); err != nil {
-		return nil, err
+	for i := range 2 {
+		image := filepath.Join(dir, fmt.Sprintf("%d.img", i))
+		if err := writeImage(image, uint64(i)); err != nil {
+			return nil, err
+		}
+		guest.Devices = append(guest.Devices, vmlab.QEMUNVMe(image, fmt.Sprintf("bench%d", i)))
 	}
-	guest.Devices = []vmlab.Device{vmlab.QEMUNVMe(image, "bench")}
 	say("booting a host")
 	if r.vm, err = lab.Start(ctx, guest); err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, r.vm.Close()) }()
 	if r.disk, err = r.vm.DiskAt(ctx, 0); err != nil {
+		return nil, err
+	}
+	vfio, err := r.vm.DiskAt(ctx, 1)
+	if err != nil {
+		return nil, err
+	}
+	r.pci = vfio.PCI
+	res, err := r.vm.Exec(ctx, "modprobe -a vfio_iommu_type1 vfio-pci && guestdrv bind "+r.pci+" --driver vfio-pci")
+	if err == nil && res.Exit != 0 {
+		err = fmt.Errorf("binding %s: %s", r.pci, res.Stderr)
+	}
+	if err != nil {
 		return nil, err
 	}
 	report := &BackendReport{Accel: accel, CPUs: cfg.CPUs, Rounds: cfg.Rounds, Seconds: cfg.Runtime.Seconds(), Poll: r.poll.String()}
@@ -119,11 +138,23 @@ func MeasureBackends(ctx context.Context, lab *vmlab.Lab, cfg Config, say func(s
 
 // load is the command that makes the load, and what hostmed serves for it, if anything.
 func (r *backendRig) load(b Backend, job Job, seconds int) (command, spec string) {
-	char := strings.Replace(r.disk.Namespace(1), "/dev/nvme", "/dev/ng", 1)
-	if b == BareChar {
+	block := r.disk.Namespace(1)
+	char := strings.Replace(block, "/dev/nvme", "/dev/ng", 1)
+	command = libraryCommand("vfio-user:/tmp/bench.sock", job, seconds)
+	switch b {
+	case BareVFIO:
+		return libraryCommand("vfio:"+r.pci, job, seconds), ""
+	case ViaVFIO:
+		return command, "vfio:" + r.pci
+	case BareChar:
 		return strings.Replace(fioCommand(char, job, seconds), "--ioengine=libaio --direct=1", "--ioengine=io_uring_cmd --cmd_type=nvme", 1), ""
+	case ViaChar:
+		return command, "nvme:" + char
+	case BareBlock:
+		return strings.Replace(fioCommand(block, job, seconds), "libaio", "io_uring", 1), ""
+	default:
+		return command, "block:" + block
 	}
-	return libraryCommand("vfio-user:/tmp/bench.sock", job, seconds), "nvme:" + char
 }
 
 // one measures one job on one backend, with a hostmed of its own if it has one.
@@ -184,7 +215,7 @@ trap 'kill $hostmed; wait $hostmed' EXIT
 // tail is the end of what a program said: fio puts a page of JSON before it.
 func tail(s string) string { return s[max(0, len(s)-500):] }
 
-var costs = regexp.MustCompile(`translate_ns=(\S+) submit_ns=(\S+) complete_ns=(\S+) interrupt_ns=(\S+)`)
+var costs = regexp.MustCompile(`ns_per_io=([0-9.]+)\+([0-9.]+)\+([0-9.]+)\+([0-9.]+)`)
 
 // parseCosts finds what hostmed says of its costs when its client goes; nil if it says nothing.
 func parseCosts(log string) (*Costs, error) {

@@ -29,7 +29,8 @@ func TestEveryBackendMeasures(t *testing.T) {
 
 func TestBackendRowsCompareWithinARound(t *testing.T) {
 	round := func(bare, via float64, c *Costs) []BackendFigure {
-		return []BackendFigure{{PerCore: bare, P50: 10}, {PerCore: via, P50: 13, Costs: c}}
+		pair := []BackendFigure{{PerCore: bare, P50: 10}, {PerCore: via, P50: 13, Costs: c}}
+		return append(append(pair, pair...), pair...)
 	}
 	r := BackendReport{Results: []BackendResult{{Job: Jobs[0], Rounds: [][]BackendFigure{
 		round(1e6, 0.5e6, &Costs{Translate: 100, Complete: 5}), round(1e5, 2e4, nil), round(1e6, 0.8e6, &Costs{Translate: 300, Complete: 5}),
@@ -44,8 +45,8 @@ func TestBackendRowsCompareWithinARound(t *testing.T) {
 }
 
 func TestParseCosts(t *testing.T) {
-	c, err := parseCosts("x\n… client disconnected: reads=1 translate_ns=101.5 submit_ns=7 complete_ns=20 interrupt_ns=3\n")
-	if err != nil || *c != (Costs{101.5, 7, 20, 3}) {
+	c, err := parseCosts("x\n… client disconnected: reads=1 ns_per_io=101+7+20+3\n")
+	if err != nil || *c != (Costs{101, 7, 20, 3}) {
 		t.Errorf("%+v, %v", c, err)
 	}
 	if c, err := parseCosts("client disconnected: reads=1"); c != nil || err != nil {
