@@ -44,7 +44,9 @@ func (s Stats) Sub(before Stats) Stats {
 
 // Stats returns the counters of the controller behind socket. The error says that there is none, or that it has no client.
 func (m *Mediator) Stats(socket string) (Stats, error) {
+	m.mu.Lock()
 	p := m.port(socket)
+	m.mu.Unlock()
 	if p == nil {
 		return Stats{}, fmt.Errorf("no controller has the socket %s", socket)
 	}
@@ -71,6 +73,7 @@ func (m *Mediator) Stats(socket string) (Stats, error) {
 	}
 }
 
+// port is called with mu held.
 func (m *Mediator) port(socket string) *port {
 	for _, s := range m.subsystems {
 		for _, p := range s.ports {
