@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -54,6 +55,12 @@ func runTests(m *testing.M) int {
 	}
 	if err != nil {
 		panic(err)
+	}
+	// What a shell ignores on behalf of a job in the background (POSIX 2.11) is not for the processes of tests: what is caught here is the default there.
+	for _, s := range forwarded {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
 	}
 	code := m.Run()
 	if err := goleak.Find(); err != nil {
