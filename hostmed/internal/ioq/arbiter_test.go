@@ -206,6 +206,7 @@ func TestWeightedQueuesComeAndGo(t *testing.T) {
 				p.publish()
 				p.reap(40)
 			}
+			r.workers[0].Call(func() {}) // has the doorbells, which were posted to it
 			for qid := uint16(6); qid > 0; qid-- {
 				r.ctl.DeleteSQ(qid)
 				if qid%2 == 0 {

@@ -87,8 +87,11 @@ func (w *Worker) start(r *request) {
 		}
 	}
 	if r.ns = ctl.namespace(c.NSID); r.ns == nil {
-		w.complete(r, ctl.notAttached(c.NSID).WithDNR())
-		return
+		var st nvme.Status
+		if r.ns, st = ctl.look(c.NSID); r.ns == nil {
+			w.complete(r, st.WithDNR())
+			return
+		}
 	}
 	gate := r.ns.of.Gate()
 	if gate != nil && !w.passes(r, gate) {

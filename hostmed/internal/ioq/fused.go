@@ -126,7 +126,10 @@ func (w *Worker) beginPair(p *pairOf, of *subsys.Namespace, done func()) {
 // beginCompare begins the first half: waits if it has.
 func (w *Worker) beginCompare(r *request, n *namespace) nvme.Status {
 	if n == nil {
-		return r.sq.g.ctl.notAttached(r.cmd.NSID).WithDNR()
+		if _, st := r.sq.g.ctl.look(r.cmd.NSID); !st.OK() {
+			return st.WithDNR()
+		}
+		return nvme.StatusInvalidField.WithDNR() // attached this moment, and not held
 	}
 	r.ns = n
 	r.FUA, r.Dealloc, r.Vec = false, false, nil

@@ -42,16 +42,20 @@ func (c *Controller) SetDULBE(nsid uint32, on bool) {
 	}
 }
 
-// notAttached is the status of a command for nsid, which is nothing: an id up to NN is valid, and merely inactive (NVMe Base 2.0c 3.2.1).
-func (c *Controller) notAttached(nsid uint32) nvme.Status {
-	highest := uint32(len(*c.ns.Load()))
+// look is namespace with the status of a command for nsid if that is nothing: an id up to NN is valid, and merely inactive (NVMe Base 2.0c 3.2.1).
+func (c *Controller) look(nsid uint32) (*namespace, nvme.Status) {
+	t := *c.ns.Load() // one table for both, while they come and go
+	highest := uint32(len(t))
+	if nsid-1 < highest && t[nsid-1] != nil {
+		return t[nsid-1], nvme.StatusSuccess
+	}
 	if self := c.cfg.Self; self != nil {
 		highest = max(highest, self.Subsystem().HighestNSID(self.Manages))
 	}
 	if nsid-1 < highest {
-		return nvme.StatusInvalidField
+		return nil, nvme.StatusInvalidField
 	}
-	return nvme.StatusInvalidNamespace
+	return nil, nvme.StatusInvalidNamespace
 }
 
 // table makes a table of list; what is in the present one and has not changed is taken over.
