@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 )
 
 // Mapper lets a device reach memory of this process.
@@ -24,6 +25,7 @@ type Mapper interface {
 type Memory struct {
 	dev  Mapper
 	log  hclog.Logger
+	most uint64 // bytes that are pinned at a time
 	snap atomic.Pointer[snapshot]
 
 	mu      sync.Mutex
@@ -56,9 +58,19 @@ type snapshot struct{ spans []span }
 
 // NewMemory returns an empty Memory.
 func NewMemory(dev Mapper, log hclog.Logger) *Memory {
-	m := &Memory{dev: dev, log: log, known: map[block]*mapping{}}
+	m := &Memory{dev: dev, log: log, most: mayPin(), known: map[block]*mapping{}}
 	m.snap.Store(&snapshot{})
 	return m
+}
+
+// mayPin is how much of this machine's memory guests may have pinned. A sparse file costs its owner nothing until it is pinned, which fills it: a hostile client
+// would take all memory of the host, and the rights that hostmed runs with make RLIMIT_MEMLOCK no bound.
+func mayPin() uint64 {
+	var s unix.Sysinfo_t
+	if err := unix.Sysinfo(&s); err != nil { // it cannot fail for memory that is ours
+		return 0
+	}
+	return s.Totalram * uint64(s.Unit) / 4 * 3
 }
 
 // add says that b, which is whole pages, is wanted once more.
@@ -129,6 +141,11 @@ func (m *Memory) mapOne(x *mapping) {
 		m.log.Warn("memory overlaps other memory of the device: its data is copied", "bytes", x.size)
 		return
 	}
+	if pinned := m.pinned(); x.size > m.most-min(pinned, m.most) {
+		x.failed = true
+		m.log.Warn("guests may have three quarters of this machine's memory pinned, and this would be more: its data is copied", "bytes", x.size, "pinned", pinned)
+		return
+	}
 	m.mu.Unlock()
 	iova, err := m.dev.Map(x.mem)
 	m.mu.Lock()
@@ -153,6 +170,16 @@ func (m *Memory) unmap(x *mapping) {
 	if err != nil {
 		m.log.Error("taking memory from the device", "error", err)
 	}
+}
+
+// pinned is how many bytes the device reaches. mu is held.
+func (m *Memory) pinned() (n uint64) {
+	for _, x := range m.known {
+		if x.mapped {
+			n += x.size
+		}
+	}
+	return n
 }
 
 func (m *Memory) overlaps(x *mapping) bool {
@@ -192,10 +219,10 @@ type MemoryState struct {
 func (m *Memory) State() (s MemoryState) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	s.Mapped = m.pinned()
 	for _, x := range m.known {
 		switch {
 		case x.mapped:
-			s.Mapped += x.size
 		case x.failed:
 			s.Failed++
 		default:

@@ -114,6 +114,32 @@ func TestMemoryThatCannotBeMapped(t *testing.T) {
 	}
 }
 
+// TestMemoryBeyondTheBound is not pinned, until other memory is taken back.
+func TestMemoryBeyondTheBound(t *testing.T) {
+	maps := 0
+	m := NewMemory(&scattered{place: func(b []byte) (uint64, error) { maps++; return uint64(maps) << 30, nil }}, hclog.NewNullLogger())
+	if m.most == 0 {
+		t.Fatal("nothing may be pinned")
+	}
+	m.most = 5 * page
+	mem := heap(t, 9*page)
+	m.add(mem[:4*page])
+	m.add(mem[4*page : 6*page])
+	m.add(mem[6*page:])
+	m.add(mem[8*page:][:page])
+	m.Settle(patience)
+	if s := m.State(); s != (MemoryState{Mapped: 5 * page, Failed: 2}) || maps != 2 {
+		t.Fatalf("%+v, %d maps", s, maps)
+	}
+	m.remove(mem[:4*page])
+	m.remove(mem[4*page : 6*page])
+	m.add(mem[4*page : 6*page])
+	m.Settle(patience)
+	if s := m.State(); s != (MemoryState{Mapped: 3 * page, Failed: 1}) {
+		t.Fatalf("%+v", s)
+	}
+}
+
 // TestFindersWhileMemoryChanges looks up what stays while other memory comes and goes.
 func TestFindersWhileMemoryChanges(t *testing.T) {
 	m := NewMemory(&scattered{place: func(b []byte) (uint64, error) { return blockOf(b).base + 1<<50, nil }}, hclog.NewNullLogger())
