@@ -89,6 +89,7 @@ func open(t *testing.T) *host {
 		t.Logf("booted in %.1f s", vm.BootTime().Seconds())
 	}
 	h := &host{VM: shared.vm, dir: shared.dir}
+	h.Run(t, "dmesg -c >/dev/null") // what earlier tests did to the kernel is theirs to look at
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("end of the console:\n%s", tail(h.Console(), 60))
