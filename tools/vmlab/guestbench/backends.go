@@ -215,7 +215,7 @@ trap 'kill $hostmed; wait $hostmed' EXIT
 // tail is the end of what a program said: fio puts a page of JSON before it.
 func tail(s string) string { return s[max(0, len(s)-500):] }
 
-var costs = regexp.MustCompile(`ns_per_io=([0-9.]+)\+([0-9.]+)\+([0-9.]+)\+([0-9.]+)`)
+var costs = regexp.MustCompile(`ns_per_io=([0-9.]+)/([0-9.]+)/([0-9.]+)/([0-9.]+)`)
 
 // parseCosts finds what hostmed says of its costs when its client goes; nil if it says nothing.
 func parseCosts(log string) (*Costs, error) {

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/tools/vmlab"
 )
 
@@ -45,7 +46,9 @@ func TestBackendRowsCompareWithinARound(t *testing.T) {
 }
 
 func TestParseCosts(t *testing.T) {
-	c, err := parseCosts("x\n… client disconnected: reads=1 ns_per_io=101+7+20+3\n")
+	phase := func(ns time.Duration) hostmed.Phase { return hostmed.Phase{Commands: 2, Time: 2 * ns} }
+	said := hostmed.Costs{Translate: phase(101), Submit: phase(7), Complete: phase(20), Interrupt: phase(3)}
+	c, err := parseCosts("x\n… client disconnected: reads=1 ns_per_io=" + said.String() + "\n")
 	if err != nil || *c != (Costs{101, 7, 20, 3}) {
 		t.Errorf("%+v, %v", c, err)
 	}
