@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
@@ -16,8 +14,8 @@ type backendbenchCmd struct {
 	Rounds  int           `default:"3" placeholder:"N" help:"How often all ways take turns; the table has the medians (${default})."`
 	Runtime time.Duration `default:"3s" placeholder:"TIME" help:"Of each measurement, in whole seconds (${default})."`
 	CPUs    int           `name:"cpus" default:"2" placeholder:"N" help:"CPUs of the machine that plays the host (${default})."`
-	JSON    bool          `name:"json" help:"Print one JSON object, every round in it, instead of the table."`
-	Out     string        `placeholder:"FILE" help:"Write the JSON object to FILE too."`
+
+	benchOutput `embed:""`
 }
 
 // Help is what stands below the arguments.
@@ -48,21 +46,6 @@ func (b *backendbenchCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return err
 	}
-	j, err := json.MarshalIndent(report, "", "  ")
-	if err != nil {
-		return err
-	}
-	j = append(j, '\n')
-	if b.Out != "" {
-		if err := os.WriteFile(b.Out, j, 0o644); err != nil {
-			return err
-		}
-	}
-	if b.JSON {
-		_, err := out.Stdout.Write(j)
-		return err
-	}
-	_, err = fmt.Fprintf(out.Stdout, "A host with %d CPUs under %s, medians of %d rounds of %v, hostmed polling for up to %s; each device QEMU's nvme, its medium a file in memory:\n\n%s",
-		report.CPUs, accel, report.Rounds, b.Runtime, report.Poll, report.Table())
-	return err
+	return b.print(out, report, fmt.Sprintf("A host with %d CPUs under %s, medians of %d rounds of %v, hostmed polling for up to %s; each device QEMU's nvme, its medium a file in memory:\n\n%s",
+		report.CPUs, accel, report.Rounds, b.Runtime, report.Poll, report.Table()))
 }

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
@@ -16,8 +14,8 @@ type guestbenchCmd struct {
 	Rounds  int           `default:"3" placeholder:"N" help:"How often each way has its turn; the table has the medians (${default})."`
 	Runtime time.Duration `default:"3s" placeholder:"TIME" help:"Of each measurement, in whole seconds (${default})."`
 	CPUs    int           `name:"cpus" default:"1" placeholder:"N" help:"CPUs of the guest (${default}). With hostmed they should not be more than the machine has cores."`
-	JSON    bool          `name:"json" help:"Print one JSON object, every round in it, instead of the table."`
-	Out     string        `placeholder:"FILE" help:"Write the JSON object to FILE too."`
+
+	benchOutput `embed:""`
 }
 
 // Help is what stands below the arguments.
@@ -54,21 +52,6 @@ func (g *guestbenchCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return err
 	}
-	b, err := json.MarshalIndent(report, "", "  ")
-	if err != nil {
-		return err
-	}
-	b = append(b, '\n')
-	if g.Out != "" {
-		if err := os.WriteFile(g.Out, b, 0o644); err != nil {
-			return err
-		}
-	}
-	if g.JSON {
-		_, err := out.Stdout.Write(b)
-		return err
-	}
-	_, err = fmt.Fprintf(out.Stdout, "A guest with %d CPU under %s, medians of %d rounds of %v, hostmed with %s doorbells, polling for up to %s; each disk a file in memory:\n\n%s",
-		report.CPUs, accel, report.Rounds, g.Runtime, report.Doorbells, report.Poll, report.Table())
-	return err
+	return g.print(out, report, fmt.Sprintf("A guest with %d CPU under %s, medians of %d rounds of %v, hostmed with %s doorbells, polling for up to %s; each disk a file in memory:\n\n%s",
+		report.CPUs, accel, report.Rounds, g.Runtime, report.Doorbells, report.Poll, report.Table()))
 }

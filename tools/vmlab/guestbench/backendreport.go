@@ -21,13 +21,7 @@ type BackendRow struct {
 func (r *BackendReport) Rows() (rows []BackendRow) {
 	for _, result := range r.Results {
 		for i, b := range Backends {
-			median := func(value func(round []BackendFigure) float64) float64 {
-				var all []float64
-				for _, round := range result.Rounds {
-					all = append(all, value(round))
-				}
-				return middle(all)
-			}
+			median := func(value func(round []BackendFigure) float64) float64 { return median(result.Rounds, value) }
 			row := BackendRow{Job: result.Job, Backend: b, BackendFigure: BackendFigure{
 				IOPS:    median(func(f []BackendFigure) float64 { return f[i].IOPS }),
 				P50:     median(func(f []BackendFigure) float64 { return f[i].P50 }),

@@ -36,13 +36,7 @@ type Row struct {
 func (r *Report) Rows() (rows []Row) {
 	for _, result := range r.Results {
 		for i, way := range Ways {
-			median := func(value func(round []Figure) float64) float64 {
-				var all []float64
-				for _, round := range result.Rounds {
-					all = append(all, value(round))
-				}
-				return middle(all)
-			}
+			median := func(value func(round []Figure) float64) float64 { return median(result.Rounds, value) }
 			rows = append(rows, Row{
 				Job: result.Job, Way: way,
 				Figure: Figure{
@@ -55,6 +49,15 @@ func (r *Report) Rows() (rows []Row) {
 		}
 	}
 	return rows
+}
+
+// median is that of a value of each round.
+func median[F any](rounds [][]F, value func(round []F) float64) float64 {
+	var all []float64
+	for _, round := range rounds {
+		all = append(all, value(round))
+	}
+	return middle(all)
 }
 
 // middle returns the median.
