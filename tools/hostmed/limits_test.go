@@ -61,7 +61,7 @@ func startGuest(t *testing.T, socket string, depth int) *guest {
 // can be asserted on any machine. That it is used up to 95 % takes a machine that runs all sides often enough, so the best of some windows
 // counts.
 func TestLimitsOfThreeGuests(t *testing.T) {
-	if testing.Short() {
+	if testing.Short() && os.Getenv("CI") != "true" {
 		t.Skip("takes windows of 5 s")
 	}
 	const window, depth = 5 * time.Second, 16
@@ -136,7 +136,7 @@ func TestLimitsOfThreeGuests(t *testing.T) {
 
 // TestLimitsOfGuestProcesses: the same with guests that are processes, mixed sizes and reads and writes.
 func TestLimitsOfGuestProcesses(t *testing.T) {
-	if testing.Short() {
+	if testing.Short() && os.Getenv("CI") != "true" {
 		t.Skip("takes windows of 5 s")
 	}
 	dir := t.TempDir()

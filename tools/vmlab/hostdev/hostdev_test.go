@@ -52,7 +52,7 @@ func boot(t *testing.T) *host {
 	lab := vmlab.Open(t)
 	dir := t.TempDir()
 	binary := filepath.Join(dir, "hostnvme.test")
-	build := exec.Command("go", "test", "-c", "-o", binary, "github.com/shadowbell/shadowbell/hostmed/internal/hostnvme")
+	build := exec.Command("go", "test", "-c", "-tags", "hostdev", "-o", binary, "github.com/shadowbell/shadowbell/hostmed/internal/hostnvme")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
