@@ -69,8 +69,8 @@ func (o *Options) grace() time.Duration {
 // ErrClosed says that the Device was closed.
 var ErrClosed = errors.New("the device was closed")
 
-// function is the PCI function of a controller, by VFIO.
-type function interface {
+// Function is the PCI function of a controller, by VFIO.
+type Function interface {
 	device.Device
 	MapDMA(mem []byte) (iova uint64, err error)
 	UnmapDMA(iova, size uint64) error
@@ -98,7 +98,7 @@ type Device struct {
 	address string
 	opts    Options
 	log     hclog.Logger
-	fn      function
+	fn      Function
 	mem     *device.DMARegion
 	pool    *dma.Pool
 	adm     *admin.Admin

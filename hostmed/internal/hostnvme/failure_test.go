@@ -63,7 +63,7 @@ func TestFailures(t *testing.T) {
 		says  string
 	}{
 		"connection ends":                    {cause: func(m *slot0, _ *fault) { m.last().Gone() }, why: device.ErrGone},
-		"the kernel's wish":                  {cause: func(m *slot0, _ *fault) { m.last().wanted() }, why: device.ErrGone, says: "the kernel wants it back"},
+		"the kernel's wish":                  {cause: func(m *slot0, _ *fault) { m.last().Wanted() }, why: device.ErrGone, says: "the kernel wants it back"},
 		"all ones":                           {cause: func(_ *slot0, f *fault) { f.ones.after(0) }, why: device.ErrGone},
 		"never ready again":                  {cause: func(m *slot0, f *fault) { f.unready.after(0); m.ctl.Fault() }, why: queue.ErrTimeout, says: "it was reset because of"},
 		"admin commands are lost in a reset": {cause: func(m *slot0, f *fault) { f.silent.after(2); m.ctl.Fault() }, why: queue.ErrTimeout},
@@ -87,7 +87,7 @@ func TestFailures(t *testing.T) {
 					return nvmetest.Verdict{}
 				},
 			}})
-			d, err := open(context.Background(), m, "01:00.0", quick())
+			d, err := OpenOn(context.Background(), m, "01:00.0", quick())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -153,7 +153,7 @@ func TestAllOnesAnywhere(t *testing.T) {
 	opens := int64(0)
 	for ; ; opens++ {
 		ones.after(opens)
-		d, err := open(context.Background(), m, "01:00.0", o)
+		d, err := OpenOn(context.Background(), m, "01:00.0", o)
 		ones.shut()
 		if err == nil {
 			if err := d.Close(); err != nil {
@@ -173,7 +173,7 @@ func TestAllOnesAnywhere(t *testing.T) {
 	}
 	resets := int64(0)
 	for ; ; resets++ {
-		d, err := open(context.Background(), m, "01:00.0", o)
+		d, err := OpenOn(context.Background(), m, "01:00.0", o)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -367,7 +367,7 @@ func TestPairsComeAndGoUnderResets(t *testing.T) {
 func TestRemovalUnderLoad(t *testing.T) {
 	m := plug(t, nvmetest.Config{})
 	for range 10 {
-		d, err := open(context.Background(), m, "01:00.0", quick())
+		d, err := OpenOn(context.Background(), m, "01:00.0", quick())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -404,13 +404,13 @@ func TestIsolation(t *testing.T) {
 func TestWhatCannotBeOpened(t *testing.T) {
 	m := plug(t, nvmetest.Config{})
 	m.away = errors.New("no such function")
-	if _, err := open(context.Background(), m, "01:00.0", quick()); err == nil || err.Error() != "0000:01:00.0: no such function" {
+	if _, err := OpenOn(context.Background(), m, "01:00.0", quick()); err == nil || err.Error() != "0000:01:00.0: no such function" {
 		t.Errorf("got %v", err)
 	}
 	m.away = nil
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := open(ctx, m, "01:00.0", quick()); !errors.Is(err, context.Canceled) {
+	if _, err := OpenOn(ctx, m, "01:00.0", quick()); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 	d := opened(t, m, quick())

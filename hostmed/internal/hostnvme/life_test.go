@@ -28,18 +28,18 @@ type slot0 struct {
 	opens int
 }
 
-func (m *slot0) lookup(address string) (string, error) {
+func (m *slot0) Lookup(address string) (string, error) {
 	return "0000:" + strings.TrimPrefix(address, "0000:"), nil
 }
 
-func (m *slot0) open(_ string, h hooks) (function, error) {
+func (m *slot0) Open(_ string, h Hooks) (Function, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.away != nil {
 		return nil, m.away
 	}
 	m.opens++
-	m.fn = &testFunction{inProc: m.ctl.InProc(), hooks: h}
+	m.fn = &testFunction{inProc: m.ctl.InProc(), Hooks: h}
 	return m.fn, nil
 }
 
@@ -56,7 +56,7 @@ type inProc interface {
 
 type testFunction struct {
 	inProc
-	hooks
+	Hooks
 }
 
 func (f *testFunction) Sever() { f.Close() }
@@ -298,7 +298,7 @@ func plug(t *testing.T, c nvmetest.Config) *slot0 {
 
 func opened(t *testing.T, m *slot0, o Options) *Device {
 	t.Helper()
-	d, err := open(context.Background(), m, "01:00.0", o)
+	d, err := OpenOn(context.Background(), m, "01:00.0", o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,7 +317,7 @@ func opened(t *testing.T, m *slot0, o Options) *Device {
 func TestAddressIsOpenedOnce(t *testing.T) {
 	m := plug(t, nvmetest.Config{})
 	d := opened(t, m, quick())
-	again, err := open(context.Background(), m, "0000:01:00.0", quick())
+	again, err := OpenOn(context.Background(), m, "0000:01:00.0", quick())
 	if err != nil || again != d || m.opens != 1 {
 		t.Fatalf("another device: %v, %d opens", err, m.opens)
 	}
@@ -341,7 +341,7 @@ func TestAddressIsOpenedOnce(t *testing.T) {
 // TestControllerThatWasLeftEnabled opens one that another process had, with its queues, and was killed.
 func TestControllerThatWasLeftEnabled(t *testing.T) {
 	m := plug(t, nvmetest.Config{})
-	d, err := open(context.Background(), m, "01:00.0", quick())
+	d, err := OpenOn(context.Background(), m, "01:00.0", quick())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -379,7 +379,7 @@ func TestResets(t *testing.T) {
 				t.Error(err)
 			}
 		}},
-		"PCI error": {cause: func(t *testing.T, m *slot0, _ *Device) { m.last().faulted() }},
+		"PCI error": {cause: func(t *testing.T, m *slot0, _ *Device) { m.last().Faulted() }},
 		"a completion of nothing": {cause: func(t *testing.T, m *slot0, _ *Device) {
 			m.ctl.PostRaw(1, ring.MakeEntry(0, 0, 1, 0xFFF0, nvme.StatusSuccess))
 		}},

@@ -22,27 +22,28 @@ var devices = struct {
 	going  map[string]*Device // those that have failed and that the kernel does not have back yet
 }{open: map[string]*Device{}, going: map[string]*Device{}}
 
-// hooks are what a function tells of itself.
-type hooks struct {
-	faulted func() // PCI Express has seen an error
-	wanted  func() // the kernel wants the function back
+// Hooks are what a function tells of itself.
+type Hooks struct {
+	Faulted func() // PCI Express has seen an error
+	Wanted  func() // the kernel wants the function back
 }
 
-// machine is where functions come from. Tests have their own.
-type machine interface {
-	// lookup returns the address in its full form.
-	lookup(address string) (string, error)
-	open(address string, h hooks) (function, error)
+// Machine is where functions come from. Tests have their own.
+type Machine interface {
+	// Lookup returns the address in its full form.
+	Lookup(address string) (string, error)
+	Open(address string, h Hooks) (Function, error)
 }
 
 // Open returns the controller at a PCI address, which vfio-pci has, enabled. If this process has it already it is the same one. A controller that an
 // earlier process left enabled, with queues, is disabled first. ctx ends the attempt only.
 func Open(ctx context.Context, address string, o Options) (*Device, error) {
-	return open(ctx, host{}, address, o)
+	return OpenOn(ctx, host{}, address, o)
 }
 
-func open(ctx context.Context, m machine, address string, o Options) (*Device, error) {
-	address, err := m.lookup(address)
+// OpenOn is Open on another machine.
+func OpenOn(ctx context.Context, m Machine, address string, o Options) (*Device, error) {
+	address, err := m.Lookup(address)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +89,7 @@ func awaitGoing(ctx context.Context, address string) error {
 }
 
 // bringUp opens the function and enables its controller.
-func bringUp(ctx context.Context, m machine, address string, o Options) (*Device, error) {
+func bringUp(ctx context.Context, m Machine, address string, o Options) (*Device, error) {
 	d := &Device{
 		address: address, opts: o, log: o.Logger.With("device", address), refs: 1,
 		late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), trouble: make(chan struct{}, 1), asked: make(chan chan error),
@@ -96,9 +97,9 @@ func bringUp(ctx context.Context, m machine, address string, o Options) (*Device
 	}
 	d.life, d.end = context.WithCancel(context.Background())
 	var err error
-	d.fn, err = m.open(address, hooks{
-		faulted: func() { d.report(errFaulted, d.now()) },
-		wanted: func() {
+	d.fn, err = m.Open(address, Hooks{
+		Faulted: func() { d.report(errFaulted, d.now()) },
+		Wanted: func() {
 			d.fail(fmt.Errorf("%w: the kernel wants it back: it is being unplugged, or its driver changed", device.ErrGone))
 		},
 	})
@@ -192,7 +193,7 @@ func (d *Device) forgotten() {
 // host is this machine.
 type host struct{}
 
-func (host) lookup(address string) (string, error) {
+func (host) Lookup(address string) (string, error) {
 	f, err := pcifn.Lookup(address)
 	if err != nil {
 		return "", err
@@ -200,7 +201,7 @@ func (host) lookup(address string) (string, error) {
 	return f.Address, nil
 }
 
-func (host) open(address string, h hooks) (function, error) {
+func (host) Open(address string, h Hooks) (Function, error) {
 	f, err := pcifn.Lookup(address)
 	if err != nil {
 		return nil, err
@@ -208,7 +209,7 @@ func (host) open(address string, h hooks) (function, error) {
 	if err := isolated(f); err != nil {
 		return nil, err
 	}
-	return vfiopci.Open(address, vfiopci.Options{Faulted: h.faulted, Wanted: h.wanted})
+	return vfiopci.Open(address, vfiopci.Options{Faulted: h.Faulted, Wanted: h.Wanted})
 }
 
 // isolated refuses a function that no IOMMU keeps from memory that is not its guests'.

@@ -39,7 +39,7 @@ func TestDataComesAndGoes(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, c.cfg)
 			q := r.queue(t, Attach{Slice: all, Polled: c.polled})
-			mem := r.memory(t, 2<<20)
+			mem := r.guests.Memory(2 << 20)
 			if c.mapped {
 				q.AddMemory(mem)
 				r.mem.Settle(patience)
@@ -94,7 +94,7 @@ func TestCommandsOfASlice(t *testing.T) {
 	r := newRig(t, nvmetest.Config{Hooks: nvmetest.Hooks{Command: s.hook}, Namespaces: []nvmetest.Namespace{{Blocks: 8, LBADS: 9}, {Blocks: 8192, LBADS: 9}}})
 	part := Slice{NSID: 2, First: 1000, Blocks: 2000, Shift: 9, MaxTransfer: 64 << 10, Boundary: 128 << 10, Zeroes: true, MaxZeroes: 1 << 20, Dealloc: true, Discard: true, MaxDiscard: 200 << 9}
 	q := r.queue(t, Attach{Slice: part, Polled: true})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	q.AddMemory(mem)
 	r.mem.Settle(patience)
 	type cmd struct {
@@ -187,7 +187,7 @@ func TestNativeCommands(t *testing.T) {
 	part := all
 	part.First, part.Blocks = 100, 1000
 	q := r.queue(t, Attach{Slice: part})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	command := func(cmd nvme.Command, off, n uint64, vec []Seg) nvme.Status {
 		return q.do(t, Request{Op: Command, Cmd: &cmd, Off: off << 9, Len: n << 9, Vec: vec})
 	}
@@ -273,7 +273,7 @@ func TestFirstErrorOfAPieceWins(t *testing.T) {
 		return nvmetest.Verdict{}
 	}}})
 	q := r.queue(t, Attach{Slice: all})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	for _, mapped := range []bool{false, true} {
 		if n.Store(0); mapped {
 			q.AddMemory(mem)
@@ -288,7 +288,7 @@ func TestFirstErrorOfAPieceWins(t *testing.T) {
 // TestMoreThanThereIsRoomFor puts ten times as much as the pair has slots, by several queues, and expects all of it back.
 func TestMoreThanThereIsRoomFor(t *testing.T) {
 	r := newRig(t, nvmetest.Config{Queues: 1, Vectors: 2})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	var queues []*Queue
 	for i := range 3 {
 		q := r.queue(t, Attach{Slice: all})
@@ -338,7 +338,7 @@ func TestTurns(t *testing.T) {
 		}
 		return nvmetest.Verdict{}
 	}}})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	greedy, modest := r.queue(t, Attach{Slice: all}), r.queue(t, Attach{Slice: all})
 	greedy.AddMemory(mem)
 	r.mem.Settle(patience)
@@ -401,7 +401,7 @@ func TestQueuesFindPairs(t *testing.T) {
 // TestPairsChangeHowTheyAreUsed opens queues that are polled, and then others that sleep.
 func TestPairsChangeHowTheyAreUsed(t *testing.T) {
 	r := newRig(t, nvmetest.Config{Queues: 1})
-	mem := r.memory(t, 4096)
+	mem := r.guests.Memory(4096)
 	for i := range 4 {
 		q, err := r.NewQueue(Attach{Slice: all, Polled: i%2 == 0})
 		if err != nil {
@@ -423,7 +423,7 @@ func TestPairsChangeHowTheyAreUsed(t *testing.T) {
 func TestSleepersOnOnePair(t *testing.T) {
 	r := newRig(t, nvmetest.Config{Queues: 1})
 	const workers, rounds = 4, 300
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	var wg sync.WaitGroup
 	var queues []*Queue
 	for i := range workers {

@@ -18,7 +18,7 @@ import (
 func TestResetUnderLoad(t *testing.T) {
 	r := newRig(t, nvmetest.Config{Queues: 2})
 	const n = 4096
-	mem := r.memory(t, n*512)
+	mem := r.guests.Memory(n * 512)
 	data := random(n * 512)
 	copy(mem, data)
 	var wg sync.WaitGroup
@@ -82,10 +82,10 @@ func TestResetBehindOurBack(t *testing.T) {
 		return nvmetest.Verdict{}
 	}}})
 	q := r.queue(t, Attach{Slice: all})
-	mem := r.memory(t, 4096)
+	mem := r.guests.Memory(4096)
 	hold.Store(true)
 	x := q.put1(Request{Op: Read, Len: 4096, Vec: []Seg{seg(mem)}})
-	if err := r.Device.Reset(); err != nil {
+	if err := r.guests.Device.Reset(); err != nil {
 		t.Fatal(err)
 	}
 	hold.Store(false)
@@ -110,7 +110,7 @@ func TestHostileCompletions(t *testing.T) {
 				}
 			}}})
 			q := r.queue(t, Attach{Slice: all})
-			mem := r.memory(t, 4096)
+			mem := r.guests.Memory(4096)
 			for range 120 {
 				q.must(t, Request{Op: Read, Len: 4096, Vec: []Seg{seg(mem)}})
 			}
@@ -127,7 +127,7 @@ func TestDeviceGone(t *testing.T) {
 		return nvmetest.Verdict{Action: map[bool]nvmetest.Action{true: nvmetest.Drop}[qid != 0]}
 	}}})
 	q := r.queue(t, Attach{Slice: all})
-	mem := r.memory(t, 1<<20)
+	mem := r.guests.Memory(1 << 20)
 	q.Begin()
 	for range 600 {
 		x := q.Take()
@@ -135,7 +135,7 @@ func TestDeviceGone(t *testing.T) {
 		q.Put(x)
 	}
 	q.Commit()
-	r.Device.(interface{ Gone() }).Gone()
+	r.guests.Device.(interface{ Gone() }).Gone()
 	for _, x := range q.wait(t, 600) {
 		if x.Status != failure {
 			t.Fatal(x.Status)
@@ -159,7 +159,7 @@ func TestCommandThatHangsTheDevice(t *testing.T) {
 		return nvmetest.Verdict{}
 	}}}, func(o *Options) { o.Timeout = 200 * time.Millisecond })
 	q, other := r.queue(t, Attach{Slice: all}), r.queue(t, Attach{Slice: all})
-	mem := r.memory(t, 4096)
+	mem := r.guests.Memory(4096)
 	stop, done := make(chan struct{}), make(chan error, 1)
 	go func() {
 		for n := 0; ; n++ {

@@ -2,86 +2,41 @@ package hostnvme
 
 import (
 	"context"
-	"errors"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
-	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
-// guests is the memory of guests as the controller model finds it, and a machine with one controller.
-type guests struct {
-	device.Device
-	model *nvmetest.Device
+// single is a machine with one function.
+type single struct{ *nvmetest.Guests }
 
-	mu      sync.Mutex
-	regions map[uint64]*shm.Region // by address
-}
-
-func (g *guests) lookup(address string) (string, error) { return address, nil }
-
-func (g *guests) open(string, hooks) (function, error) {
-	g.Device = g.model.InProc()
-	return g, nil
-}
-
-func (g *guests) MapDMA(mem []byte) (uint64, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	r := g.regions[blockOf(mem).base]
-	if r == nil || r.Len() != uint64(len(mem)) {
-		return 0, errors.New("no memory of a guest")
-	}
-	return g.model.Reach(r), nil
-}
-
-func (g *guests) Sever() { g.Close() }
-
-func (g *guests) UnmapDMA(iova, _ uint64) error {
-	if !g.model.Forget(iova) {
-		return errors.New("not mapped")
-	}
-	return nil
-}
-
-// memory returns n bytes of a guest's.
-func (g *guests) memory(tb testing.TB, n int) []byte {
-	tb.Helper()
-	r := shm.NewHeap(n)
-	b, err := r.Bytes(0, uint64(n))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.regions[blockOf(b).base] = r
-	return b
-}
+func (single) Lookup(address string) (string, error)  { return address, nil }
+func (m single) Open(string, Hooks) (Function, error) { return m.Guests, nil }
 
 // rig is a controller model that is driven by Pairs.
 type rig struct {
-	*guests
-	dev *Device
+	guests *nvmetest.Guests
+	model  *nvmetest.Device
+	dev    *Device
 	*Pairs
 }
 
 func newRig(tb testing.TB, cfg nvmetest.Config, change ...func(*Options)) *rig {
 	tb.Helper()
-	g := &guests{model: nvmetest.New(cfg), regions: map[uint64]*shm.Region{}}
-	tb.Cleanup(g.model.Close)
+	model := nvmetest.New(cfg)
+	tb.Cleanup(model.Close)
+	g := model.ForGuests()
 	o := Options{Timeout: patience}
 	for _, f := range change {
 		f(&o)
 	}
-	dev, err := open(context.Background(), g, tb.Name(), o)
+	dev, err := OpenOn(context.Background(), single{g}, tb.Name(), o)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	r := &rig{guests: g, dev: dev, Pairs: dev.Pairs()}
+	r := &rig{guests: g, model: model, dev: dev, Pairs: dev.Pairs()}
 	tb.Cleanup(func() {
 		if err := r.Trim(); err != nil {
 			tb.Error(err)

@@ -1,0 +1,55 @@
+package nvmetest
+
+import (
+	"errors"
+	"sync"
+
+	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// Guests is a Device as the process finds it that drives it for guests, whose memory it reaches piece by piece as by VFIO. It is all on the heap.
+type Guests struct {
+	device.Device
+	model *Device
+
+	mu      sync.Mutex
+	regions map[*byte]*shm.Region // by their first byte
+}
+
+// ForGuests opens d for one driver at a time.
+func (d *Device) ForGuests() *Guests {
+	return &Guests{Device: d.InProc(), model: d, regions: map[*byte]*shm.Region{}}
+}
+
+// Memory returns n bytes, whole pages, of a guest's.
+func (g *Guests) Memory(n int) []byte {
+	r := shm.NewHeap(n)
+	b, _ := r.Bytes(0, uint64(n)) // it is as long as that
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.regions[&b[0]] = r
+	return b
+}
+
+// MapDMA lets the Device reach memory that Memory gave, as a whole.
+func (g *Guests) MapDMA(mem []byte) (iova uint64, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	r := g.regions[&mem[0]]
+	if r == nil || r.Len() != uint64(len(mem)) {
+		return 0, errors.New("no memory of a guest")
+	}
+	return g.model.Reach(r), nil
+}
+
+// UnmapDMA takes it back.
+func (g *Guests) UnmapDMA(iova, _ uint64) error {
+	if !g.model.Forget(iova) {
+		return errors.New("not mapped")
+	}
+	return nil
+}
+
+// Sever ends the connection, as Close does.
+func (g *Guests) Sever() { _ = g.Close() }
