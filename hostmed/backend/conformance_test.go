@@ -30,7 +30,7 @@ func TestConformance(t *testing.T) {
 		{"wrong requests", wrongRequests},
 	}
 	sizes := []uint32{512, 4096, 65536}
-	for i, f := range slices.Concat(flavours, devices, spared) {
+	for i, f := range slices.Concat(flavours, devices, ownDevices, spared) {
 		for _, lba := range sizes {
 			if testing.Short() && lba != sizes[i%len(sizes)] {
 				continue

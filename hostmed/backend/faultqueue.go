@@ -42,11 +42,16 @@ func openFaulty(s Spec) (Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &faulty{Alterable: b.(Alterable), spec: s, rules: rules}
+	return withFaults(b.(Alterable), s, rules), nil
+}
+
+// withFaults lays faults over b.
+func withFaults(b Alterable, s Spec, rules *faultRules) Backend {
+	f := &faulty{Alterable: b, spec: s, rules: rules}
 	if m, ok := b.(Mapper); ok {
-		return mappedFaulty{f, m}, nil
+		return mappedFaulty{f, m}
 	}
-	return f, nil
+	return f
 }
 
 // Plain is b without its faults: what is asked of it never fails or hangs on purpose.
@@ -67,6 +72,13 @@ func (b *faulty) Info() Info {
 }
 
 func (b *faulty) NewQueue() (Queue, error) { return b.NewQueueFor(nil) }
+
+// AwaitMemory is Pinner's.
+func (b *faulty) AwaitMemory() {
+	if p, ok := b.Alterable.(Pinner); ok {
+		p.AwaitMemory()
+	}
+}
 
 // NewQueueFor is Sharer's.
 func (b *faulty) NewQueueFor(owner any) (Queue, error) {

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -131,9 +132,15 @@ func newQueue(t testing.TB, b Backend) Queue {
 	return q
 }
 
+// heapMemory, if it is set, is where guestMemory has memory from.
+var heapMemory func(n int) []byte
+
 // guestMemory returns n bytes of mapped memory, as a guest's is.
 func guestMemory(t testing.TB, n int) []byte {
 	t.Helper()
+	if heapMemory != nil {
+		return heapMemory(n)
+	}
 	mem, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		t.Fatal(err)
@@ -166,6 +173,10 @@ func run(t testing.TB, q Queue, reqs ...*Request) {
 		k := q.Reap(done[n:])
 		n += k
 		if k > 0 {
+			continue
+		}
+		if p, ok := q.(Poller); ok && p.Polled() {
+			runtime.Gosched()
 			continue
 		}
 		if q.EventFD() < 0 {

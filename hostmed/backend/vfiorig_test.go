@@ -1,0 +1,137 @@
+package backend
+
+import (
+	"context"
+	"math/bits"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/hostmed/internal/hostnvme"
+	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/nvme"
+	"github.com/shadowbell/shadowbell/shared/shm"
+)
+
+// oneFunction is a machine with one function, which is a controller model on the heap.
+type oneFunction struct{ *nvmetest.Guests }
+
+func (oneFunction) Lookup(address string) (string, error) { return address, nil }
+
+func (m oneFunction) Open(string, hostnvme.Hooks) (hostnvme.Function, error) { return m.Guests, nil }
+
+// vfioRig is a backend vfio: over such a machine.
+type vfioRig struct {
+	*vfio
+	model  *nvmetest.Device
+	guests *nvmetest.Guests
+}
+
+// vfioOver opens s over a controller that is made of cfg.
+func vfioOver(t testing.TB, s Spec, cfg nvmetest.Config) (*vfioRig, error) {
+	t.Helper()
+	model := nvmetest.New(cfg)
+	t.Cleanup(model.Close)
+	guests := model.ForGuests()
+	s.Kind, s.Path = KindVFIO, t.Name()
+	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{guests}, s.Path, hostnvme.Options{Timeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newVFIO(s, dev)
+	if err != nil {
+		if err := dev.Close(); err != nil {
+			t.Error(err)
+		}
+		return nil, err
+	}
+	return &vfioRig{b, model, guests}, nil
+}
+
+// vfioOf is vfioOver for a namespace with size bytes in blocks of lba, and what lies before and behind s of as much again.
+func vfioOf(t testing.TB, s Spec, size uint64, lba uint32) (*vfioRig, error) {
+	ns := nvmetest.Namespace{Blocks: size / uint64(lba), LBADS: uint8(bits.TrailingZeros32(lba))}
+	if s.Size != 0 {
+		ns.Blocks = (s.Offset + s.Size + size) / uint64(lba)
+	}
+	return vfioOver(t, s, nvmetest.Config{Namespaces: []nvmetest.Namespace{ns}, SGLS: nvme.SGLSByteAligned})
+}
+
+// pinned tells the device of all the memory of guests that there is.
+type pinned struct {
+	*vfioRig
+	memory *memories
+}
+
+// memories are what guestMemory has given.
+type memories struct {
+	mu  sync.Mutex
+	all [][]byte
+}
+
+// withMemory makes guestMemory, until the end of t, give memory that the device of r reaches.
+func withMemory(t testing.TB, r *vfioRig) pinned {
+	m := new(memories)
+	heapMemory = func(n int) []byte {
+		b := r.guests.Memory((n + shm.PageSize - 1) &^ (shm.PageSize - 1))
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.all = append(m.all, b)
+		return b[:n:n]
+	}
+	t.Cleanup(func() {
+		heapMemory = nil
+		if n, _ := r.dev.Pairs().Counts(); n.Bounced > 0 {
+			t.Errorf("the data of %d commands was copied", n.Bounced)
+		}
+	})
+	return pinned{r, m}
+}
+
+func (p pinned) NewQueue() (Queue, error) {
+	q, err := p.vfioRig.NewQueue()
+	return &pinnedQueue{Queue: q, p: p}, err
+}
+
+type pinnedQueue struct {
+	Queue
+	p    pinned
+	told int
+}
+
+func (q *pinnedQueue) Submit(reqs, done []*Request) int {
+	m := q.p.memory
+	m.mu.Lock()
+	for ; q.told < len(m.all); q.told++ {
+		q.AddMemory(m.all[q.told])
+	}
+	m.mu.Unlock()
+	q.p.AwaitMemory()
+	return q.Queue.Submit(reqs, done)
+}
+
+// ownDevices are those that this process drives.
+var ownDevices = []flavour{
+	{"vfio", func(t testing.TB, size uint64, lba uint32) Backend {
+		r, err := vfioOf(t, Spec{}, size, lba)
+		return opened(t)(r, err)
+	}},
+	{"vfio pinned", func(t testing.TB, size uint64, lba uint32) Backend {
+		r, err := vfioOf(t, Spec{}, size, lba)
+		opened(t)(r, err)
+		return withMemory(t, r)
+	}},
+	{"vfio slice", func(t testing.TB, size uint64, lba uint32) Backend {
+		r, err := vfioOf(t, Spec{Offset: 192 << 10, Size: size, Queues: 2, Poll: true}, size, lba)
+		return opened(t)(r, err)
+	}},
+	{"faulty vfio", func(t testing.TB, size uint64, lba uint32) Backend {
+		r, err := vfioOf(t, Spec{}, size, lba)
+		opened(t)(r, err)
+		rules, err := parseFaults("delay=1us")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return withFaults(r, r.spec, rules)
+	}},
+}
