@@ -114,6 +114,7 @@ type faultQueue struct {
 	turnDue time.Time
 	wait    time.Duration // turnWait, but for tests
 	kept    []kept        // never done
+	stuck   []delayed     // not handed on yet, nor given up
 	ready   []*Request    // for Reap
 
 	timer *time.Timer
@@ -156,6 +157,9 @@ func (q *faultQueue) Submit(reqs, done []*Request) int {
 		case faultDelay:
 			q.late[r] = rule.delay
 			q.pass = append(q.pass, r)
+		case faultStuck:
+			q.stuck = append(q.stuck, delayed{r, time.Now().Add(rule.delay)})
+			q.setTimer()
 		case faultReorder:
 			q.late[r] = time.Duration(-rule.turn)
 			q.pass = append(q.pass, r)
@@ -245,9 +249,11 @@ func (q *faultQueue) setTimer() {
 	if len(q.turned) > 0 {
 		first = q.turnDue
 	}
-	for _, d := range q.waiting {
-		if first.IsZero() || d.due.Before(first) {
-			first = d.due
+	for _, list := range [...][]delayed{q.waiting, q.stuck} {
+		for _, d := range list {
+			if first.IsZero() || d.due.Before(first) {
+				first = d.due
+			}
 		}
 	}
 	if !first.IsZero() {
@@ -270,7 +276,7 @@ func (q *faultQueue) Reap(done []*Request) int {
 	if q.Queue.Inflight() > 0 {
 		n = q.keepLate(done[:q.Queue.Reap(done)])
 	}
-	if len(q.waiting)+len(q.turned) > 0 {
+	if len(q.waiting)+len(q.turned)+len(q.stuck) > 0 {
 		q.endWaiting(time.Now())
 	}
 	k := copy(done[n:], q.ready)
@@ -278,8 +284,21 @@ func (q *faultQueue) Reap(done []*Request) int {
 	return n + k
 }
 
-// endWaiting makes those ready that are due at now.
+// endWaiting makes those ready that are due at now, and hands those on that are not stuck any more.
 func (q *faultQueue) endWaiting(now time.Time) {
+	q.pass = q.pass[:0]
+	q.stuck = slices.DeleteFunc(q.stuck, func(d delayed) bool {
+		if d.due.After(now) {
+			return false
+		}
+		q.pass = append(q.pass, d.r)
+		return true
+	})
+	if len(q.pass) > 0 {
+		at := len(q.ready)
+		q.ready = append(q.ready, make([]*Request, len(q.pass))...)
+		q.ready = q.ready[:at+q.Queue.Submit(q.pass, q.ready[at:])]
+	}
 	still := q.waiting[:0]
 	for _, d := range q.waiting {
 		if d.due.After(now) {
@@ -368,7 +387,7 @@ func (q *faultQueue) Polled() bool {
 }
 
 func (q *faultQueue) Inflight() int {
-	return q.Queue.Inflight() + len(q.waiting) + len(q.turned) + len(q.kept) + len(q.ready)
+	return q.Queue.Inflight() + len(q.waiting) + len(q.turned) + len(q.kept) + len(q.stuck) + len(q.ready)
 }
 
 func (q *faultQueue) EventFD() int { return q.fd }

@@ -39,6 +39,7 @@ const (
 	faultHold                // it never ends, until its queue does or it is aborted; nothing is done
 	faultTorn                // the first half of a write is done, and it ends with Write Fault
 	faultReorder             // it is done, and ends after others that came later
+	faultStuck               // it is done later, and until then the medium does not let go of it: nothing ends it sooner
 )
 
 // faultRule is one RULE.
@@ -127,12 +128,14 @@ func parseFault(s string) (*faultRule, error) {
 			st = st.WithDNR()
 		}
 		r.action, r.status = faultStatus, st
-	case key == "delay" && hasValue:
+	case (key == "delay" || key == "stuck") && hasValue:
 		d, err := time.ParseDuration(value)
 		if err != nil || d <= 0 {
 			return nil, fmt.Errorf("%q is no time, as 50ms or 3s is", value)
 		}
-		r.action, r.delay = faultDelay, d
+		if r.action, r.delay = faultDelay, d; key == "stuck" {
+			r.action = faultStuck
+		}
 	case key == "reorder" && hasValue:
 		n, err := strconv.ParseUint(value, 10, 32)
 		if err != nil || n < 2 || n > maxTurn {
@@ -146,7 +149,7 @@ func parseFault(s string) (*faultRule, error) {
 	case key == "torn" && !hasValue:
 		r.action, r.op, r.anyOp = faultTorn, OpWrite, false
 	default:
-		return nil, fmt.Errorf("%q is nothing that can happen: a rule begins with status=STATUS, delay=TIME, reorder=N, drop, hold or torn", words[0])
+		return nil, fmt.Errorf("%q is nothing that can happen: a rule begins with status=STATUS, delay=TIME, stuck=TIME, reorder=N, drop, hold or torn", words[0])
 	}
 	seen := map[string]bool{}
 	for _, w := range words[1:] {

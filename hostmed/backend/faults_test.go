@@ -187,6 +187,31 @@ func TestFaultDelay(t *testing.T) {
 	}
 }
 
+// What is stuck is done late, and nothing ends it sooner.
+func TestFaultStuck(t *testing.T) {
+	for _, medium := range []string{"mem:size=1MiB", "file:" + diskDir(t) + "/disk,size=1MiB"} {
+		b := opened(t)(Open("fault:stuck=50ms@read@first=1,over=" + medium))
+		q := newQueue(t, b)
+		mem, back := pattern(guestMemory(t, 4096), 3), guestMemory(t, 4096)
+		stuck, done := read(0, back), make([]*Request, 4)
+		if n := q.Submit([]*Request{stuck}, done); n != 0 || q.Inflight() != 1 {
+			t.Fatalf("%s: %d at once, %d in flight", medium, n, q.Inflight())
+		}
+		for _, aborted := range []bool{true, false} {
+			if n := q.(Keeper).GiveUp(aborted, func(*Request) bool { return true }); n != 0 {
+				t.Errorf("%s: %d given up", medium, n)
+			}
+		}
+		if n := q.Submit([]*Request{write(0, mem)}, done); n == 0 {
+			sleepFor(t, q)
+		}
+		if late := sleepFor(t, q); len(late) != 1 || late[0] != stuck || !stuck.Status.OK() || q.Inflight() != 0 {
+			t.Errorf("%s: %v, %d in flight", medium, stuck.Status, q.Inflight())
+		}
+		expect(t, back, mem, "read late")
+	}
+}
+
 func TestFaultDropAndHold(t *testing.T) {
 	_, q := faultyOver(t, "drop@write,hold@flush,delay=1h@read")
 	mem := pattern(guestMemory(t, 4096), 4)

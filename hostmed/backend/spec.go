@@ -45,6 +45,7 @@ bytes, 512 if not given. A comma in PATH is written twice.
 RULE is what happens, and @CONDITIONs, all of which must hold; of several rules the first one that holds counts:
   status=STATUS[+dnr]  the command fails. STATUS is a name, as write-fault, or SCT/SC, as 2/80; +dnr: Do Not Retry
   delay=TIME           it is done, and completed TIME later
+  stuck=TIME           it is done TIME later, and until then nothing ends it, as by a device that hangs
   reorder=N            N of them are done, and completed the last one first, or as many as there are after 10 ms
   drop                 it is never completed, until its queue goes; hold: or until it is aborted
   torn                 of a write, the first half is done, and it fails with Write Fault
