@@ -173,7 +173,7 @@ func (f *Function) Ring(off, v uint32) error {
 	return nil
 }
 
-// Map lets the controller reach mem at iova. It stays the caller's, who keeps it until Unmap returns or Done is closed.
+// Map lets the controller reach mem at iova. It stays the caller's, who keeps it until Unmap returns nil or Done is closed.
 func (f *Function) Map(iova uint64, mem *shm.Region, writable bool) error {
 	return f.call(func(d *device) error {
 		if err := d.mem.MapRegion(iova, mem, writable); err != nil {

@@ -2,6 +2,7 @@ package hostmed
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -59,8 +60,17 @@ func (d *device) DMAMap(m vfiouser.DMAMap, fd int) error {
 	return nil
 }
 
+// Messages are answered within a while, whatever the media do: QEMU takes a server that does not answer for 5 s for dead, and its guest then has no
+// disk any more. A command that a medium does not end cannot be taken back from the kernel, nor is its memory free before it has ended. So what such a command
+// needs stays mapped here, where it is nobody else's, until it has ended, and the client is told: by CSTS.RDY, which stays 1, and by EBUSY.
+const (
+	resetPatience = 2 * time.Second
+	unmapPatience = 2 * time.Second
+)
+
 // DMAUnmap takes the ranges out, makes everybody let go of them, and only then unmaps them and answers (R25, R35). Queues in
-// them are parked.
+// them are parked. The answer EBUSY says that the ranges are out, but that commands of before may still move data there: the client may map
+// them again, but had better not use the memory for something else.
 func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
 	if flags&vfiouser.UnmapAll != 0 {
 		iova, size = 0, 0
@@ -72,7 +82,15 @@ func (d *device) DMAUnmap(iova, size uint64, flags uint32) error {
 	for i := range gone {
 		d.ctl.MemoryLost(gone[i].IOVA, gone[i].Size)
 	}
-	d.data.Unmapped(gone)
+	patience := unmapPatience
+	if !d.ctl.Settle(0) { // which was waited for in vain
+		patience = 0
+	}
+	if !d.data.Unmapped(gone, patience) {
+		d.retired = append(d.retired, gone...)
+		d.log.Warn("memory that the client takes back is still used by commands that their medium does not end", "iova", fmt.Sprintf("%#x", iova), "size", fmt.Sprintf("%#x", size))
+		return fmt.Errorf("commands in flight still use the memory: %w", unix.EBUSY)
+	}
 	return d.mem.Release(gone)
 }
 
@@ -127,10 +145,13 @@ func (d *device) RegionWrite(i uint32, off uint64, p []byte) error {
 	return fmt.Errorf("region %d: %w", i, unix.EINVAL)
 }
 
-// Reset is DEVICE_RESET.
+// Reset is DEVICE_RESET. The answer EBUSY says that the device is reset, but that commands of before may still move data, until CSTS.RDY is 0.
 func (d *device) Reset() error {
 	d.cfg.Reset()
 	d.reset()
+	if !d.ctl.Settle(resetPatience) {
+		return fmt.Errorf("commands of before the reset have not ended: %w", unix.EBUSY)
+	}
 	return nil
 }
 

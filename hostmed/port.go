@@ -127,9 +127,16 @@ func (p *port) accept() {
 	}
 }
 
-var errBusy = errors.New("the controller has a client already: end that, or give each guest a socket of its own")
+var (
+	errBusy    = errors.New("the controller has a client already: end that, or give each guest a socket of its own")
+	errHanging = errors.New("commands of the client before have not ended on their medium, which may still write to its memory: connect again when they have, or mend the medium")
+)
 
-// free returns the port's last session, which has ended, or says that there is a client. A session that is on its way out is waited for.
+// leavingPatience is how long a client waits for the one before it to be gone.
+const leavingPatience = 3 * time.Second
+
+// free returns the port's last session, which has ended, or says that there is a client. A session that is on its way out is waited for, for a while: a
+// medium that hangs keeps it.
 func (p *port) free() (old *session, err error) {
 	p.mu.Lock()
 	old = p.session
@@ -140,8 +147,14 @@ func (p *port) free() (old *session, err error) {
 	if !old.hungUp() && !old.gone() {
 		return nil, errBusy
 	}
-	<-old.done
-	return old, nil
+	timer := time.NewTimer(leavingPatience)
+	defer timer.Stop()
+	select {
+	case <-old.done:
+		return old, nil
+	case <-timer.C:
+		return nil, errHanging
+	}
 }
 
 // serve starts a session on conn.

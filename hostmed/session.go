@@ -51,7 +51,8 @@ type session struct {
 	held       bool // the controller is held
 	unmaskFD   int  // -1: none
 
-	advised uint32 // causes that were told, the goroutine's (advice.go)
+	advised uint32       // causes that were told, the goroutine's (advice.go)
+	retired []gmem.Range // unmapped, but a medium still moves data there; the goroutine's
 
 	// The home worker's:
 	recv *vfiouser.Receiver
@@ -63,6 +64,7 @@ type session struct {
 	signal  chan struct{} // capacity 1
 	kicked  atomic.Bool   // queue 0's doorbell has moved
 	unmask  atomic.Bool   // the client has unmasked INTx by its eventfd
+	ended   atomic.Bool   // media have ended what a reset or an unmap did not wait for
 	overdue atomic.Uint64 // overdueBit and what PinOverdue is to be called with; 0: it is not
 	asleep  atomic.Bool   // in D3hot; the goroutine's, which the home worker reads
 	mu      sync.Mutex    // guards the rest; nothing is called with it held
@@ -102,6 +104,8 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 		OnError:  s.fault,
 
 		OnPin: s.pinLater,
+
+		OnStopped: s.mediaEnded, OnReleased: s.mediaEnded,
 
 		HeapDoorbells: fd < 0,
 
@@ -302,6 +306,10 @@ func (s *session) turn() {
 		s.kicked.Store(true) // more than one turn's worth
 		s.wake()
 	}
+	if s.ended.Swap(false) {
+		s.ctl.Settle(0)
+		s.release()
+	}
 	if s.unmask.Swap(false) {
 		(&device{s}).checkPin(true)
 	}
@@ -311,6 +319,23 @@ func (s *session) turn() {
 	if have {
 		s.handle(m)
 	}
+}
+
+// mediaEnded is called on a worker's thread.
+func (s *session) mediaEnded() {
+	s.ended.Store(true)
+	s.wake()
+}
+
+// release unmaps what the client has unmapped before, once no medium moves data there any more.
+func (s *session) release() {
+	if len(s.retired) == 0 || !s.data.Released() {
+		return
+	}
+	if err := s.mem.Release(s.retired); err != nil {
+		s.log.Error("unmapping the client's memory", "error", err)
+	}
+	s.retired = nil
 }
 
 func (s *session) queueFailed(f ioq.QueueError) {
@@ -363,6 +388,7 @@ func (s *session) tearDown() {
 		s.log.Error("stopping the queues", "error", err)
 	}
 	s.ctl.Close()
+	s.release()
 	if err := errors.Join(s.disconnect(), s.mem.Close()); err != nil {
 		s.log.Error("ending a session", "error", err)
 	}

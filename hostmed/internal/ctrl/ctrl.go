@@ -100,8 +100,9 @@ type DataPath interface {
 	CreateCQ(CQParams) error
 	DeleteCQ(qid uint16)
 	CreateSQ(SQParams) error
-	// DeleteSQ returns when every command fetched from the queue is completed.
-	DeleteSQ(qid uint16)
+	// DeleteSQ deletes the queue if every command fetched from it is completed. Otherwise later returns when they are, on any goroutine, and
+	// then it is called again.
+	DeleteSQ(qid uint16) (later func())
 	// Abort reports whether the command will be completed with Command Abort Requested.
 	Abort(sqid, cid uint16) bool
 	// SetDoorbellPages puts the doorbells of all I/O queues on the pages; nil, nil takes them off. It
@@ -121,9 +122,10 @@ type DataPath interface {
 	SetWriteCache(on bool)
 	// SetDULBE makes reads of blocks of nsid that are not allocated fail, if its medium can tell.
 	SetDULBE(nsid uint32, on bool)
-	// Stop drains and deletes every I/O queue and drops the doorbell pages. When it returns nothing touches guest
-	// memory for them any more (R21).
-	Stop()
+	// Stop deletes every I/O queue and drops the doorbell pages: when it returns neither is touched any more (R21). It is true if no command
+	// that was fetched moves data any more either, for which it waits for patience at the most. Otherwise Config's owner is told
+	// when that is so (Settle), and Stop is called again.
+	Stop(patience time.Duration) bool
 	// Flush makes every namespace durable. It is called from a goroutine of its own, since it may take long and the
 	// session must answer meanwhile; other methods, Stop among them, may be called before it returns.
 	Flush() error
@@ -199,7 +201,9 @@ type Controller struct {
 
 	regs     registers
 	intMask  atomic.Uint32
-	ready    bool // CSTS.RDY without CSTS.CFS: the admin queue is served
+	ready    bool      // CSTS.RDY without CSTS.CFS: the admin queue is served
+	settling bool      // reset, but commands of before have not ended
+	settled  time.Time // since when
 	pageSize uint32
 	held     bool // not bus master, or not in D0
 
@@ -338,6 +342,8 @@ func (c *Controller) State() string {
 		return "shut down"
 	case c.ready:
 		return "enabled"
+	case c.settling:
+		return "reset, but for commands that have not ended"
 	}
 	return "disabled"
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -20,6 +21,10 @@ import (
 //
 // Each way to disabled stops the data path first, drops the doorbell pages, and says RDY=0 last (R21). A shutdown drops them, too, before it is
 // said to be complete.
+//
+// A register write is answered at once, whatever the media do. If they have not ended all commands the controller is reset in all but one
+// thing: CSTS.RDY stays 1 until they have (settling), and the driver waits for that before it uses its memory for something else or enables the
+// controller again: NVMe Base 2.0c 3.5.1 and 3.7.2 (RDY is cleared when the controller is idle). CAP.TO tells it how long that may take.
 
 // writeCC carries out a write of CC. While EN stays set only SHN can change, and the sizes of I/O queue entries until there are I/O
 // queues: a host may wait for Identify to learn them. NVMe Base 2.0c 3.5.1.
@@ -35,7 +40,9 @@ func (c *Controller) writeCC(v nvme.CC) {
 	c.regs.cc = v
 	switch {
 	case v.EN() && !old.EN():
-		c.enable()
+		if !c.settling { // otherwise when that is over
+			c.enable()
+		}
 	case !v.EN() && old.EN():
 		c.disable()
 		c.log.debug("controller disabled")
@@ -112,7 +119,7 @@ func (c *Controller) disable() {
 	}
 	c.ready = false
 	c.reporting = nil
-	c.dp.Stop()
+	c.settling = !c.dp.Stop(stopPatience)
 	c.pages.release()
 	c.pages = doorbellPages{}
 	c.dp.ZeroAdminDoorbells()
@@ -131,6 +138,39 @@ func (c *Controller) disable() {
 	c.intMask.Store(0)
 	c.shutdownDone = nil
 	c.regs.csts = nvme.CSTS(0).WithNSSRO(c.regs.csts.NSSRO())
+	if c.settling {
+		c.settled = c.now()
+		c.log.warn("controller reset, but commands of before have not ended: CSTS.RDY stays 1 until they have", "media", c.media())
+	}
+}
+
+// stopPatience is how long the answer to a register write waits for commands to end: longer than media take that work.
+const stopPatience = 100 * time.Millisecond
+
+// Settle waits, for patience at the most, until the commands that were in flight at the last reset have ended, and reports whether they have. It is called,
+// without patience, whenever the data path says that they may have.
+func (c *Controller) Settle(patience time.Duration) bool {
+	if !c.settling {
+		return true
+	}
+	if !c.dp.Stop(patience) {
+		return false
+	}
+	c.settling = false
+	c.log.info("the commands from before the reset have ended", "after", c.now().Sub(c.settled).Round(time.Millisecond))
+	c.dp.ZeroAdminDoorbells()
+	if c.regs.cc.EN() { // too early: a driver waits for RDY=0
+		c.enable()
+	}
+	return true
+}
+
+// media names what the namespaces are on, for logs.
+func (c *Controller) media() (names []string) {
+	for i := range c.cfg.Namespaces {
+		names = append(names, c.cfg.Namespaces[i].Info.Name)
+	}
+	return names
 }
 
 // Reset is a reset from outside: DEVICE_RESET, FLR. Every register goes back to what it is after
@@ -213,6 +253,9 @@ func (c *Controller) status() nvme.CSTS {
 		c.forgetDoorbellPages()
 		c.regs.csts = c.regs.csts.WithSHST(nvme.SHSTComplete)
 	default:
+	}
+	if c.settling {
+		return c.regs.csts.WithRDY(!c.regs.cc.EN())
 	}
 	return c.regs.csts
 }

@@ -77,6 +77,8 @@ type fakePath struct {
 	flushErr   error
 	flushing   chan struct{} // Flush waits until it is closed; nil: it does not
 	onStop     func()
+	hangs      bool          // Stop finds commands that do not end
+	ended      chan struct{} // DeleteSQ does until it is closed; nil: not
 }
 
 func (f *fakePath) note(format string, args ...any) {
@@ -108,7 +110,17 @@ func (f *fakePath) CreateSQ(p SQParams) error {
 }
 
 func (f *fakePath) DeleteCQ(qid uint16) { delete(f.cqs, qid) }
-func (f *fakePath) DeleteSQ(qid uint16) { delete(f.sqs, qid) }
+func (f *fakePath) DeleteSQ(qid uint16) (later func()) {
+	if f.ended != nil {
+		select {
+		case <-f.ended:
+		default:
+			return func() { <-f.ended }
+		}
+	}
+	delete(f.sqs, qid)
+	return nil
+}
 
 func (f *fakePath) Abort(_, cid uint16) bool { return f.aborts[cid] }
 
@@ -144,7 +156,7 @@ func (f *fakePath) Interrupt(uint16) {
 	}
 }
 
-func (f *fakePath) Stop() {
+func (f *fakePath) Stop(time.Duration) bool {
 	if f.onStop != nil {
 		f.onStop()
 	}
@@ -152,6 +164,7 @@ func (f *fakePath) Stop() {
 	clear(f.cqs)
 	clear(f.sqs)
 	f.shadow, f.ei = nil, nil
+	return !f.hangs
 }
 
 func (f *fakePath) Flush() error {

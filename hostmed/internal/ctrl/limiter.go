@@ -49,6 +49,12 @@ func (l *limiter) warn(msg string, args ...any) {
 	}
 }
 
+func (l *limiter) info(msg string, args ...any) {
+	if l.log.IsInfo() && l.allow() {
+		l.log.Info(msg, args...)
+	}
+}
+
 // failed logs a failed admin command. Drivers probe for what they can use, so that is no warning, unless
 // the device's own side failed.
 func (l *limiter) failed(cmd *nvme.Command, r *result) {

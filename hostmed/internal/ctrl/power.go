@@ -108,7 +108,7 @@ func (c *Controller) startKeepAlive() {
 	c.keepAlive.stop = c.after(time.Duration(kato)*time.Millisecond, func() {
 		if turn == c.keepAlive.turn && c.ready {
 			c.cfg.Persistent.addError(nvme.ErrorLogEntry{SQID: 0xffff, CID: 0xffff, Location: uint16(nowhere)}, nvme.StatusKeepAliveExpired)
-			c.dp.Stop() // what is not kept alive does no I/O
+			c.dp.Stop(stopPatience) // what is not kept alive does no I/O
 			c.fatal("keep alive timer expired", errKeepAlive)
 		}
 	})

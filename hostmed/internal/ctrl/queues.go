@@ -21,8 +21,9 @@ type cqState struct {
 }
 
 type sqState struct {
-	exists bool
-	cqid   uint16
+	exists   bool
+	deleting bool // when commands of it have ended
+	cqid     uint16
 }
 
 func newQueueTable(maxQueues uint16) queueTable {
@@ -111,10 +112,30 @@ func (c *Controller) deleteSQ(cmd *nvme.Command) result {
 	if !c.queues.hasSQ(qid) {
 		return fail(nvme.StatusInvalidQueueID, dword(10, 0), "no such SQ")
 	}
-	c.dp.DeleteSQ(qid)
-	c.queues.cq[c.queues.sq[qid].cqid].sqs--
-	c.queues.sq[qid] = sqState{}
-	return result{}
+	if c.queues.sq[qid].deleting {
+		return fail(nvme.StatusInvalidQueueID, dword(10, 0), "the SQ is being deleted")
+	}
+	later := c.dp.DeleteSQ(qid)
+	if later == nil {
+		c.queues.drop(qid)
+		return result{}
+	}
+	// Commands that a medium does not end must not keep the session from its messages.
+	c.queues.sq[qid].deleting = true
+	epoch := c.async.epoch
+	return c.background(cmd, func() error { later(); return nil }, func(error) result {
+		if epoch == c.async.epoch { // otherwise all queues went
+			c.dp.DeleteSQ(qid)
+			c.queues.drop(qid)
+		}
+		return result{}
+	})
+}
+
+// drop forgets SQ qid.
+func (t *queueTable) drop(qid uint16) {
+	t.cq[t.sq[qid].cqid].sqs--
+	t.sq[qid] = sqState{}
 }
 
 func (c *Controller) deleteCQ(cmd *nvme.Command) result {

@@ -13,8 +13,10 @@ import (
 var ErrAccess = errors.New("invalid register access")
 
 const (
-	capTimeout = 20 // CAP.TO and CRTO.CRWMT: 10 s
-	maxMPS     = 4  // CAP.MPSMAX: 64 KiB
+	// CAP.TO and CRTO.CRWMT: 127.5 s, the longest that CAP can say. After a reset a driver waits for as long as the slowest medium takes with what
+	// was in flight (Controller.Settle), and the kernel's NVMe driver gives a command nvme_core.io_timeout, 30 s, twice.
+	capTimeout = 255
+	maxMPS     = 4 // CAP.MPSMAX: 64 KiB
 	ccWritable = 0x00fffff1
 	aqaBits    = 0x0fff0fff
 	queueBase  = ^uint64(0xfff) // ASQ and ACQ are page aligned

@@ -218,7 +218,7 @@ func TestWeightedQueuesComeAndGo(t *testing.T) {
 			}
 		}
 		r.pairPrio(1, low).do(rw(nvme.IORead, 0, 8, base+dataOff))
-		r.ctl.Stop()
+		r.ctl.Stop(patience)
 		p := r.pair(1, 16, false)
 		if st := p.do(rw(nvme.IORead, 0, 8, base+dataOff)); st != nvme.StatusSuccess || r.ctl.cqs[1].Load().arbiter != nil {
 			t.Errorf("after a reset: %v", st)

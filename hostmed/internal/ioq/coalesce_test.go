@@ -160,7 +160,7 @@ func TestWriteCacheOff(t *testing.T) {
 		}
 	}
 	r.ctl.SetWriteCache(false)
-	r.ctl.Stop()
+	r.ctl.Stop(patience)
 	if r.ctl.through.Load() {
 		t.Error("a reset leaves the cache off")
 	}

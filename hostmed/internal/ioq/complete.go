@@ -47,7 +47,7 @@ func (w *Worker) postAll() {
 
 // postGroup posts g's completions as one batch and decides once about the interrupt.
 func (w *Worker) postGroup(g *group) {
-	if g.state == Parked { // commands that a gate held back, and that end with their SQ
+	if g.state == Parked || g.mute { // commands that a gate held back, and that end with their SQ, or that ended late
 		return
 	}
 	w.current = g

@@ -3,6 +3,8 @@ package ioq
 import (
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -41,6 +43,9 @@ type Config struct {
 	OnPin   func(rung uint32, after time.Duration)
 	// InterruptMask returns INTMS; any thread may call it. [Nothing is masked]
 	InterruptMask func() uint32
+
+	// OnStopped and OnReleased are called on a worker's thread, and must not block: what Stop or Unmapped did not wait for has ended. [Nobody is told]
+	OnStopped, OnReleased func()
 }
 
 // Controller is the data path of one controller. Except Doorbell, its methods belong to the session's goroutine; they
@@ -131,9 +136,9 @@ func doorbellBytes(n uint16, dstrd uint8) uint64 {
 	return 2 * (uint64(n) + 1) * (4 << (dstrd & 0xf))
 }
 
-// Close ends the data path: Stop, and gives everything back. Interrupt eventfds are closed.
+// Close ends the data path: Stop, however long that takes, and gives everything back. Interrupt eventfds are closed.
 func (c *Controller) Close() error {
-	c.Stop()
+	c.Stop(math.MaxInt64)
 	if c.mode == ctrl.Mmap {
 		c.cfg.Home.Call(func() {
 			w := c.cfg.Home
@@ -242,31 +247,35 @@ func (c *Controller) CreateSQ(p ctrl.SQParams) error {
 	return nil
 }
 
-// DeleteSQ takes no more commands from the queue and returns when those taken are completed.
-func (c *Controller) DeleteSQ(qid uint16) {
+// DeleteSQ takes no more commands from the queue, and removes it if those taken are completed. Otherwise later, which any goroutine may call, returns when
+// they are, and then DeleteSQ is to be called once more.
+func (c *Controller) DeleteSQ(qid uint16) (later func()) {
 	s := c.sqs[qid].Load()
 	if s == nil {
-		return
+		return nil
 	}
 	w := s.g.w
+	of := func(r *request) bool { return r.sq == s }
+	empty := func() bool { return s.inflight == 0 }
+	var gone bool
 	w.Call(func() {
 		s.state = Draining
 		w.dropHeld(s)
-	})
-	w.outlast(func(r *request) bool { return r.sq == s }, func() bool { return s.inflight == 0 })
-	w.Call(func() {
-		for i, x := range s.g.sqs {
-			if x == s {
-				s.g.sqs = append(s.g.sqs[:i], s.g.sqs[i+1:]...)
-				break
-			}
+		if w.giveUp(false, of); !empty() {
+			return
 		}
+		gone = true
+		s.g.sqs = slices.DeleteFunc(s.g.sqs, func(x *sq) bool { return x == s })
 		if s.g.arbiter != nil {
 			s.g.arbiter.drop(s)
 		}
 		c.sqs[qid].Store(nil)
 		closeMemory(&s.mem)
 	})
+	if gone {
+		return nil
+	}
+	return func() { w.outlast(of, empty) }
 }
 
 // DeleteCQ removes a CQ that no SQ feeds.
@@ -349,45 +358,88 @@ func (c *Controller) Hold(on bool) {
 	}
 }
 
-// pause stops fetching and waits until nothing that was fetched is in flight, but for what a namespace's gate holds back. No worker
-// touches this controller's guest memory until resume.
+// pause stops fetching and waits, for a while, until nothing that was fetched is in flight, but for what a namespace's gate holds back. No worker
+// touches this controller's guest memory until resume; what a medium does that does not end in time it goes on with, and nobody is told before resume.
 func (c *Controller) pause() {
 	c.each(func(_ *Worker, g *group) {
 		if g.state == Polling || g.state == Armed {
 			g.state = Draining
 		}
 	})
+	end := time.Now().Add(holdPatience)
 	for _, w := range c.involved() {
-		w.outlast(func(r *request) bool { return r.sq.g.ctl == c }, func() bool {
-			for _, g := range c.groups {
-				if g.w == w && g.inflight > g.held {
-					return false
-				}
-			}
-			return true
-		})
+		w.outlastFor(time.Until(end), func(r *request) bool { return r.sq.g.ctl == c }, idle(c.groupsOf(w)), nil)
+	}
+	c.each(func(_ *Worker, g *group) {
+		if g.state == Draining {
+			g.mute = true
+		}
+	})
+}
+
+// holdPatience is how long a client waits for the answer to what holds a controller while commands do not end.
+const holdPatience = 100 * time.Millisecond
+
+func (c *Controller) groupsOf(w *Worker) (gs []*group) {
+	for _, g := range c.groups {
+		if g.w == w {
+			gs = append(gs, g)
+		}
+	}
+	return gs
+}
+
+// idle returns what says whether nothing that was fetched into gs, which are of one worker, is in flight, but for what is held back.
+func idle(gs []*group) func() bool {
+	return func() bool {
+		return !slices.ContainsFunc(gs, func(g *group) bool { return g.inflight > g.held })
 	}
 }
 
 func (c *Controller) resume() {
 	c.each(func(w *Worker, g *group) {
+		g.mute = false
 		if g.state == Draining {
 			w.resume(g)
+			if len(g.staged) > 0 {
+				w.postGroup(g)
+			}
 			w.retryHeld()
 		}
 	})
 }
 
-// Stop drains and removes every queue, drops the doorbell pages and clears the doorbell registers, so that the
-// next enable begins from zero (R21).
-func (c *Controller) Stop() {
+// Stop ends every queue, drops the doorbell pages and clears the doorbell registers, so that the next enable begins from zero (R21). When it
+// returns nothing is fetched, and no queue nor doorbell page touched, any more. If it returns true, which it does within patience or not at all, no command
+// moves data any more either. Otherwise media have not ended some: OnStopped is called when they have, and then Stop is to be called once more.
+func (c *Controller) Stop(patience time.Duration) bool {
 	c.stopping.Store(true)
-	defer c.stopping.Store(false)
-	c.pause()
+	c.each(func(w *Worker, g *group) {
+		w.forgetHeld(g)
+		w.failGroup(g)
+		closeMemory(&g.mem)
+		for _, s := range g.sqs {
+			closeMemory(&s.mem)
+		}
+	})
+	_ = c.moveDoorbells(nil, nil, false) // the registers have room for all queues
+	c.shadow, c.ei, c.away, c.parked = nil, nil, false, false
+	ended, end := true, time.Now().Add(patience)
+	for _, w := range c.involved() {
+		of := func(r *request) bool { return r.sq.g.ctl == c }
+		ended = w.outlastFor(max(time.Until(end), 0), of, idle(c.groupsOf(w)), c.cfg.OnStopped) && ended
+	}
+	if ended {
+		c.stopped()
+	}
+	return ended
+}
+
+// stopped is the end of Stop.
+func (c *Controller) stopped() {
 	c.each(func(w *Worker, g *group) { w.remove(g) })
 	c.forget(func(*group) bool { return true })
-	c.shadow, c.ei, c.away, c.parked = nil, nil, false, false
-	c.shared.Store(false)
+	c.stopping.Store(false)
 	c.quiet.Store(false)
 	c.coalescing.set(0, 0)
 	c.through.Store(false)

@@ -20,7 +20,10 @@ type request struct {
 	then step          // and when it has flushed
 	held bool          // waits: for the namespace's gate, for scratch memory, for its other half, for its turn
 	paid bool          // may go, as far as limits are concerned
-	pair *pairOf       // nil: it is no half of anything
+
+	leaving bool // moves data to or from memory that the client has taken back
+
+	pair *pairOf // nil: it is no half of anything
 
 	reserving *reserving // nil: it is no reservation command that waits
 
@@ -69,7 +72,7 @@ func (w *Worker) give(r *request) {
 	if cap(r.vec) > keepVec {
 		r.vec = make([]backend.Seg, 0, 2) // of a long SGL
 	}
-	r.sq, r.ns, r.reserving, r.paid = nil, nil, nil, false
+	r.sq, r.ns, r.reserving, r.paid, r.leaving = nil, nil, nil, false, false
 	w.free = append(w.free, r)
 }
 
@@ -253,7 +256,7 @@ func (w *Worker) finish(done []*backend.Request) {
 // finishStep takes a request of several steps when its backend has done with one.
 func (w *Worker) finishStep(r *request) {
 	st := r.Status
-	if st == nvme.StatusSuccess {
+	if st == nvme.StatusSuccess && r.sq.g.state != Failed { // nobody waits for what is left of it then
 		if st = w.next(r); st == waits {
 			w.again = append(w.again, r)
 			return

@@ -189,7 +189,7 @@ func TestFirstHalfWaits(t *testing.T) {
 	q.push(a)
 	q.publish()
 	r.eventually("a pair and a half to wait", r.heldBack(3))
-	r.ctl.Stop()
+	r.ctl.Stop(patience)
 	end()
 	r.noError()
 }

@@ -44,6 +44,7 @@ type group struct {
 
 	state    State
 	parking  bool        // to be Parked when nothing is in flight
+	mute     bool        // Draining, and nothing is posted before that is over
 	fresh    bool        // created while the doorbell pages were away
 	listed   bool        // on the worker's active list
 	inMapped bool        // on the worker's mapped list

@@ -1,6 +1,8 @@
 package ioq
 
 import (
+	"time"
+
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 )
 
@@ -21,8 +23,22 @@ func (w *Worker) giveUp(aborted bool, which func(*request) bool) (n int) {
 // outlast returns when met, which is asked as until asks, says so. What the media keep back of those that which chooses is given up meanwhile, also
 // what they begin to keep back only then.
 func (w *Worker) outlast(which func(*request) bool, met func() bool) {
-	w.until(func() bool {
-		w.giveUp(false, which)
+	w.until(w.giving(which, met))
+}
+
+// outlastFor is outlast as within is until.
+func (w *Worker) outlastFor(most time.Duration, which func(*request) bool, met func() bool, then func()) bool {
+	return w.within(most, w.giving(which, met), then)
+}
+
+// giving is met that gives up first, once each tick: it may be asked for as long as a medium hangs.
+func (w *Worker) giving(which func(*request) bool, met func() bool) func() bool {
+	begun := false
+	return func() bool {
+		if !begun || w.rounds%roundsPerTick == 0 || len(w.active) == 0 {
+			begun = true
+			w.giveUp(false, which)
+		}
 		return met()
-	})
+	}
 }

@@ -316,7 +316,7 @@ func TestLimitedCommandsEndWithTheirQueue(t *testing.T) {
 	l.attach(l.ns...)
 	q.pushAll(100, aRead)
 	l.awaitWaiting(100) // the one token went to the first of all commands
-	l.ctl.Stop()
+	l.ctl.Stop(patience)
 	if d := time.Since(begin); d > patience {
 		t.Errorf("that took %v", d)
 	}

@@ -160,7 +160,7 @@ func TestQueuesGoWhileCommandsWait(t *testing.T) {
 		}
 	}
 	r.ctl.DeleteCQ(1)
-	r.ctl.Stop() // a reset: the rest ends without a word
+	r.ctl.Stop(patience) // a reset: the rest ends without a word
 	if !r.heldBack(0)() {
 		t.Error("commands are held of queues that are gone")
 	}

@@ -2,6 +2,7 @@ package ioq
 
 import (
 	"slices"
+	"time"
 
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -18,7 +19,7 @@ import (
 //
 // Behind a vIOMMU a guest maps and unmaps for each of its I/Os, so an unmap disturbs as little as it can: one
 // look by each worker that has queues of this controller, between two rounds. A command that is in flight is waited for
-// only if it uses the memory that goes (R35).
+// only if it uses the memory that goes (R35), and not for ever: a medium that hangs would keep the client from all else.
 
 // fewRanges is how many ranges of an unmap are compared with the memory of each command in flight. For more
 // of them all commands are waited for.
@@ -29,25 +30,50 @@ func lost(gone []gmem.Range, iova, n uint64) bool {
 	return slices.ContainsFunc(gone, func(r gmem.Range) bool { return r.IOVA < iova+n && iova < r.IOVA+r.Size })
 }
 
-// Unmapped is called after gone was taken out of the table, and before it is released. When it returns no queue and no
-// command touches it any more, nor an older table.
-func (c *Controller) Unmapped(gone []gmem.Range) {
+// Unmapped is called after gone was taken out of the table, and before it is released. When it returns no queue touches it any more, nor an older
+// table. If it returns true, which it does within patience or not at all, no command does either. Otherwise media still move data there that they were
+// given before, and gone may not be released yet: OnReleased is called when Released may have become true.
+func (c *Controller) Unmapped(gone []gmem.Range, patience time.Duration) bool {
+	over, end := true, time.Now().Add(patience)
 	for _, w := range c.involved() {
-		var wait, parked bool
+		var left *leaving
+		var parked bool
 		// Between two rounds nothing is half translated: what is translated after this is so by the new table.
-		w.Call(func() { wait, parked = w.letGo(c, gone) })
+		w.Call(func() { left, parked = w.letGo(c, gone) })
 		c.parked = c.parked || parked
-		if !wait {
+		if left == nil {
 			continue
 		}
-		w.outlast(func(r *request) bool {
-			return r.sq.g.ctl == c && (r.sq.g.parking || len(gone) > fewRanges || r.touches(gone))
-		},
-			func() bool { return !w.uses(c, gone) })
+		over = w.outlastFor(max(time.Until(end), 0), left.has, left.over, c.cfg.OnReleased) && over
 		if parked {
 			w.Call(func() { w.parkDrained(c) })
 		}
 	}
+	return over
+}
+
+// Released reports whether no command moves data to or from memory any more that Unmapped was told of.
+func (c *Controller) Released() (released bool) {
+	released = true
+	for _, w := range c.cfg.Workers {
+		w.Call(func() {
+			released = released && !slices.ContainsFunc(w.reqs, func(r *request) bool { return r.leaving && r.sq.g.ctl == c })
+		})
+	}
+	return released
+}
+
+// leaving is what was in flight when memory was unmapped, and needs it: commands that move data there, and the CQs whose completions are to be posted there.
+type leaving struct {
+	reqs []*request
+	cqs  []*group
+}
+
+func (l *leaving) has(r *request) bool { return r.leaving || slices.Contains(l.cqs, r.sq.g) }
+
+func (l *leaving) over() bool {
+	l.reqs = slices.DeleteFunc(l.reqs, func(r *request) bool { return !r.leaving })
+	return len(l.reqs) == 0 && !slices.ContainsFunc(l.cqs, func(g *group) bool { return g.inflight > g.held || len(g.staged) > 0 })
 }
 
 // involved returns the workers that have queues of c.
@@ -60,10 +86,16 @@ func (c *Controller) involved() (ws []*Worker) {
 	return ws
 }
 
-// letGo begins to park the queues that lie in gone. wait says that something in flight still uses it.
-func (w *Worker) letGo(c *Controller, gone []gmem.Range) (wait, parked bool) {
+// letGo begins to park the queues that lie in gone. left is what in flight still uses it; nil: nothing does.
+func (w *Worker) letGo(c *Controller, gone []gmem.Range) (left *leaving, parked bool) {
+	l := &leaving{}
+	inflight := false
 	for _, g := range c.groups {
-		if g.w != w || g.state == Failed {
+		if g.w != w {
+			continue
+		}
+		inflight = inflight || g.inflight > g.held // what a gate holds back has not begun
+		if g.state == Failed {
 			continue
 		}
 		for _, s := range g.sqs {
@@ -74,14 +106,23 @@ func (w *Worker) letGo(c *Controller, gone []gmem.Range) (wait, parked bool) {
 		}
 		if g.state != Parked && lost(gone, g.iova, uint64(g.prod.Size())*ring.CQESize) {
 			g.state, g.parking = Draining, true
+			l.cqs = append(l.cqs, g)
 			parked = true
 		}
 	}
-	if w.uses(c, gone) {
-		return true, parked
+	if inflight {
+		for _, r := range w.reqs {
+			if r.sq != nil && !r.held && r.sq.g.ctl == c && (len(gone) > fewRanges || r.touches(gone)) {
+				r.leaving = true
+				l.reqs = append(l.reqs, r)
+			}
+		}
+	}
+	if !l.over() {
+		return l, parked
 	}
 	w.parkDrained(c)
-	return false, parked
+	return nil, parked
 }
 
 func (w *Worker) parkSQ(s *sq) {
@@ -109,33 +150,6 @@ func closeMemory(m **shm.Region) {
 		_ = (*m).Close() // munmap of what was mapped cannot fail
 		*m = nil
 	}
-}
-
-// uses reports whether a completion has yet to be posted to a CQ in gone, or a command in flight moves data there.
-func (w *Worker) uses(c *Controller, gone []gmem.Range) bool {
-	inflight := false
-	for _, g := range c.groups {
-		if g.w != w {
-			continue
-		}
-		begun := g.inflight > g.held // what a gate holds back has not
-		inflight = inflight || begun
-		if g.parking && (begun || len(g.staged) > 0) {
-			return true
-		}
-	}
-	if !inflight {
-		return false
-	}
-	if len(gone) > fewRanges {
-		return true
-	}
-	for _, r := range w.reqs {
-		if r.sq != nil && !r.held && r.sq.g.ctl == c && r.touches(gone) {
-			return true
-		}
-	}
-	return false
 }
 
 // Mapped is called when the client has mapped something: queues whose memory is all there again go on.
@@ -172,7 +186,7 @@ func (w *Worker) unparkCQ(g *group, mem *shm.Region) {
 	if g.state != Parked || g.prod.Attach(mem) != nil { // the size is what it was: it fits
 		return
 	}
-	g.state = Draining
+	g.state, g.mute = Draining, g.ctl.held
 	if len(g.staged) > 0 {
 		w.postGroup(g)
 	}

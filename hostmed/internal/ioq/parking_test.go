@@ -29,7 +29,7 @@ func (r *rig) unmap(off, n uint64) {
 			}
 		}
 	}
-	r.ctl.Unmapped(gone)
+	r.ctl.Unmapped(gone, patience)
 	if err := r.mem.Release(gone); err != nil {
 		r.t.Fatal(err)
 	}
@@ -362,7 +362,7 @@ func TestStopWhileParked(t *testing.T) {
 		p.do(rw(nvme.IORead, 0, 8, base+dataOff))
 		r.unmap(p.cqOff+off, 4096)
 		r.unmap(shadowOff, 4096)
-		r.ctl.Stop()
+		r.ctl.Stop(patience)
 		r.remap(p.cqOff+off, 4096)
 		r.dmaMap(shadowOff, 4096)
 		r.ctl.Mapped()

@@ -233,5 +233,5 @@ func TestReservationThatPersists(t *testing.T) {
 		h.pairs[0].push(nvme.Command{Opcode: nvme.IOReservationRelease, NSID: 1, PRP1: base + h.data(0), CDW10: nvme.ReservationRelease | uint32(nvme.WriteExclusive)<<8})
 	}
 	h.pairs[0].publish()
-	h.rigs[0].ctl.Stop()
+	h.rigs[0].ctl.Stop(patience)
 }

@@ -214,7 +214,7 @@ func TestRule21_PageIsDroppedByReset(t *testing.T) {
 	p.publish()
 	r.eventually("a command in flight", func() bool { return b.held() == 1 })
 	done := make(chan struct{})
-	go func() { r.ctl.Stop(); close(done) }()
+	go func() { r.ctl.Stop(patience); close(done) }()
 	select {
 	case <-done:
 		t.Fatal("reset was done with a command in flight")
@@ -495,7 +495,7 @@ func TestRule35_UnmapWaitsForWhatIsInFlight(t *testing.T) {
 		t.Fatal(gone, err)
 	}
 	done := make(chan struct{})
-	go func() { r.ctl.Unmapped(gone); close(done) }()
+	go func() { r.ctl.Unmapped(gone, patience); close(done) }()
 	select {
 	case <-done:
 		t.Fatal("memory was given up under a command in flight")

@@ -72,7 +72,7 @@ type Worker struct {
 	ep      int
 	sources map[int32]Source
 	events  [64]unix.EpollEvent
-	waits   []wait
+	waits   []*wait
 	stop    bool
 
 	now     int64 // ns since start, as last read
@@ -127,7 +127,8 @@ type Worker struct {
 // wait is a condition that someone on the control side waits for.
 type wait struct {
 	met  func() bool
-	done chan struct{}
+	done chan struct{} // closed when it is
+	then func()        // called in addition; nil: nothing is
 }
 
 var epoch = time.Now()
@@ -192,9 +193,38 @@ func (w *Worker) Call(f func()) {
 
 // until returns when met, which is asked on the worker's thread after each round, says so.
 func (w *Worker) until(met func() bool) {
-	done := make(chan struct{})
-	w.post(func() { w.waits = append(w.waits, wait{met, done}) })
-	<-done
+	x := &wait{met: met, done: make(chan struct{})}
+	w.post(func() { w.waits = append(w.waits, x) })
+	<-x.done
+}
+
+// within is until that waits for most at the most. If it is false then is called, on the worker's thread, when met says so after all.
+func (w *Worker) within(most time.Duration, met func() bool, then func()) (ok bool) {
+	x := &wait{met: met, done: make(chan struct{})}
+	w.Call(func() {
+		if ok = met(); !ok {
+			w.waits = append(w.waits, x)
+		}
+	})
+	if ok {
+		return true
+	}
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-x.done:
+		return true
+	case <-timer.C:
+	}
+	w.Call(func() {
+		select {
+		case <-x.done:
+			ok = true
+		default:
+			x.then = then
+		}
+	})
+	return ok
 }
 
 // post puts f in the mail and wakes the worker; pairs with sleep, which says that it sleeps and then
@@ -438,6 +468,9 @@ func (w *Worker) checkWaits() {
 	for _, x := range w.waits {
 		if x.met() {
 			close(x.done)
+			if x.then != nil {
+				x.then()
+			}
 		} else {
 			keep = append(keep, x)
 		}
