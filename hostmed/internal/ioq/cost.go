@@ -147,6 +147,7 @@ func (w *Worker) submitSampled(m *media, batch []*backend.Request) {
 	c := &w.cost.g.stats.Costs
 	w.cost.charge(&c.Translate, 0)
 	n := m.q.Submit(batch, w.finished[:])
+	m.vain, m.next = 0, 0
 	c.Submit.add(Phase{uint64(len(batch)), time.Duration(w.cost.lap())})
 	w.inflight += len(batch) - n
 	w.finish(w.finished[:n])
@@ -162,6 +163,7 @@ func (w *Worker) reapSampled(m *media) int {
 		return 0
 	}
 	s.wanted, s.back = false, s.next()
+	m.vain, m.next = 0, 0
 	w.inflight -= n
 	groups := s.groups[:n]
 	for i, b := range w.finished[:n] {

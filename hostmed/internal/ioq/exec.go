@@ -191,6 +191,7 @@ func (w *Worker) submit() {
 		return
 	}
 	n := m.q.Submit(batch, w.finished[:])
+	m.vain, m.next = 0, 0
 	w.inflight += len(batch) - n
 	w.finish(w.finished[:n])
 }
@@ -220,7 +221,7 @@ func (w *Worker) flushBatch() {
 func (w *Worker) reap() int {
 	work := 0
 	for _, m := range w.queues {
-		if m == nil || m.q.Inflight() == 0 {
+		if m == nil || m.q.Inflight() == 0 || w.now < m.next {
 			continue
 		}
 		if w.cost.wanted {
@@ -232,6 +233,7 @@ func (w *Worker) reap() int {
 			continue
 		}
 		w.cost.came()
+		m.vain, m.next = 0, 0
 		w.inflight -= n
 		w.finish(w.finished[:n])
 		work += n

@@ -21,6 +21,11 @@ type media struct {
 	polled  bool          // backend.Poller
 	w       *Worker
 	memory  [][]byte // that q was told of
+
+	// Of polled ones, see countVain:
+	vain int64 // since when it has had nothing; 0: it had, or nobody has looked
+	nap  int64 // ns from one look to the next
+	next int64 // when that is; 0: now
 }
 
 // Ready is called when the backend's eventfd is readable: the loop reaps anyway, what is in flight here. Where there is nothing it may be about other
@@ -28,6 +33,7 @@ type media struct {
 func (m *media) Ready(uint32) {
 	var buf [8]byte
 	_, _ = unix.Read(m.q.EventFD(), buf[:])
+	m.next = 0
 	if m.q.Inflight() == 0 {
 		m.q.Reap(nil)
 	}
@@ -97,14 +103,40 @@ func polled(q backend.Queue) bool {
 	return ok && p.Polled()
 }
 
-// mustPoll says whether something is in flight that nothing tells the end of.
-func (w *Worker) mustPoll() bool {
+// Polled media that have had nothing for vainFor are no longer looked at all the time: a device that hangs would have the core for itself until the
+// deadline, and what takes so long is not noticeably later for it. The looks become rarer, from firstLook to lastLook. With something new to do, or
+// something done, they begin anew.
+const (
+	vainFor   = int64(5 * time.Millisecond)
+	firstLook = int64(20 * time.Microsecond)
+	lastLook  = int64(time.Millisecond)
+)
+
+// countVain is called each tick while something is in flight.
+func (w *Worker) countVain() {
 	for _, m := range w.queues {
-		if m.polled && m.q.Inflight() > 0 {
-			return true
+		switch {
+		case !m.polled || m.q.Inflight() == 0 || w.now < m.next:
+		case m.vain == 0:
+			m.vain, m.nap = w.now, firstLook
+		case w.now-m.vain >= vainFor:
+			m.next = w.now + m.nap
+			m.nap = min(m.nap+m.nap/4, lastLook)
 		}
 	}
-	return false
+}
+
+// nextLook is how long it is until something is to be polled, in ns; -1: everything that is in flight tells of its end.
+func (w *Worker) nextLook() int64 {
+	first := int64(-1)
+	for _, m := range w.queues {
+		if m.polled && m.q.Inflight() > 0 {
+			if left := max(m.next-w.now, 0); first < 0 || left < first {
+				first = left
+			}
+		}
+	}
+	return first
 }
 
 // close leaves the media with a queue that does nothing.
@@ -225,7 +257,8 @@ func Flush(b backend.Backend) error {
 	r := &backend.Request{Op: backend.OpFlush}
 	var done [1]*backend.Request
 	n := q.Submit([]*backend.Request{r}, done[:])
-	for end := time.Now().Add(flushTimeout); n == 0; {
+	begin := time.Now()
+	for end := begin.Add(flushTimeout); n == 0; {
 		if n = q.Reap(done[:]); n > 0 {
 			break
 		}
@@ -234,7 +267,11 @@ func Flush(b backend.Backend) error {
 			return errors.Join(errors.New("timed out"), q.Close())
 		}
 		if polled(q) {
-			schedYield()
+			if time.Since(begin) < time.Duration(vainFor) {
+				schedYield()
+			} else {
+				time.Sleep(time.Duration(lastLook))
+			}
 			continue
 		}
 		fds := []unix.PollFd{{Fd: int32(q.EventFD()), Events: unix.POLLIN}}

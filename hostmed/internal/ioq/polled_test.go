@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
+	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -94,6 +95,41 @@ func TestPolledBackendIdle(t *testing.T) {
 	s.finish(1)
 	p.reap(1)
 	r.eventually("the worker sleeps", func() bool { return over(200*time.Millisecond) < 2*time.Millisecond })
+}
+
+// TestPolledInVain has a polled medium that hangs: it is looked at about once a millisecond, and all the time again when it has something to do.
+func TestPolledInVain(t *testing.T) {
+	for name, c := range map[string]rigConfig{"": {shadow: true}, "no polling of queues": {noSpin: true}, "mapped": {mode: ctrl.Mmap}} {
+		t.Run(name, func(t *testing.T) {
+			s := &slow{info: openBackend(t, "null:size=1GiB").Info(), polled: true}
+			c.backend = s
+			r := newRig(t, c)
+			p := r.pair(1, 16, false)
+			for range 3 {
+				before := s.looks.Load()
+				p.push(rw(nvme.IORead, 0, 1, base+dataOff))
+				p.publish()
+				r.eventually("the medium has it", func() bool { return s.held() == 1 })
+				r.eventually("it is polled", func() bool { return s.looks.Load() > before+100 })
+				// In a second there may be so many looks, and those of vainFor, which are no more than a worker can make.
+				rare := func() bool {
+					begin, from := time.Now(), s.looks.Load()
+					time.Sleep(100 * time.Millisecond)
+					looks := s.looks.Load() - from
+					return looks > 0 && looks <= time.Since(begin).Milliseconds()+10
+				}
+				r.eventually("looks become rare", rare)
+				for range 5 {
+					if !rare() {
+						t.Error("it is polled again, and has nothing new to do")
+					}
+				}
+				s.finish(1)
+				p.reap(1)
+			}
+			r.noError()
+		})
+	}
 }
 
 // TestFlushOfPolledBackend is Flush of a medium that must be asked.

@@ -2,6 +2,7 @@ package ioq
 
 import (
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -12,8 +13,9 @@ import (
 // slow is a backend that finishes nothing before it is told to.
 type slow struct {
 	info   backend.Info
-	status nvme.Status // of what finishes
-	polled bool        // its queues have no eventfd: see backend.Poller
+	status nvme.Status  // of what finishes
+	polled bool         // its queues have no eventfd: see backend.Poller
+	looks  atomic.Int64 // calls of Reap
 
 	mu     sync.Mutex
 	queues []*slowQueue
@@ -23,7 +25,7 @@ func (s *slow) Info() backend.Info { return s.info }
 func (s *slow) Close() error       { return nil }
 
 func (s *slow) NewQueue() (backend.Queue, error) {
-	q := &slowQueue{fd: -1}
+	q := &slowQueue{fd: -1, looks: &s.looks}
 	if !s.polled {
 		var err error
 		if q.fd, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
@@ -84,6 +86,7 @@ func (s *slow) held() int {
 }
 
 type slowQueue struct {
+	looks      *atomic.Int64
 	fd         int
 	mu         sync.Mutex
 	held, done []*backend.Request
@@ -99,6 +102,7 @@ func (q *slowQueue) Submit(reqs, done []*backend.Request) int {
 }
 
 func (q *slowQueue) Reap(done []*backend.Request) int {
+	q.looks.Add(1)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n := copy(done, q.done)

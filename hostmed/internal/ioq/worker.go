@@ -368,6 +368,9 @@ func (w *Worker) tick(work int) {
 	if len(w.dozing) > 0 {
 		w.countDozing()
 	}
+	if w.inflight > 0 {
+		w.countVain()
+	}
 	if len(w.lanes) > 0 {
 		work += w.takeTurns()
 	}
@@ -392,18 +395,21 @@ func (w *Worker) tick(work int) {
 // idle waits with nothing to poll: for a while by looking at the descriptors
 // again and again, then asleep. While a polled backend queue has something in flight nobody would wake it.
 func (w *Worker) idle() {
-	if w.inflight > 0 && w.mustPoll() {
-		if w.now-w.sockets >= socketPeriod {
-			w.look(0)
-			schedYield()
-			if len(w.mapped)+len(w.watched) > 0 {
-				w.lookMapped()
+	poll := int64(-1)
+	if w.inflight > 0 {
+		if poll = w.nextLook(); poll == 0 {
+			if w.now-w.sockets >= socketPeriod {
+				w.look(0)
+				schedYield()
+				if len(w.mapped)+len(w.watched) > 0 {
+					w.lookMapped()
+				}
 			}
+			return
 		}
-		return
 	}
 	begin, turn := w.now, w.nextTurn()
-	if !w.noSpin {
+	if !w.noSpin && poll < 0 {
 		limit := int64(w.budget.Limit())
 		if turn >= 0 { // what the clock will end polling cannot
 			limit = min(limit, turn)
@@ -430,8 +436,10 @@ func (w *Worker) idle() {
 			timeout = left
 		}
 	}
-	if turn = w.nextTurn(); turn >= 0 && (timeout < 0 || turn < timeout) {
-		timeout = turn
+	for _, t := range [...]int64{w.nextTurn(), poll} {
+		if t >= 0 && (timeout < 0 || t < timeout) {
+			timeout = t
+		}
 	}
 	w.sleeping.Swap(true)
 	if w.posted.Load() { // pairs with post
