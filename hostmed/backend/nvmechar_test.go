@@ -288,6 +288,18 @@ func TestNVMeCharAnswers(t *testing.T) {
 	d.refuse = func(*passthru, []Seg) (int32, bool) { n++; return -int32(unix.EINTR), n <= resetTries }
 	mustRun(t, q, write(0, pattern(mem[:512], 5)))
 	expect(t, d.data[1000*512:][:512], mem[:512], "after a reset")
+	// So it is not for who does not wait for it any more.
+	n = 0
+	d.refuse = func(*passthru, []Seg) (int32, bool) { n++; return -int32(unix.EINTR), true }
+	unwanted, done := write(0, mem[:512]), make([]*Request, 1)
+	q.begin(unwanted)
+	q.inflight++
+	q.GiveUp(true, func(*Request) bool { return true })
+	q.GiveUp(false, func(r *Request) bool { return r == unwanted })
+	q.flush()
+	if k := q.Reap(done); k != 1 || unwanted.Status != nvme.StatusInterrupted || n != 1 {
+		t.Errorf("given up: %d done, %v after %d tries", k, unwanted.Status, n)
+	}
 	// One piece of many fails.
 	d.refuse = func(c *passthru, _ []Seg) (int32, bool) { return int32(nvme.StatusWriteFault), c.CDW10 == 1000+128 }
 	r := write(0, guestMemory(t, 64<<10)[:32<<10], guestMemory(t, 64<<10))

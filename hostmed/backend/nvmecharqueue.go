@@ -25,6 +25,7 @@ import (
 const (
 	charTries   = 8 // of a command that the kernel wants repeated
 	resetTries  = 3 // of one that a reset of the device has ended: it may be what the device was reset for
+	noMoreTries = 0xff
 	statusField = nvme.Status(0x7fff)
 )
 
@@ -395,6 +396,17 @@ func (q *charQueue) finish(i uint32, st nvme.Status, dw0 uint32) {
 	q.over(r)
 }
 
+// GiveUp is Keeper's. Nothing is kept back; but what a reset of the device ends is not sent again for who does not wait for it any more, as after a reset
+// of the guest's controller, which would last as long as the kernel's patience once more.
+func (q *charQueue) GiveUp(aborted bool, which func(*Request) bool) int {
+	for i := range q.slots {
+		if s := &q.slots[i]; !aborted && s.req != nil && which(s.req) {
+			s.tries = noMoreTries
+		}
+	}
+	return 0
+}
+
 func (q *charQueue) flush() {
 	q.submit()
 	for n := q.stalled.n; n > 0; n-- {
@@ -420,6 +432,10 @@ func (q *charQueue) Close() error {
 	var drop [32]*Request
 	for q.inflight > 0 {
 		if q.Reap(drop[:]) > 0 {
+			continue
+		}
+		if q.Polled() { // the kernel would keep a core busy for it
+			time.Sleep(closingPause)
 			continue
 		}
 		if _, err := q.ring.SubmitAndWait(1); err != nil {
