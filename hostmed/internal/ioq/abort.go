@@ -52,7 +52,7 @@ func (w *Worker) abort(s *sq, cid uint16) bool {
 	if err != nil {
 		return false // poll will say so
 	}
-	if n > 0 && s.g.state == Armed && !s.g.blocked && !s.full {
+	if n > 0 && s.g.state == Armed && !s.g.blocked && !s.full && !s.g.unseen {
 		w.missing(s, n)
 	}
 	for i := range n {

@@ -50,6 +50,7 @@ type group struct {
 	inMapped bool        // on the worker's mapped list
 	kicked   atomic.Bool // by another thread, which has put onKick in the mail
 	onKick   func()
+	unseen   bool         // Armed without being so: until somebody's turn, see limits.go
 	blocked  bool         // an SQ has commands for which the CQ has no room
 	inflight uint32       // fetched, not yet completed
 	held     uint32       // of those, held back, see gate.go
@@ -192,6 +193,11 @@ func (w *Worker) rest(g *group) bool {
 		return true
 	}
 	w.countBusy(g)
+	if len(w.lanes) > 0 && w.hides(g) {
+		g.worked, g.idleSince, g.unseen = false, 0, true
+		w.leaveList(g)
+		return true
+	}
 	if g.worked {
 		g.worked = false
 		if g.idleSince != 0 {
@@ -250,12 +256,17 @@ func (w *Worker) arm(g *group) bool {
 		w.mapped = append(w.mapped, g)
 		w.nap = firstNap
 	}
+	w.leaveList(g)
+	return true
+}
+
+// leaveList is the end of polling.
+func (w *Worker) leaveList(g *group) {
 	if g.inflight > 0 && !g.dozing {
 		g.dozing = true
 		w.dozing = append(w.dozing, g)
 	}
 	g.state = Armed
-	return true
 }
 
 // behind tells the drivers of g's queues not to ring.
@@ -278,7 +289,7 @@ func (w *Worker) wake(g *group) {
 // resume makes g polled, whatever it was, and so probes all its queues (R27).
 func (w *Worker) resume(g *group) {
 	w.current = g
-	g.state = Polling
+	g.state, g.unseen = Polling, false
 	g.idleSince = 0
 	if !g.dozing {
 		g.busyAt = w.now

@@ -19,11 +19,17 @@ import (
 //  2. In a lane commands go in the order in which they were fetched. The first has paid, and its ticket says when it may go; the others
 //     have not: so each lane has one place in the line, however much waits in it, and lanes of all workers have equal parts.
 //  3. The worker has its lanes in a heap by that time, and sleeps until the first.
+//  4. A queue of which everything that may come has to wait as well is neither polled nor armed until the next turn, if that is near: the
+//     driver does not ring for what cannot go. That is no sleep in the sense of R12, since the clock ends it, not the driver.
 //
 // A queue of which fullLane commands wait is not fetched from until half of them have gone, which bounds what a guest can make hostmed remember.
 
 // fullLane is as many commands as drivers usually have in a queue.
 const fullLane = 1024
+
+// longestUnseen is how near, in ns, the next turn of such a queue is. What no limit holds back after all, such as a Flush where only bytes are
+// limited, may have to wait that long.
+const longestUnseen = int64(4 * time.Millisecond)
 
 // lane is commands that wait for their turn.
 type lane struct {
@@ -149,7 +155,7 @@ func (w *Worker) pays(r *request, n *namespace, p *qos.Path) bool {
 		}
 		w.now = nanotime() // it was read a while ago perhaps
 		now := w.clock()
-		at := t.When(now)
+		at := t.Turn(now)
 		if r.paid = at <= now; r.paid {
 			return true
 		}
@@ -199,7 +205,7 @@ func (w *Worker) nextPays(l *lane, now int64) {
 	l.ticket.Reset()
 	l.at = now
 	if p := l.ns.limits.Load(); p != nil && !l.first.charge(&l.ticket, p, l.ns, now) {
-		l.at = l.ticket.When(now)
+		l.at = l.ticket.Turn(now)
 	}
 	w.seq++
 	l.seq = w.seq
@@ -243,6 +249,7 @@ func (w *Worker) leave(r, before *request, now int64) {
 		s.full = false
 		s.g.kick() // not here, where a fault would lose r
 	}
+	s.g.show()
 	if l.first == nil {
 		w.endLane(l)
 	} else if before == nil {
@@ -258,9 +265,10 @@ func (w *Worker) takeTurns() (n int) {
 	now := w.clock()
 	for n < turnsAtOnce && len(w.lanes) > 0 && w.lanes[0].at <= now {
 		l := w.lanes[0]
-		if at := l.ticket.When(now); at > now {
+		if at := l.ticket.Turn(now); at > now {
 			l.at = at
 			heap.Fix(&w.lanes, 0)
+			l.sq.g.show()
 			continue
 		}
 		if !l.sq.g.begins() {
@@ -300,7 +308,8 @@ func (w *Worker) newTurns() {
 	clear(w.stalled)
 	w.stalled = w.stalled[:0]
 	for _, l := range w.lanes {
-		l.at = l.ticket.When(now)
+		l.at = l.ticket.Turn(now)
+		l.sq.g.show() // the turn may be far now
 	}
 	heap.Init(&w.lanes)
 }
@@ -344,6 +353,40 @@ func (w *Worker) leaveLanes(c *Controller) {
 	if any {
 		w.retryHeld()
 	}
+}
+
+// show has what came into g's queues looked at, if it is unseen.
+func (g *group) show() {
+	if g.unseen {
+		g.kick()
+	}
+}
+
+// hides reports whether g, which is polled, may be left unseen until the next turn of each of its queues.
+func (w *Worker) hides(g *group) bool {
+	if g.blocked || len(g.sqs) == 0 {
+		return false
+	}
+	now := w.clock()
+	for _, s := range g.sqs {
+		if !slices.ContainsFunc(s.lanes, func(l *lane) bool { return l.hides(now) }) {
+			return false
+		}
+	}
+	return true
+}
+
+// hides reports whether l's turn is near, and everything else that its queue may bring has to wait for what l waits for.
+func (l *lane) hides(now int64) bool {
+	if l.index == stalled || l.at-now > longestUnseen {
+		return false
+	}
+	c := l.sq.g.ctl
+	if c.cfg.Self != nil && l.ticket.Waits(c.cfg.Self.Limiter(), now) {
+		return true
+	}
+	others := slices.ContainsFunc(*c.ns.Load(), func(n *namespace) bool { return n != nil && n != l.ns })
+	return !others && l.ticket.Waits(l.ns.of.Limiter(), now)
 }
 
 // SetLimits makes the limits of what is attached, and of c, count as they are now.

@@ -151,7 +151,7 @@ func TestLimitedCommandsGoInTheirTurn(t *testing.T) {
 		for i, step := range []struct {
 			d    time.Duration
 			more int
-		}{{99 * time.Millisecond, 0}, {time.Millisecond, 1}, {250 * time.Millisecond, 2}, {50 * time.Millisecond, 1}, {2 * time.Second, 20}} {
+		}{{99 * time.Millisecond, 0}, {5 * time.Millisecond, 1}, {250 * time.Millisecond, 2}, {50 * time.Millisecond, 1}, {2 * time.Second, 20}} {
 			before := l.ready(p)
 			if l.advance(step.d); l.ready(p) != before+step.more {
 				t.Fatalf("step %d: %d commands went, not %d", i, l.ready(p)-before, step.more)
@@ -427,7 +427,7 @@ func TestLimitsOfBandwidth(t *testing.T) {
 	l.awaitWaiting(1)
 	l.advance(time.Second - 62500*time.Microsecond)
 	l.wantReady(p, 0)
-	l.advance(4 * time.Millisecond)
+	l.advance(7 * time.Millisecond)
 	p.reap(1)
 	l.advance(10 * time.Second)
 	cp := l.copyCmd(4096, source(0, 512))
@@ -438,7 +438,7 @@ func TestLimitsOfBandwidth(t *testing.T) {
 	l.awaitWaiting(1)
 	l.advance(437 * time.Millisecond)
 	l.wantReady(p, 0)
-	l.advance(2 * time.Millisecond)
+	l.advance(4 * time.Millisecond)
 	p.reap(1)
 	l.empty()
 	l.noError()

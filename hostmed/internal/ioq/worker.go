@@ -8,7 +8,7 @@
 // comes back by a kick: a doorbell message on a client's socket, which is in the
 // epoll set of the worker that is the client's home. An idle group costs nothing.
 //
-//	Absent -> Polling <-> Armed        CreateCQ; Arm said yes; a kick
+//	Absent -> Polling <-> Armed        CreateCQ; Arm said yes, or a turn is near (limits.go); a kick
 //	Polling, Armed -> Draining -> Absent   DeleteSQ, DeleteCQ, Stop
 //	Polling, Armed -> Parked -> Polling    its memory is unmapped, and mapped again (parking.go)
 //	any -> Failed                      a doorbell that cannot be (R30), guest memory gone (R36)

@@ -147,6 +147,47 @@ func (t *Ticket) When(now int64) int64 {
 	return at
 }
 
+// longestSlack is how much later than When a turn may be. blk-throttle's timers in Linux are as coarse: of a tick of 1 to 10 ms.
+const longestSlack = 1 << 21 // ns
+
+// Turn is When, or a little later: a moment that is also that of others, so that who sleeps until then wakes once for several, and a guest has
+// one interrupt for them. What the delay grants fits into the buckets, so that it costs no rate.
+func (t *Ticket) Turn(now int64) int64 {
+	at := t.When(now)
+	if at <= now || at == never {
+		return at
+	}
+	slack := int64(longestSlack)
+	for i := range t.places[:t.n] {
+		p := &t.places[i]
+		if r := p.b.rate.Load(); r != nil {
+			slack = min(slack, r.slack(p.cost))
+		}
+	}
+	if slack < 2 {
+		return at
+	}
+	grid := int64(1) << (bits.Len64(uint64(slack)) - 1)
+	return (at + grid - 1) &^ (grid - 1)
+}
+
+// slack is how long it takes to grant a quarter of the room that a bucket has beside cost.
+func (r *rate) slack(cost uint64) int64 {
+	room := float64(r.burst - min(cost, r.burst))
+	return int64(min(room/4/float64(r.perSecond)*second, longestSlack))
+}
+
+// Waits reports whether t's turn has not come in a bucket of m that commands of both sides meet.
+func (t *Ticket) Waits(m *Limiter, now int64) bool {
+	for i := range t.places[:t.n] {
+		p := &t.places[i]
+		if r := p.b.rate.Load(); r != nil && (p.b == &m.buckets[commands][both] || p.b == &m.buckets[bytes][both]) && r.when(p.at, now) > now {
+			return true
+		}
+	}
+	return false
+}
+
 // Refund gives back what was paid for a command that has ended without having gone. Those behind it in the line keep their places.
 func (t *Ticket) Refund() {
 	for i := range t.places[:t.n] {

@@ -27,6 +27,7 @@ type line struct {
 	at     int64
 	gone   uint64
 	asking bool
+	shares bool // moments with others: Turn
 }
 
 // run lets lines ask until end, and returns when. Time jumps to whoever is next.
@@ -34,7 +35,7 @@ func run(begin, end int64, lines ...*line) {
 	now := begin
 	for _, l := range lines {
 		if l.asking {
-			l.at = l.t.When(now) // limits may have changed
+			l.at = l.turn(now) // limits may have changed
 		}
 	}
 	for {
@@ -60,8 +61,15 @@ func (l *line) ask(now int64) {
 	l.asking, l.at = true, now
 	l.t.Reset()
 	if !l.paths[int(l.gone)%len(l.paths)].Charge(&l.t, l.class, l.bytes, now) {
-		l.at = l.t.When(now)
+		l.at = l.turn(now)
 	}
+}
+
+func (l *line) turn(now int64) int64 {
+	if l.shares {
+		return l.t.Turn(now)
+	}
+	return l.t.When(now)
 }
 
 // TestRateIsExact: over 5 s that do not begin with a burst, to the command; and over days.
@@ -166,6 +174,62 @@ func TestBurst(t *testing.T) {
 		t.Errorf("%d commands at once at 3 IOPS, instead of 1", n)
 	}
 }
+
+// TestTurnsAreShared: commands go in fewer moments than there are commands, none before its time or much after it, and the rate is what it was.
+func TestTurnsAreShared(t *testing.T) {
+	for _, x := range []struct {
+		limits  Limits
+		size    uint64
+		perLine uint64 // in 5 s
+		moments int    // at most
+	}{
+		{Limits{IOPS: Limit{Rate: 100}}, 4096, 500, 501},
+		{Limits{IOPS: Limit{Rate: 20_000}}, 4096, 100_000, 2500},
+		{Limits{IOPS: Limit{Rate: 20_000, Burst: 1}}, 4096, 100_000, 100_001}, // nothing is saved
+		{Limits{IOPS: Limit{Rate: 20_000, Burst: 21}}, 4096, 100_000, 50_000},
+		{Limits{Bandwidth: Limit{Rate: 64 << 20, Burst: 64 << 10}}, 4096, 81_920, 80_000},
+		{Limits{Bandwidth: Limit{Rate: 64 << 20, Burst: 64 << 10}}, 128 << 10, 2560, 2561}, // each takes a full bucket
+	} {
+		p, _ := path(x.limits)
+		l := &line{class: Read, bytes: x.size, paths: []*Path{p}, shares: true}
+		run(0, second, l)
+		before, moments, last := l.gone, 0, int64(0)
+		for now := int64(second); now < 6*second; {
+			due := l.t.When(now)
+			if l.at < due || l.at-due >= longestSlack {
+				t.Fatalf("%v: a turn at %v of what may go at %v", x.limits, time.Duration(l.at), time.Duration(due))
+			}
+			if l.at != last {
+				moments++
+				last = l.at
+			}
+			now = l.at
+			run(now, now+1, l)
+		}
+		if n := l.gone - before; n+x.perLine/250+1 < x.perLine || n > x.perLine+x.perLine/250+1 {
+			t.Errorf("%v: %d commands in 5 s, not %d", x.limits, n, x.perLine)
+		}
+		if moments > x.moments {
+			t.Errorf("%v: %d moments, not %d", x.limits, moments, x.moments)
+		}
+	}
+	var ns, other Limiter
+	ns.Set(iopsOf(100, 1), 0)
+	other.Set(Limits{ReadIOPS: Limit{Rate: 1, Burst: 1}}, 0)
+	p := NewPath(&ns, &other)
+	var tk Ticket
+	p.Charge(&tk, Read, 0, 0)
+	if tk.Waits(&ns, 0) || tk.Waits(&other, 0) {
+		t.Error("what may go waits")
+	}
+	tk.Reset()
+	p.Charge(&tk, Read, 0, 0)
+	if !tk.Waits(&ns, 0) || tk.Waits(&other, 0) || tk.Waits(&ns, second/100) {
+		t.Error("what waits for both sides' limit of one of them does not, or for ever, or for a limit of reads")
+	}
+}
+
+func iopsOf(rate, burst uint64) Limits { return Limits{IOPS: Limit{rate, burst}} }
 
 // TestLargerThanBurst: it passes when the bucket is full, and what it took too much is waited for afterwards, by the small ones as well.
 func TestLargerThanBurst(t *testing.T) {
