@@ -159,11 +159,23 @@ func (t *Table) without(iova, last uint64) (n *Table, gone []Range, split *Range
 
 // Within returns the host memory of [iova, iova+n), which is not empty, if it lies in one range and may be written if it is to be.
 func (t *Table) Within(iova, n uint64, write bool) (vec unix.Iovec, ok bool) {
-	r := t.find(iova)
-	if r == nil || n > r.end()-iova || write && !r.Writable {
+	for i := range t.few { // find, without a call
+		if r := &t.few[i]; iova-r.IOVA < r.Size && r.mem != nil {
+			return r.within(iova, n, write)
+		}
+	}
+	if r := t.search(iova); r != nil {
+		return r.within(iova, n, write)
+	}
+	return vec, false
+}
+
+func (r *Range) within(iova, n uint64, write bool) (vec unix.Iovec, ok bool) {
+	off := iova - r.IOVA
+	if n > r.Size-off || write && !r.Writable {
 		return vec, false
 	}
-	return unix.Iovec{Base: &r.mem[iova-r.IOVA], Len: n}, true
+	return unix.Iovec{Base: &r.mem[off], Len: n}, true
 }
 
 // Translate appends the host memory of [iova, iova+n) to vec: one element for each range that it
