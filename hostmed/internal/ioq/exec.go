@@ -61,8 +61,9 @@ func (w *Worker) take(s *sq) *request {
 
 // give takes r back. It is the only place where the counts of take go down (R33).
 func (w *Worker) give(r *request) {
-	r.sq.inflight--
-	r.sq.g.inflight--
+	s := r.sq
+	s.inflight--
+	s.g.inflight--
 	if r.pair != nil {
 		w.leavePair(r)
 	}
@@ -103,7 +104,7 @@ func (w *Worker) start(r *request) {
 	if p := r.ns.limits.Load(); p != nil && !r.paid && !w.pays(r, r.ns, p) {
 		return
 	}
-	r.FUA, r.Dealloc, r.Keep, r.Vec = false, false, false, nil
+	r.FUA, r.Dealloc, r.Keep = false, false, false
 	var st nvme.Status
 	switch c.Opcode {
 	case nvme.IORead:
@@ -114,12 +115,13 @@ func (w *Worker) start(r *request) {
 		r.FUA = c.FUA()
 		st = w.data(r, false)
 	case nvme.IOFlush:
-		r.Op, r.Off, r.Len = backend.OpFlush, 0, 0
+		r.Op, r.Off, r.Len, r.Vec = backend.OpFlush, 0, 0, nil
 	case nvme.IOWriteZeroes:
-		r.Op = backend.OpWriteZeroes
+		r.Op, r.Vec = backend.OpWriteZeroes, nil
 		r.FUA, r.Dealloc = c.FUA(), c.DEAC()
 		st = r.blocks(c.SLBA(), uint64(c.NLB().Count()))
 	default:
+		r.Vec = nil
 		if st = w.startSteps(r); st == waits {
 			return
 		}
@@ -245,9 +247,7 @@ func (w *Worker) reap() int {
 // finish takes requests that their backend has done with.
 func (w *Worker) finish(done []*backend.Request) {
 	for _, b := range done {
-		r := w.reqs[b.Owner]
-		w.current = r.sq.g
-		if r.step == oneStep {
+		if r := w.reqs[b.Owner]; r.step == oneStep {
 			w.complete(r, r.Status)
 		} else {
 			w.finishStep(r)
@@ -257,6 +257,7 @@ func (w *Worker) finish(done []*backend.Request) {
 
 // finishStep takes a request of several steps when its backend has done with one.
 func (w *Worker) finishStep(r *request) {
+	w.current = r.sq.g
 	st := r.Status
 	if st == nvme.StatusSuccess && r.sq.g.state != Failed { // nobody waits for what is left of it then
 		if st = w.next(r); st == waits {

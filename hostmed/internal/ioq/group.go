@@ -183,8 +183,8 @@ func (w *Worker) fetch(s *sq, n uint32) {
 		} else {
 			w.start(r)
 		}
-		w.pending = nil
 	}
+	w.pending = nil
 }
 
 // rest decides whether g, which is on the active list, leaves it. It is called once each tick.

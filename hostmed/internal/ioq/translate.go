@@ -25,8 +25,8 @@ func (w *Worker) data(r *request, toGuest bool) nvme.Status {
 	if off := c.PRP1 & (page - 1); off+r.Len <= page && off&3 == 0 && c.PSDT() == nvme.PSDTPRP && r.Len <= s.g.ctl.mdts {
 		// One page: no list to walk.
 		if seg, ok := s.g.ctl.mem.Table().Within(c.PRP1, r.Len, toGuest); ok {
-			r.vec = append(r.vec[:0], seg)
-			r.Vec = r.vec
+			r.Vec = r.vec[:1]
+			r.Vec[0] = seg
 			return nvme.StatusSuccess
 		}
 	}
