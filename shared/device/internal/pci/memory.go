@@ -1,7 +1,6 @@
 package pci
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/device"
+	"github.com/shadowbell/shadowbell/shared/device/physical"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
 
@@ -104,45 +104,12 @@ func physicalRegion(mem *shm.Region, page uint64) (*device.DMARegion, error) {
 	if err != nil {
 		return nil, err
 	}
-	addresses, err := physicalAddresses(b, page)
+	addresses, err := physical.Addresses(b, page)
 	if err != nil {
 		return nil, fmt.Errorf("physical addresses: %w", err)
 	}
 	run, iovas := joinRuns(addresses, page)
 	return device.NewDMARuns(mem, run, iovas, mem.Close)
-}
-
-func physicalAddresses(b []byte, page uint64) ([]uint64, error) {
-	f, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var out []uint64
-	var entry [8]byte
-	for off := uint64(0); off < uint64(len(b)); off += page {
-		if _, err := f.ReadAt(entry[:], int64((uint64(addressOf(b))+off)/shm.PageSize*8)); err != nil {
-			return nil, err
-		}
-		at, err := frame(binary.NativeEndian.Uint64(entry[:]))
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, at)
-	}
-	return out, nil
-}
-
-// frame returns the physical address in an entry of pagemap: Documentation/admin-guide/mm/pagemap.rst.
-func frame(entry uint64) (uint64, error) {
-	const present, number = 1 << 63, 1<<55 - 1
-	switch {
-	case entry&present == 0:
-		return 0, errors.New("DMA memory is not in memory, though it was locked")
-	case entry&number == 0:
-		return 0, fmt.Errorf("/proc/self/pagemap tells them to CAP_SYS_ADMIN of the first user namespace only: run as root of the machine, or use vfio: %w", unix.EPERM)
-	}
-	return entry & number * shm.PageSize, nil
 }
 
 // joinRuns returns the longest runs that pages at these addresses make: all of them together, if each follows the one before.
