@@ -4,6 +4,9 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestStopDMAClearsOneBit(t *testing.T) {
@@ -31,4 +34,46 @@ func TestStopDMAClearsOneBit(t *testing.T) {
 	if err := f.stopDMA("0000:09:00.0"); err == nil || !strings.Contains(err.Error(), "0000:09:00.0") {
 		t.Errorf("a function that is not there: %v", err)
 	}
+}
+
+// TestStopDMAAfterTheDriversEnd: the lock of a process that is about to end is waited for; that of the next one means that there is nothing to stop.
+func TestStopDMAAfterTheDriversEnd(t *testing.T) {
+	f := newFake(t)
+	const alone = "0000:02:00.0"
+	f.function(alone, "0x010802", "")
+	dir := "sys/bus/pci/devices/" + alone
+	f.put(dir+"/config", "\x01\x02\x03\x04\x46\x05rest")
+	f.put(dir+"/resource0", "registers")
+	hold := func() *os.File {
+		bar, err := os.OpenFile(f.path(dir+"/resource0"), os.O_RDWR, 0)
+		if err == nil {
+			err = unix.Flock(int(bar.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bar
+	}
+	stopped := func(want bool) {
+		t.Helper()
+		if on, err := f.mayReach(alone); on == want || err != nil {
+			t.Errorf("the function may reach memory: %v, %v", on, err)
+		}
+	}
+	bar := hold()
+	if err := f.stopDMA(alone); err != nil {
+		t.Fatal(err)
+	}
+	stopped(false)
+	time.AfterFunc(20*time.Millisecond, func() { bar.Close() })
+	if err := f.stopDMA(alone); err != nil {
+		t.Fatal(err)
+	}
+	stopped(true)
+	f.awaitStopped(alone, time.Hour)
+	f.put(dir+"/config", "\x01\x02\x03\x04\xff\xffrest")
+	f.awaitStopped(alone, time.Hour) // it does not answer
+	f.put(dir+"/config", "\x01\x02\x03\x04\x46\x05rest")
+	f.awaitStopped(alone, 10*time.Millisecond)
+	hold().Close() // the lock is nobody's
 }

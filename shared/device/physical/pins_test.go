@@ -234,7 +234,7 @@ func TestHolesWhileMemoryIsPinned(t *testing.T) {
 	defer wg.Wait()
 	defer stop.Store(true)
 	refused := 0
-	for range 300 {
+	for range 100 {
 		got, err := p.Pin(m.mem)
 		if err != nil {
 			refused++
@@ -253,7 +253,7 @@ func TestHolesWhileMemoryIsPinned(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("refused %d times of 300", refused)
+	t.Logf("refused %d times of 100", refused)
 }
 
 // TestMemoryThatIsNotPinned: each kind is refused, and leaves nothing behind.

@@ -39,8 +39,11 @@ type Device struct {
 	bar, config *os.File
 	reset       *os.File // nil: it has none
 
-	closeOnce sync.Once
-	closeErr  error
+	mu      sync.Mutex // of what is done to the command register
+	severed bool
+
+	severOnce, closeOnce sync.Once
+	closeErr             error
 }
 
 var _ device.Device = (*Device)(nil)
@@ -147,7 +150,7 @@ func (d *Device) mapRegisters() (err error) {
 		return fmt.Errorf("BAR0: %w", err)
 	}
 	fd := int(d.bar.Fd())
-	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := lock(fd); err != nil {
 		return fmt.Errorf("another process has it: %w", unix.EBUSY)
 	}
 	fi, err := d.bar.Stat()
@@ -164,6 +167,17 @@ func (d *Device) mapRegisters() (err error) {
 	}
 	d.Registers.Size, d.Registers.Areas = mem.Len(), []pci.Area{{Mem: mem}}
 	return nil
+}
+
+// lockPatience is for who stops the function of a process that was killed: see pcifn.StopDMA.
+const lockPatience = 200 * time.Millisecond
+
+func lock(fd int) error {
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(2 * time.Millisecond) {
+		if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err == nil || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 // enable wakes the function up and lets it reach memory. The kernel counts who has enabled it; that count is given back at once, since a locked
@@ -228,8 +242,13 @@ func (d *Device) limit() time.Duration {
 	return max(nvme.CAP(v).Timeout(), time.Second)
 }
 
-// command sets and clears bits of the function's command register.
+// command sets and clears bits of the function's command register. Once the function was severed it gets no right back.
 func (d *Device) command(set, clear uint16) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.severed {
+		set &^= pci.CommandBusMaster
+	}
 	var b [2]byte
 	if _, err := d.config.ReadAt(b[:], pci.RegCommand); err != nil {
 		return fmt.Errorf("PCI command register: %w", err)
@@ -294,16 +313,27 @@ func (d *Device) Err() error { return d.gone.Err() }
 // PeerPID returns 0: nobody serves the device.
 func (d *Device) PeerPID() int { return 0 }
 
-// Close takes the right to reach memory away from the function.
-func (d *Device) Close() error {
-	d.closeOnce.Do(func() {
+// Sever is the first half of Close, which takes no time: the function has no right to reach memory any more.
+func (d *Device) Sever() {
+	d.severOnce.Do(func() {
 		gone := d.gone.Err() != nil
 		d.gone.End(fmt.Errorf("%w: it was closed", device.ErrGone))
-		if d.config != nil {
-			if err := d.command(0, pci.CommandBusMaster); !gone {
-				d.closeErr = err
-			}
+		if d.config == nil {
+			return
 		}
+		d.mu.Lock()
+		d.severed = true
+		d.mu.Unlock()
+		if err := d.command(0, pci.CommandBusMaster); !gone {
+			d.closeErr = err
+		}
+	})
+}
+
+// Close takes the right to reach memory away from the function, and gives it up.
+func (d *Device) Close() error {
+	d.Sever()
+	d.closeOnce.Do(func() {
 		for _, f := range []*os.File{d.config, d.reset, d.bar} {
 			if f != nil {
 				d.closeErr = errors.Join(d.closeErr, f.Close())

@@ -171,6 +171,29 @@ func TestResetLeavesBusMasteringOn(t *testing.T) {
 	}
 }
 
+// TestSeveredFunctionStaysSo: a reset that is under way does not give the right to reach memory back.
+func TestSeveredFunctionStaysSo(t *testing.T) {
+	root := fake(t, func(dir string) { put(t, dir, "reset", "") })
+	d, err := open(root, bdf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	master := func() bool { return get(t, root, "config")[pci.RegCommand]&pci.CommandBusMaster != 0 }
+	if !master() {
+		t.Error("the function reaches no memory")
+	}
+	d.Sever()
+	if master() || d.Err() == nil {
+		t.Errorf("severed: it may reach memory: %v; %v", master(), d.Err())
+	}
+	if err := d.Reset(); err != nil || master() {
+		t.Errorf("a reset has given it the right back: %v, %v", master(), err)
+	}
+	if err := errors.Join(d.Close(), d.Unmap()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAllOnesMeanThatItIsGone(t *testing.T) {
 	root := fake(t, nil)
 	d, err := open(root, bdf)
