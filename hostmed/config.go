@@ -51,8 +51,10 @@ type Config struct {
 	Poll        time.Duration      // how long a worker polls an empty queue at the most, 10 us to 100 ms; 0: 250 us
 	State       string             // directory of what has to outlive hostmed; empty: nothing does
 	NoSockets   bool               // no socket is made: ControllerConfig.Socket is but the name that Attach takes
-	LogLevel    string             // what Logger should say at least; empty: left alone
-	Logger      hclog.Logger
+	// UnsafeNoIOMMU lets namespaces vfio: be on devices that no IOMMU keeps from all memory of the machine. They are refused otherwise.
+	UnsafeNoIOMMU bool
+	LogLevel      string // what Logger should say at least; empty: left alone
+	Logger        hclog.Logger
 }
 
 // SubsystemConfig is one NVM subsystem. Empty names are made from the first controller's socket, so they stay the same over

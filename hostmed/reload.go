@@ -124,6 +124,9 @@ func (m *Mediator) refuse(c Config, list []SubsystemConfig) error {
 	if c.State != m.cfg.State {
 		no("state")
 	}
+	if c.UnsafeNoIOMMU != m.cfg.UnsafeNoIOMMU {
+		no("unsafe_no_iommu")
+	}
 	for _, s := range m.subsystems {
 		sc := findSubsystem(list, s.NQN())
 		if sc == nil {

@@ -57,6 +57,7 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 	if err != nil {
 		return err
 	}
+	spec.UnsafeNoIOMMU = s.m.cfg.UnsafeNoIOMMU
 	b, err := backend.OpenSpec(s.Formatted(n.NSID, spec))
 	if err != nil {
 		return err

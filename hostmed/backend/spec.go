@@ -73,6 +73,9 @@ type Spec struct {
 	NoPin    bool   // guest memory is not registered with the kernel
 	Vendor   bool   // vendor specific admin commands go to the device
 	Faults   string // rules of fault:, as written; empty: none
+
+	// UnsafeNoIOMMU takes a device for vfio: that no IOMMU keeps from all memory of the machine, too. It is the operator's to say, not a SPEC's.
+	UnsafeNoIOMMU bool
 }
 
 // syntax is what a spec of one kind looks like.

@@ -43,7 +43,7 @@ func openVFIO(s Spec) (_ Backend, err error) {
 	say := func(err error) error { return fmt.Errorf("namespace vfio:%s: %w", s.Path, err) }
 	ctx, cancel := context.WithTimeout(context.Background(), vfioPatience)
 	defer cancel()
-	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Logger: hclog.Default().Named("vfio")})
+	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Logger: hclog.Default().Named("vfio"), UnsafeNoIOMMU: s.UnsafeNoIOMMU})
 	if err != nil {
 		return nil, say(err)
 	}
@@ -227,6 +227,15 @@ func (b *vfio) show(ns *nvme.IdentifyNamespace) {
 
 func (b *vfio) Info() Info { return b.info }
 
+// Warnings says what it means that there is no IOMMU.
+func (b *vfio) Warnings() []string {
+	if !b.dev.Exposed() {
+		return nil
+	}
+	return []string{fmt.Sprintf("UNSAFE: no IOMMU keeps %s from any memory of this machine. Its firmware, and a mistake in an address that hostmed gives it, can read and change everything: the kernel, hostmed and every guest. "+
+		"Guests give it no addresses, and their memory is pinned for it: no balloon may take that away", b.dev.Address())}
+}
+
 // AwaitMemory waits until the device reaches what its queues were told of: until then data is copied.
 func (b *vfio) AwaitMemory() { b.dev.Pairs().Memory().Settle(memoryPatience) }
 
@@ -278,7 +287,7 @@ func (b *vfio) Format(lba uint32) error {
 	if lba != uint32(b.info.LBASize()) {
 		return fmt.Errorf("namespace %s: the device has blocks of %d bytes, and only its host can change that (nvme format)", b.info.Name, b.info.LBASize())
 	}
-	q, err := b.open(nil, false)
+	q, err := b.open(nil, b.dev.Polled())
 	if err != nil {
 		return fmt.Errorf("namespace %s: %w", b.info.Name, err)
 	}

@@ -9,7 +9,7 @@ func (b *vfio) NewQueue() (Queue, error) { return b.NewQueueFor(nil) }
 
 // NewQueueFor opens a queue over the queue pair that owner has already, if it has one.
 func (b *vfio) NewQueueFor(owner any) (Queue, error) {
-	q, err := b.open(owner, b.spec.Poll)
+	q, err := b.open(owner, b.spec.Poll || b.dev.Polled())
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,9 @@ LIMITS are KEY=N with commas between them. KEY is iops, read_iops or write_iops,
 write_bandwidth, bytes a second (N may be 100MiB). KEY_burst is how much may be done at once after a pause: a tenth of a second's worth if
 it is not given. Commands beyond a limit wait. FILE has limits of namespaces too, and SIGHUP changes them.
 
+A device for vfio: is refused if the machine has no IOMMU for it, which would keep it from memory that is not its guests'. With
+--unsafe-no-iommu it is taken: its firmware, and a mistake of hostmed's, can then read and change all memory of the machine.
+
 Controllers that present one SPEC share it: they are one NVM subsystem, and each sees what the others write. FILE says
 more than flags can: several subsystems, namespaces of some controllers only, identifiers; docs/hostmed.toml in the
 source is an example with every key. SIGHUP reads it again while clients work: controllers and namespaces come and go, guests are

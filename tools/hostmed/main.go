@@ -41,6 +41,7 @@ type serveCmd struct {
 	State     string        `placeholder:"DIR" help:"Directory of what has to outlive hostmed: counters, saved features. Default: nothing does."`
 	CPUs      cpus.List     `name:"cpus" placeholder:"LIST" help:"Cores to poll on, such as 1 or 2-3: one worker is pinned to each. Default: half as many workers as there are cores, not pinned."`
 	Poll      time.Duration `placeholder:"TIME" help:"How long a worker polls an empty queue at the most before it sleeps, 10us to 100ms. Default: 250us."`
+	NoIOMMU   bool          `name:"unsafe-no-iommu" help:"Take devices for vfio: namespaces that no IOMMU keeps from all memory of the machine. See above."`
 	LogLevel  string        `default:"info" enum:"trace,debug,info,warn,error" placeholder:"LEVEL" help:"Least important message to log on stderr: ${enum} (${default})."`
 	LogJSON   bool          `name:"log-json" help:"Log one JSON object a line."`
 	Spin      string        `default:"on" enum:"on,off" hidden:"" help:"off: never poll, sleep at once; for measurements."`
@@ -123,6 +124,7 @@ func (s *serveCmd) config(stderr io.Writer) (c hostmed.Config, err error) {
 	if s.Poll != 0 {
 		c.Poll = s.Poll
 	}
+	c.UnsafeNoIOMMU = c.UnsafeNoIOMMU || s.NoIOMMU
 	c.NoSpin = s.Spin == "off"
 	c.LogLevel = level
 	c.Logger = hclog.New(&hclog.LoggerOptions{Name: "hostmed", Level: hclog.LevelFromString(level), JSONFormat: s.LogJSON, Output: stderr})

@@ -42,7 +42,9 @@ type Options struct {
 	Timeout time.Duration
 	// ResetTimeout bounds one reset, with all its attempts; 0: DefaultResetTimeout.
 	ResetTimeout time.Duration
-	Logger       hclog.Logger // nil: nobody is told
+	// UnsafeNoIOMMU takes a function that no IOMMU keeps from all memory of the machine, too.
+	UnsafeNoIOMMU bool
+	Logger        hclog.Logger // nil: nobody is told
 }
 
 func (o Options) withDefaults() Options {
@@ -69,13 +71,23 @@ func (o *Options) grace() time.Duration {
 // ErrClosed says that the Device was closed.
 var ErrClosed = errors.New("the device was closed")
 
-// Function is the PCI function of a controller, by VFIO.
+// Function is the PCI function of a controller. It is an addresser too, or a pager.
 type Function interface {
 	device.Device
-	MapDMA(mem []byte) (iova uint64, err error)
-	UnmapDMA(iova, size uint64) error
 	// Sever is the first half of Close, which takes no time: the function reaches no memory any more.
 	Sever()
+}
+
+// addresser is a Function behind an IOMMU, which has an address for each piece of memory.
+type addresser interface {
+	MapDMA(mem []byte) (iova uint64, err error)
+	UnmapDMA(iova, size uint64) error
+}
+
+// pager is a Function that finds each page of memory at an address of its own.
+type pager interface {
+	MapPages(mem []byte) (addresses []uint64, err error)
+	UnmapPages(mem []byte) error
 }
 
 // state is what a Device goes through. See reset.go.
@@ -218,15 +230,39 @@ func (d *Device) Exec(ctx context.Context, cmd nvme.Command, data []byte) (nvme.
 }
 
 // Map lets the device reach mem, whole pages of this process, until Unmap, and returns where. The kernel pins it.
-func (d *Device) Map(mem []byte) (iova uint64, err error) {
-	if iova, err = d.fn.MapDMA(mem); err != nil {
-		err = fmt.Errorf("%s: %w", d.address, err)
+func (d *Device) Map(mem []byte) (at Place, err error) {
+	switch fn := d.fn.(type) {
+	case pager:
+		if at.Pages, err = fn.MapPages(mem); err == nil {
+			joinPages(at.Pages)
+		}
+	case addresser:
+		at.IOVA, err = fn.MapDMA(mem)
+	default:
+		err = errors.ErrUnsupported
 	}
-	return iova, err
+	if err != nil {
+		return Place{}, fmt.Errorf("%s: %w", d.address, err)
+	}
+	return at, nil
 }
 
 // Unmap takes back what Map gave. No command that names it is outstanding.
-func (d *Device) Unmap(iova, size uint64) error { return d.fn.UnmapDMA(iova, size) }
+func (d *Device) Unmap(mem []byte, at Place) error {
+	if fn, is := d.fn.(pager); is {
+		return fn.UnmapPages(mem)
+	}
+	return d.fn.(addresser).UnmapDMA(at.IOVA, uint64(len(mem)))
+}
+
+// Exposed says that no IOMMU stands between the device and all memory of the machine.
+func (d *Device) Exposed() bool {
+	_, is := d.fn.(*exposed)
+	return is
+}
+
+// Polled says that the device has no interrupts: its queues are polled.
+func (d *Device) Polled() bool { return d.fn.MaxInterrupts() == 0 }
 
 // Err returns why the device has failed for good, or ErrClosed, or nil.
 func (d *Device) Err() error {

@@ -388,14 +388,27 @@ func TestRemovalUnderLoad(t *testing.T) {
 	}
 }
 
-// TestIsolation refuses functions that nothing keeps from memory, and says what to do.
+// TestIsolation refuses functions that nothing keeps from memory, and says what to do, unless it is insisted on them.
 func TestIsolation(t *testing.T) {
-	if err := isolated(&pcifn.Function{Group: "7", GroupType: "DMA"}); err != nil {
-		t.Error(err)
+	for _, m := range []host{{}, {unsafeNoIOMMU: true}} {
+		if w, err := m.choose(&pcifn.Function{Group: "7", GroupType: "DMA"}); w != vfio || err != nil {
+			t.Errorf("behind an IOMMU: way %d, %v", w, err)
+		}
 	}
-	for _, f := range []pcifn.Function{{}, {Group: "0", NoIOMMU: true}} {
-		if err := isolated(&f); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "intel_iommu=on") {
-			t.Errorf("%+v: %v", f, err)
+	for _, c := range []struct {
+		f   pcifn.Function
+		way way
+		is  error
+	}{
+		{pcifn.Function{}, sysfs, nil},
+		{pcifn.Function{Group: "0", NoIOMMU: true, Driver: "vfio-pci"}, vfioNoIOMMU, nil},
+		{pcifn.Function{Address: "0000:01:00.0", Driver: "nvme"}, 0, unix.EBUSY},
+	} {
+		if _, err := (host{}).choose(&c.f); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "intel_iommu=on") || !strings.Contains(err.Error(), "--unsafe-no-iommu") {
+			t.Errorf("%+v: %v", c.f, err)
+		}
+		if w, err := (host{unsafeNoIOMMU: true}).choose(&c.f); w != c.way || !errors.Is(err, c.is) {
+			t.Errorf("%+v, insisted on: way %d, %v", c.f, w, err)
 		}
 	}
 }

@@ -61,8 +61,8 @@ type testFunction struct {
 
 func (f *testFunction) Sever() { f.Close() }
 
-func (*testFunction) MapDMA([]byte) (uint64, error) { return 0, errors.ErrUnsupported }
-func (*testFunction) UnmapDMA(uint64, uint64) error { return errors.ErrUnsupported }
+func (*testFunction) MapDMA([]byte) (Place, error) { return Place{}, errors.ErrUnsupported }
+func (*testFunction) UnmapDMA([]byte, Place) error { return errors.ErrUnsupported }
 
 // user is a User that has commands under way all the time.
 type user struct {

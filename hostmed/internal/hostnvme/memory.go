@@ -13,8 +13,15 @@ import (
 // Mapper lets a device reach memory of this process.
 type Mapper interface {
 	// Map pins mem, which is whole pages, and returns where the device finds it. It takes as long as that takes.
-	Map(mem []byte) (iova uint64, err error)
-	Unmap(iova, size uint64) error
+	Map(mem []byte) (Place, error)
+	// Unmap takes back what Map gave, which no command names any more.
+	Unmap(mem []byte, at Place) error
+}
+
+// Place is where a device finds memory.
+type Place struct {
+	IOVA  uint64   // of its first byte, if it is in one piece
+	Pages []uint64 // otherwise: its pages, as joinPages makes them
 }
 
 // Memory is the guest memory that a device reaches. Every queue of the device tells of all memory that it is told of; each
@@ -41,16 +48,22 @@ type block struct{ base, size uint64 }
 type mapping struct {
 	block
 	mem    []byte
-	iova   uint64
+	at     Place
 	refs   int
 	mapped bool // the device reaches it
 	failed bool
 }
 
-// span is a block that the device reaches.
-type span struct {
+// stretch is memory that is in one piece for the device.
+type stretch struct {
 	base, size uint64
 	delta      uint64 // IOVA - base
+}
+
+// span is a block that the device reaches.
+type span struct {
+	stretch          // all of it, if pages is nil
+	pages   []uint64 // see joinPages
 }
 
 // snapshot is all spans, by address. It does not change.
@@ -147,14 +160,14 @@ func (m *Memory) mapOne(x *mapping) {
 		return
 	}
 	m.mu.Unlock()
-	iova, err := m.dev.Map(x.mem)
+	at, err := m.dev.Map(x.mem)
 	m.mu.Lock()
 	if err != nil {
 		x.failed = true
 		m.log.Warn("the device cannot reach a guest's memory: its data is copied", "bytes", x.size, "error", err)
 		return
 	}
-	x.iova, x.mapped = iova, true
+	x.at, x.mapped = at, true
 	if x.refs == 0 { // meanwhile it was taken back
 		m.unmap(x)
 		return
@@ -165,8 +178,9 @@ func (m *Memory) mapOne(x *mapping) {
 func (m *Memory) unmap(x *mapping) {
 	x.mapped = false
 	m.mu.Unlock()
-	err := m.dev.Unmap(x.iova, x.size)
+	err := m.dev.Unmap(x.mem, x.at)
 	m.mu.Lock()
+	x.at = Place{}
 	if err != nil {
 		m.log.Error("taking memory from the device", "error", err)
 	}
@@ -196,7 +210,7 @@ func (m *Memory) publish() {
 	s := &snapshot{}
 	for _, x := range m.known {
 		if x.mapped {
-			s.spans = append(s.spans, span{x.base, x.size, x.iova - x.base})
+			s.spans = append(s.spans, span{stretch{x.base, x.size, x.at.IOVA - x.base}, x.at.Pages})
 		}
 	}
 	slices.SortFunc(s.spans, func(a, b span) int {
@@ -253,14 +267,15 @@ func (m *Memory) Settle(most time.Duration) {
 type finder struct {
 	m    *Memory
 	in   *snapshot
-	last span
+	last stretch
+	span *span // that last is of; nil: none
 }
 
 // refresh makes f look in the present snapshot. It is called before each batch: what is not in it any more is not wanted by
 // any request of the batch.
 func (f *finder) refresh() {
 	if s := f.m.snap.Load(); s != f.in {
-		f.in, f.last = s, span{}
+		f.in, f.last, f.span = s, stretch{}, nil
 	}
 }
 
@@ -273,18 +288,29 @@ func (f *finder) find(addr uint64) (iova, left uint64) {
 }
 
 func (f *finder) search(addr uint64) (iova, left uint64) {
-	spans := f.in.spans
-	i, n := 0, len(spans)
+	if f.span == nil || addr-f.span.base >= f.span.size {
+		if f.span = f.in.at(addr); f.span == nil {
+			return 0, 0
+		}
+	}
+	if f.last = f.span.stretch; f.span.pages != nil {
+		f.last = f.span.around(addr)
+	}
+	return addr + f.last.delta, f.last.size - (addr - f.last.base)
+}
+
+// at returns the span that addr is in; nil: there is none.
+func (s *snapshot) at(addr uint64) *span {
+	i, n := 0, len(s.spans)
 	for i < n {
-		if h := int(uint(i+n) >> 1); spans[h].base+spans[h].size > addr {
+		if h := int(uint(i+n) >> 1); s.spans[h].base+s.spans[h].size > addr {
 			n = h
 		} else {
 			i = h + 1
 		}
 	}
-	if i == len(spans) || addr < spans[i].base {
-		return 0, 0
+	if i == len(s.spans) || addr < s.spans[i].base {
+		return nil
 	}
-	f.last = spans[i]
-	return addr + f.last.delta, f.last.size - (addr - f.last.base)
+	return &s.spans[i]
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/device/pcifn"
+	"github.com/shadowbell/shadowbell/shared/device/sysfspci"
 	"github.com/shadowbell/shadowbell/shared/device/vfiopci"
 )
 
@@ -24,8 +25,9 @@ var devices = struct {
 
 // Hooks are what a function tells of itself.
 type Hooks struct {
-	Faulted func() // PCI Express has seen an error
-	Wanted  func() // the kernel wants the function back
+	Faulted func()      // PCI Express has seen an error
+	Wanted  func()      // the kernel wants the function back
+	Lost    func(error) // nothing would stop the function any more if this process were killed
 }
 
 // Machine is where functions come from. Tests have their own.
@@ -35,10 +37,10 @@ type Machine interface {
 	Open(address string, h Hooks) (Function, error)
 }
 
-// Open returns the controller at a PCI address, which vfio-pci has, enabled. If this process has it already it is the same one. A controller that an
+// Open returns the controller at a PCI address, which vfio-pci has, or, without an IOMMU, no driver, enabled. If this process has it already it is the same one. A controller that an
 // earlier process left enabled, with queues, is disabled first. ctx ends the attempt only.
 func Open(ctx context.Context, address string, o Options) (*Device, error) {
-	return OpenOn(ctx, host{}, address, o)
+	return OpenOn(ctx, host{unsafeNoIOMMU: o.UnsafeNoIOMMU}, address, o)
 }
 
 // OpenOn is Open on another machine.
@@ -102,6 +104,7 @@ func bringUp(ctx context.Context, m Machine, address string, o Options) (*Device
 		Wanted: func() {
 			d.fail(fmt.Errorf("%w: the kernel wants it back: it is being unplugged, or its driver changed", device.ErrGone))
 		},
+		Lost: func(err error) { d.log.Error("start hostmed again soon", "error", err) },
 	})
 	if err != nil {
 		d.end()
@@ -191,7 +194,7 @@ func (d *Device) forgotten() {
 }
 
 // host is this machine.
-type host struct{}
+type host struct{ unsafeNoIOMMU bool }
 
 func (host) Lookup(address string) (string, error) {
 	f, err := pcifn.Lookup(address)
@@ -201,22 +204,55 @@ func (host) Lookup(address string) (string, error) {
 	return f.Address, nil
 }
 
-func (host) Open(address string, h Hooks) (Function, error) {
+func (m host) Open(address string, h Hooks) (Function, error) {
 	f, err := pcifn.Lookup(address)
 	if err != nil {
 		return nil, err
 	}
-	if err := isolated(f); err != nil {
+	w, err := m.choose(f)
+	if err != nil {
 		return nil, err
 	}
-	return vfiopci.Open(address, vfiopci.Options{Faulted: h.Faulted, Wanted: h.Wanted})
+	var fn Function
+	if w == sysfs {
+		fn, err = sysfspci.Open(f.Address)
+	} else {
+		fn, err = vfiopci.Open(f.Address, vfiopci.Options{NoIOMMU: w == vfioNoIOMMU, Faulted: h.Faulted, Wanted: h.Wanted})
+	}
+	if err != nil {
+		return nil, err // fn is no nil interface
+	}
+	if w == vfio {
+		return fn, nil
+	}
+	e, err := expose(f.Address, fn, h.Lost)
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
 }
 
-// isolated refuses a function that no IOMMU keeps from memory that is not its guests'.
-func isolated(f *pcifn.Function) error {
-	if f.Group != "" && !f.NoIOMMU {
-		return nil
+// way is how a function is driven.
+type way uint8
+
+const (
+	vfio way = iota // behind an IOMMU
+	vfioNoIOMMU
+	sysfs
+)
+
+// choose returns the way to a function as it is now.
+func (m host) choose(f *pcifn.Function) (way, error) {
+	switch {
+	case f.Group != "" && !f.NoIOMMU:
+		return vfio, nil
+	case !m.unsafeNoIOMMU:
+		return 0, fmt.Errorf("no IOMMU stands between it and all memory of the machine, so that its firmware, and a mistake in one of its commands, reach everything: "+
+			"enable it (in the firmware's set-up, and intel_iommu=on or amd_iommu=on for the kernel), or give the guests nvme: or block: on the kernel's driver, or insist with --unsafe-no-iommu: %w", unix.EPERM)
+	case f.VFIO():
+		return vfioNoIOMMU, nil
+	case f.Driver != "":
+		return 0, fmt.Errorf("the kernel's driver %s has it: take it away first, and its disks with it: guestdrv bind %s: %w", f.Driver, f.Address, unix.EBUSY)
 	}
-	return fmt.Errorf("no IOMMU stands between it and all memory of the machine, so that its firmware, and a mistake in one of its commands, reach everything: "+
-		"enable it (in the firmware's set-up, and intel_iommu=on or amd_iommu=on for the kernel), or give the guests nvme: or block: on the kernel's driver: %w", unix.EPERM)
+	return sysfs, nil
 }

@@ -34,11 +34,14 @@ type scattered struct {
 	unmap func(iova, size uint64) error
 }
 
-func (s *scattered) Map(mem []byte) (uint64, error) { return s.place(mem) }
+func (s *scattered) Map(mem []byte) (Place, error) {
+	iova, err := s.place(mem)
+	return Place{IOVA: iova}, err
+}
 
-func (s *scattered) Unmap(iova, size uint64) error {
+func (s *scattered) Unmap(mem []byte, at Place) error {
 	if s.unmap != nil {
-		return s.unmap(iova, size)
+		return s.unmap(at.IOVA, uint64(len(mem)))
 	}
 	return nil
 }

@@ -28,16 +28,19 @@ func TestDataComesAndGoes(t *testing.T) {
 		cfg     nvmetest.Config
 		polled  bool
 		mapped  bool
+		run     int
 		bounced uint64
 	}{
 		{name: "mapped", mapped: true},
 		{name: "mapped, by registers", mapped: true, cfg: nvmetest.Config{NoShadow: true}},
 		{name: "polled", mapped: true, polled: true},
+		{name: "page by page", mapped: true, run: 1},
+		{name: "three pages by three, polled", mapped: true, run: 3, polled: true},
 		{name: "copied", bounced: 40},
 		{name: "copied, polled", polled: true, bounced: 40},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := newRig(t, c.cfg)
+			r := newRigIn(t, c.cfg, c.run)
 			q := r.queue(t, Attach{Slice: all, Polled: c.polled})
 			mem := r.guests.Memory(2 << 20)
 			if c.mapped {

@@ -10,10 +10,10 @@ import (
 )
 
 // single is a machine with one function.
-type single struct{ *nvmetest.Guests }
+type single struct{ fn Function }
 
 func (single) Lookup(address string) (string, error)  { return address, nil }
-func (m single) Open(string, Hooks) (Function, error) { return m.Guests, nil }
+func (m single) Open(string, Hooks) (Function, error) { return m.fn, nil }
 
 // rig is a controller model that is driven by Pairs.
 type rig struct {
@@ -25,6 +25,12 @@ type rig struct {
 
 func newRig(tb testing.TB, cfg nvmetest.Config, change ...func(*Options)) *rig {
 	tb.Helper()
+	return newRigIn(tb, cfg, 0, change...)
+}
+
+// newRigIn has memory that the controller finds run pages by run pages; 0: in one piece.
+func newRigIn(tb testing.TB, cfg nvmetest.Config, run int, change ...func(*Options)) *rig {
+	tb.Helper()
 	model := nvmetest.New(cfg)
 	tb.Cleanup(model.Close)
 	g := model.ForGuests()
@@ -32,7 +38,11 @@ func newRig(tb testing.TB, cfg nvmetest.Config, change ...func(*Options)) *rig {
 	for _, f := range change {
 		f(&o)
 	}
-	dev, err := OpenOn(context.Background(), single{g}, tb.Name(), o)
+	fn := Function(g)
+	if run > 0 {
+		fn = g.Scattered(run)
+	}
+	dev, err := OpenOn(context.Background(), single{fn}, tb.Name(), o)
 	if err != nil {
 		tb.Fatal(err)
 	}

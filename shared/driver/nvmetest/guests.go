@@ -53,3 +53,51 @@ func (g *Guests) UnmapDMA(iova, _ uint64) error {
 
 // Sever ends the connection, as Close does.
 func (g *Guests) Sever() { _ = g.Close() }
+
+// Scattered are Guests whose memory the Device finds in several places, as without an IOMMU.
+type Scattered struct {
+	*Guests
+	run    int
+	pieces map[*byte][]uint64 // their IOVAs, by the mapping's first byte
+}
+
+// Scattered finds run pages in each place.
+func (g *Guests) Scattered(run int) *Scattered {
+	return &Scattered{Guests: g, run: run, pieces: map[*byte][]uint64{}}
+}
+
+// MapPages lets the Device reach memory that Memory gave, and returns where each page is.
+func (g *Scattered) MapPages(mem []byte) (addresses []uint64, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	r := g.regions[&mem[0]]
+	if r == nil || r.Len() != uint64(len(mem)) {
+		return nil, errors.New("no memory of a guest")
+	}
+	size := uint64(g.run) * shm.PageSize
+	for at := uint64(0); at < r.Len(); at += size {
+		piece, err := r.View(at, min(size, r.Len()-at))
+		if err != nil {
+			return nil, err
+		}
+		iova := g.model.Reach(piece)
+		g.pieces[&mem[0]] = append(g.pieces[&mem[0]], iova)
+		for off := uint64(0); off < piece.Len(); off += shm.PageSize {
+			addresses = append(addresses, iova+off)
+		}
+	}
+	return addresses, nil
+}
+
+// UnmapPages takes it back.
+func (g *Scattered) UnmapPages(mem []byte) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, iova := range g.pieces[&mem[0]] {
+		if !g.model.Forget(iova) {
+			return errors.New("not mapped")
+		}
+	}
+	delete(g.pieces, &mem[0])
+	return nil
+}
