@@ -266,3 +266,33 @@ func isUnix(s *ast.SelectorExpr) bool {
 	x, ok := s.X.(*ast.Ident)
 	return ok && x.Name == "unix"
 }
+
+var testNamed = regexp.MustCompile("`(Test[A-Z][A-Za-z0-9]*)`")
+
+// DocTests checks that tests which the documentation names in backquotes exist, under that name.
+func DocTests(files []File) (problems []string) {
+	known := make(map[string]bool)
+	for _, f := range files {
+		if f.AST == nil || !f.isTest() {
+			continue
+		}
+		for _, d := range f.AST.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil {
+				known[fn.Name.Name] = true
+			}
+		}
+	}
+	for _, f := range files {
+		if path.Ext(f.Path) != ".md" {
+			continue
+		}
+		for i, line := range strings.Split(string(f.Source), "\n") {
+			for _, m := range testNamed.FindAllStringSubmatch(line, -1) {
+				if !known[m[1]] {
+					problems = append(problems, fmt.Sprintf("%s:%d: there is no test %s", f.Path, i+1, m[1]))
+				}
+			}
+		}
+	}
+	return problems
+}

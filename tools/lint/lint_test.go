@@ -21,6 +21,7 @@ func TestEveryRuleTested(t *testing.T) { report(t, RuleTests(tree(t), later)) }
 func TestFileLengths(t *testing.T)     { report(t, FileLengths(tree(t))) }
 func TestLocalPaths(t *testing.T)      { report(t, LocalPaths(tree(t))) }
 func TestInterrupts(t *testing.T)      { report(t, Interrupts(tree(t))) }
+func TestDocTests(t *testing.T)        { report(t, DocTests(tree(t))) }
 
 //go:generate go test -run ^TestRuleTable$ -update .
 
@@ -198,6 +199,9 @@ func TestChecksBite(t *testing.T) {
 		{"EINTR in another function", Interrupts, "shared/a/a.go", "package a\nvar e = unix.EINTR\nfunc f() error { _, err := unix.Poll(nil, 0); return err }", "a.go:3: unix.Poll"},
 		{"poll whose error is dropped", Interrupts, "shared/a/a.go", "package a\nfunc f() int { n, _ := unix.Poll(nil, 0); return n }", ""},
 		{"a poll of ours", Interrupts, "shared/a/a.go", "package a\nfunc f() error { return q.Poll(0) }", ""},
+
+		{"test that a document names", DocTests, "docs/a.md", "\nheld by `TestX`", "docs/a.md:2: there is no test TestX"},
+		{"names of other things", DocTests, "docs/a.md", "`Testing` and `TestX(t)`, TestX", ""},
 
 		{"path: binary", LocalPaths, "a.bin", "\x00 " + root, ""},
 	} {
