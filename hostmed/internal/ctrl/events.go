@@ -15,7 +15,7 @@ import (
 // the page has told.
 
 // aerLimit is how many Asynchronous Event Requests may be outstanding (AERL + 1).
-const aerLimit = 4
+const aerLimit = 16
 
 const eventTypes = 8
 

@@ -25,7 +25,7 @@ func TestIdentifyController(t *testing.T) {
 	if id.OACS != nvme.OACSDoorbellBuf|nvme.OACSLBAStatus || id.ONCS != ioCommands|nvme.ONCSSaveSelect|nvme.ONCSTimestamp || id.OCFS != 1 || id.FUSES != 1 || id.ACWU.Count() != 16 || id.AWUN != 0 || id.AWUPF != 0 {
 		t.Errorf("OACS %#x ONCS %#x", id.OACS, id.ONCS)
 	}
-	if id.ACL.Count() != 4 || id.AERL.Count() != 4 || id.ELPE.Count() != 64 || id.FRMW != 3 || id.VWC&nvme.VWCPresent == 0 {
+	if id.ACL.Count() != 4 || id.AERL.Count() != 16 || id.ELPE.Count() != 64 || id.FRMW != 3 || id.VWC&nvme.VWCPresent == 0 {
 		t.Errorf("ACL %v AERL %v ELPE %v FRMW %#x VWC %#x", id.ACL, id.AERL, id.ELPE, id.FRMW, id.VWC)
 	}
 	if s, ok := id.Shadowbell(); !ok || s.Caps != nvme.ShadowbellQuiet {
