@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Kind says where a namespace's bytes are.
@@ -34,11 +35,11 @@ nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,vendor][,readonly]
                                              an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
                                              poll: by its poll queues; nopin: guest memory is not pinned; vendor: the
                                              guest may send the device's vendor specific admin commands
-vfio:ADDRESS[,nsid=N][,offset=SIZE][,size=SIZE][,queues=N][,poll][,readonly]
+vfio:ADDRESS[,nsid=N][,offset=SIZE][,size=SIZE][,queues=N][,poll][,timeout=TIME][,readonly]
                                              a namespace, or a slice of one, of the NVMe device at a PCI address, as
                                              0000:01:00.0, which vfio-pci has: hostmed drives it, for all that name it;
                                              queues: so many of its queue pairs are for this SPEC alone; poll: no
-                                             interrupts
+                                             interrupts; timeout: commands that take longer are aborted, 10s if not given
 fault:RULE[,RULE...][,seed=N],over=SPEC      another SPEC with faults, to test drivers: nothing to keep data on
 SIZE is in bytes or has a suffix KiB, MiB, GiB, TiB (or K, M, G, T). lba is a power of two from 512 to 65536
 bytes, 512 if not given. A comma in PATH is written twice.
@@ -57,6 +58,9 @@ const (
 	defaultLBA = 512
 	minLBA     = 512
 	maxLBA     = 1 << MaxLBAShift
+
+	minTimeout = 100 * time.Millisecond
+	maxTimeout = 10 * time.Minute
 )
 
 // Spec is a parsed namespace specification.
@@ -66,13 +70,14 @@ type Spec struct {
 	Size     uint64 // bytes, a multiple of LBA; 0: not given
 	LBA      uint32 // bytes; 0: the device's
 	ReadOnly bool
-	Offset   uint64 // bytes, where a slice begins
-	NSID     uint32 // of the device's namespace; 0: its only one
-	Queues   int    // queue pairs that are reserved
-	Poll     bool   // by the device's poll queues
-	NoPin    bool   // guest memory is not registered with the kernel
-	Vendor   bool   // vendor specific admin commands go to the device
-	Faults   string // rules of fault:, as written; empty: none
+	Offset   uint64        // bytes, where a slice begins
+	NSID     uint32        // of the device's namespace; 0: its only one
+	Queues   int           // queue pairs that are reserved
+	Timeout  time.Duration // of each command at the device; 0: not given
+	Poll     bool          // by the device's poll queues
+	NoPin    bool          // guest memory is not registered with the kernel
+	Vendor   bool          // vendor specific admin commands go to the device
+	Faults   string        // rules of fault:, as written; empty: none
 
 	// UnsafeNoIOMMU takes a device for vfio: that no IOMMU keeps from all memory of the machine, too. It is the operator's to say, not a SPEC's.
 	UnsafeNoIOMMU bool
@@ -124,6 +129,14 @@ var (
 		s.Queues = int(n)
 		return nil
 	}}
+	optTimeout = option{"timeout", "10s", func(s *Spec, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < minTimeout || d > maxTimeout {
+			return fmt.Errorf("timeout=%s is no time from %v to %v: less than the guest's own patience is right, which is 30s with Linux", v, minTimeout, maxTimeout)
+		}
+		s.Timeout = d
+		return nil
+	}}
 	optOffset = option{"offset", "1GiB", func(s *Spec, v string) (err error) {
 		s.Offset, err = ParseSize(v)
 		return err
@@ -143,7 +156,7 @@ var syntaxes = map[Kind]syntax{
 	KindFile:  {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
 	KindBlock: {path: "/dev/nvme0n1p3", ownLBA: true, options: []option{optLBA, optPoll, optNoPin, optReadOnly}},
 	KindNVMe:  {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
-	KindVFIO:  {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optReadOnly}},
+	KindVFIO:  {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optTimeout, optReadOnly}},
 }
 
 // takes names the options of x.
@@ -347,6 +360,9 @@ func (s Spec) String() string {
 	}
 	if s.Queues != 0 {
 		fmt.Fprintf(&b, "%squeues=%d", sep, s.Queues)
+	}
+	if s.Timeout != 0 {
+		fmt.Fprintf(&b, "%stimeout=%v", sep, s.Timeout)
 	}
 	for _, f := range []struct {
 		on   bool

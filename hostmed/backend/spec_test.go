@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
@@ -12,18 +13,19 @@ import (
 
 func TestParseSpec(t *testing.T) {
 	for in, want := range map[string]Spec{
-		"null:size=1GiB":                 {Kind: KindNull, Size: 1 << 30, LBA: 512},
-		"null:size=1GiB,lba=4096":        {Kind: KindNull, Size: 1 << 30, LBA: 4096},
-		"mem:lba=64KiB,size=2m":          {Kind: KindMem, Size: 2 << 20, LBA: 65536},
-		"mem:size=4096":                  {Kind: KindMem, Size: 4096, LBA: 512},
-		"file:/a/b.img":                  {Kind: KindFile, Path: "/a/b.img", LBA: 512},
-		"file:c:d=e,size=10GiB,readonly": {Kind: KindFile, Path: "c:d=e", Size: 10 << 30, LBA: 512, ReadOnly: true},
-		"file:a,,b,,,lba=4k,size=1T":     {Kind: KindFile, Path: "a,b,", LBA: 4096, Size: 1 << 40},
-		"file:rel with space,readonly":   {Kind: KindFile, Path: "rel with space", LBA: 512, ReadOnly: true},
-		"null:size=9223372036854775296":  {Kind: KindNull, Size: 1<<63 - 512, LBA: 512},
-		"file:x,size=3TiB,lba=65536":     {Kind: KindFile, Path: "x", Size: 3 << 40, LBA: 65536},
-		"null:size=1MiB,lba=4KiB":        {Kind: KindNull, Size: 1 << 20, LBA: 4096},
-		"vfio:0000:01:00.0":              {Kind: KindVFIO, Path: "0000:01:00.0", LBA: 512},
+		"null:size=1GiB":                   {Kind: KindNull, Size: 1 << 30, LBA: 512},
+		"null:size=1GiB,lba=4096":          {Kind: KindNull, Size: 1 << 30, LBA: 4096},
+		"mem:lba=64KiB,size=2m":            {Kind: KindMem, Size: 2 << 20, LBA: 65536},
+		"mem:size=4096":                    {Kind: KindMem, Size: 4096, LBA: 512},
+		"file:/a/b.img":                    {Kind: KindFile, Path: "/a/b.img", LBA: 512},
+		"file:c:d=e,size=10GiB,readonly":   {Kind: KindFile, Path: "c:d=e", Size: 10 << 30, LBA: 512, ReadOnly: true},
+		"file:a,,b,,,lba=4k,size=1T":       {Kind: KindFile, Path: "a,b,", LBA: 4096, Size: 1 << 40},
+		"file:rel with space,readonly":     {Kind: KindFile, Path: "rel with space", LBA: 512, ReadOnly: true},
+		"null:size=9223372036854775296":    {Kind: KindNull, Size: 1<<63 - 512, LBA: 512},
+		"file:x,size=3TiB,lba=65536":       {Kind: KindFile, Path: "x", Size: 3 << 40, LBA: 65536},
+		"null:size=1MiB,lba=4KiB":          {Kind: KindNull, Size: 1 << 20, LBA: 4096},
+		"vfio:0000:01:00.0":                {Kind: KindVFIO, Path: "0000:01:00.0", LBA: 512},
+		"vfio:0000:01:00.0,timeout=1500ms": {Kind: KindVFIO, Path: "0000:01:00.0", LBA: 512, Timeout: 1500 * time.Millisecond},
 		"vfio:01:00.0,nsid=3,offset=1M,size=4k,queues=2,poll,readonly": {
 			Kind: KindVFIO, Path: "01:00.0", LBA: 512, NSID: 3, Offset: 1 << 20, Size: 4096, Queues: 2, Poll: true, ReadOnly: true,
 		},
@@ -57,6 +59,9 @@ func TestParseSpecSaysWhatIsWrongAndWhatWouldBeRight(t *testing.T) {
 		"mem:size=99999999999999999999": {"too large"},
 		"mem:size=1000":                 {"not a multiple", "lba=512", "1024"},
 		"mem:size=1G,size=2G":           {"size is given twice"},
+		"vfio:01:00.0,timeout=10":       {"timeout=10 is no time", "100ms to 10m0s"},
+		"vfio:01:00.0,timeout=1h":       {"timeout=1h is no time"},
+		"nvme:/dev/ng0n1,timeout=10s":   {"no option of nvme"},
 		"mem:size=1G,lba=1000":          {"lba=1000", "power of two from 512 to 65536"},
 		"mem:size=1G,lba=256":           {"power of two"},
 		"mem:size=1G,lba=128KiB":        {"power of two"},

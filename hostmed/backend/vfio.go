@@ -43,7 +43,7 @@ func openVFIO(s Spec) (_ Backend, err error) {
 	say := func(err error) error { return fmt.Errorf("namespace vfio:%s: %w", s.Path, err) }
 	ctx, cancel := context.WithTimeout(context.Background(), vfioPatience)
 	defer cancel()
-	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Logger: hclog.Default().Named("vfio"), UnsafeNoIOMMU: s.UnsafeNoIOMMU})
+	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Timeout: s.Timeout, UnsafeNoIOMMU: s.UnsafeNoIOMMU, Logger: hclog.Default().Named("vfio")})
 	if err != nil {
 		return nil, say(err)
 	}

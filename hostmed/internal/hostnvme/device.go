@@ -34,7 +34,7 @@ const (
 	DefaultResetTimeout = 30 * time.Second
 )
 
-// Options are what Open can be told. Those of the first Open of an address count.
+// Options are what Open can be told. Those of the first Open of an address count; another Timeout is then refused.
 type Options struct {
 	// Queues is how many I/O queue pairs the controller is asked for; 0: DefaultQueues.
 	Queues int

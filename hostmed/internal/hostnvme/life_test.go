@@ -321,6 +321,11 @@ func TestAddressIsOpenedOnce(t *testing.T) {
 	if err != nil || again != d || m.opens != 1 {
 		t.Fatalf("another device: %v, %d opens", err, m.opens)
 	}
+	other := quick()
+	other.Timeout += time.Second
+	if _, err := OpenOn(context.Background(), m, "0000:01:00.0", other); err == nil || !strings.Contains(err.Error(), "say the same for all") {
+		t.Errorf("another timeout: %v", err)
+	}
 	if err := again.Close(); err != nil || d.Err() != nil {
 		t.Fatalf("%v, %v", err, d.Err())
 	}

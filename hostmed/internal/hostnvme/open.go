@@ -57,9 +57,16 @@ func OpenOn(ctx context.Context, m Machine, address string, o Options) (*Device,
 	devices.mu.Lock()
 	d := devices.open[address]
 	if d != nil {
-		d.refs++
+		if o.Timeout > 0 && o.Timeout != d.opts.Timeout {
+			err = fmt.Errorf("%s: a timeout of %v, and the device is in use with one of %v: say the same for all of its namespaces", address, o.Timeout, d.opts.Timeout)
+		} else {
+			d.refs++
+		}
 	}
 	devices.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
 	if d != nil {
 		return d, nil
 	}
