@@ -42,7 +42,8 @@ type mux struct {
 	failed  nvme.Status     // of all requests, once the device is gone for good
 	resumed time.Time       // when it last was
 	out     [32]queue.Completion
-	counts  Counts
+	rings   uint64 // MMIO writes of q that have been counted
+	counts  Counts // of no queue in particular, and of those that are closed
 }
 
 // phases are, for each CQE, the word that has its phase.
@@ -57,9 +58,10 @@ type slot struct {
 	tries  uint8         // see maxTries
 }
 
-// Counts are what a pair has done.
+// Counts are what was done for one queue, or for all.
 type Counts struct {
 	Commands  uint64 // device commands submitted
+	Native    uint64 // of those, the guest's own, that the device does itself (Command)
 	Mapped    uint64 // of those with data, those whose data the device moves to or from guest memory
 	Bounced   uint64 // those whose data is copied
 	Full      uint64 // requests that had to wait for a slot or a buffer
@@ -74,6 +76,7 @@ type Counts struct {
 
 func (c *Counts) add(o *Counts) {
 	c.Commands += o.Commands
+	c.Native += o.Native
 	c.Mapped += o.Mapped
 	c.Bounced += o.Bounced
 	c.Full += o.Full
@@ -118,7 +121,7 @@ func (p *mux) open(hw *Pair) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.hw, p.q = hw, hw.Q
+	p.hw, p.q, p.rings = hw, hw.Q, 0
 	p.cmds, p.slots = make([]nvme.Command, n), make([]slot, n)
 	p.zeroes, p.bounce = zeroes, bounce
 	p.posted.Store(&posted)
@@ -169,7 +172,10 @@ func (p *mux) issue(r *Request) bool {
 		}
 		s.req, s.tries = r, 0
 		p.q.Push(i, &p.cmds[i])
-		p.counts.Commands++
+		r.q.counts.Commands++
+		if r.Op == Command {
+			r.q.counts.Native++
+		}
 		r.out++
 		r.begun = true
 		if r.left > 0 {
@@ -232,7 +238,7 @@ func (p *mux) transfer(r *Request, i uint16, s *slot) (uint64, nvme.Status) {
 	hints(cmd, r)
 	n := sl.piece(r, sl.MaxTransfer)
 	if got := r.q.point(cmd, r.Vec, r.at, n, p.list(i)); got > 0 {
-		p.counts.Mapped++
+		r.q.counts.Mapped++
 		sl.blocks(cmd, r, got)
 		return got, nvme.StatusSuccess
 	}
@@ -250,7 +256,7 @@ func (p *mux) transfer(r *Request, i uint16, s *slot) (uint64, nvme.Status) {
 	p.bounce = p.bounce[:last]
 	s.bounce, s.at, s.n = b, r.at, n
 	pointAt(cmd, b.pages, devicePage, n, p.list(i))
-	p.counts.Bounced++
+	r.q.counts.Bounced++
 	sl.blocks(cmd, r, n)
 	return n, nvme.StatusSuccess
 }
@@ -344,7 +350,7 @@ func (p *mux) reap() {
 	}
 	if len(p.waiting) > 0 {
 		p.pump()
-		p.publish()
+		p.publish(&p.counts)
 	}
 }
 
@@ -369,12 +375,23 @@ func (p *mux) pump() {
 	}
 }
 
-// publish shows the device what was issued. mu is held.
-func (p *mux) publish() {
-	p.counts.Batches++
+// publish shows the device what was issued, and counts that in c. mu is held.
+func (p *mux) publish(c *Counts) {
+	c.Batches++
 	if err := p.q.Publish(); err != nil {
 		p.broken(err)
 	}
+	p.rang(c)
+}
+
+// rang counts the MMIO writes that have not been counted yet. mu is held.
+func (p *mux) rang(c *Counts) {
+	if p.q == nil {
+		return
+	}
+	n := p.q.Rings()
+	c.Doorbells += n - p.rings
+	p.rings = n
 }
 
 // broken stops the pair until its device was reset. mu is held.

@@ -189,6 +189,7 @@ func (s *Pairs) open(p *mux, polled bool) error {
 func (p *mux) shut() error {
 	p.mu.Lock()
 	hw := p.hw
+	p.rang(&p.counts)
 	p.hw, p.q = nil, nil
 	p.mu.Unlock()
 	if hw == nil {
@@ -261,6 +262,7 @@ func (s *Pairs) leave(q *Queue) {
 	p.users = slices.DeleteFunc(p.users, func(x *Queue) bool { return x == q })
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.counts.add(&q.counts)
 	p.woken = slices.DeleteFunc(p.woken, func(x *Queue) bool { return x == q })
 	listened := slices.ContainsFunc(p.users, func(x *Queue) bool { return x.home })
 	sleepers := slices.ContainsFunc(p.users, func(x *Queue) bool { return !x.polled })
@@ -307,9 +309,10 @@ func (s *Pairs) Counts() (c Counts, used int) {
 	defer s.mu.Unlock()
 	for _, p := range s.all {
 		p.mu.Lock()
+		p.rang(&p.counts)
 		c.add(&p.counts)
-		if p.q != nil {
-			c.Doorbells += p.q.Rings()
+		for _, q := range p.users {
+			c.add(&q.counts)
 		}
 		p.mu.Unlock()
 		if len(p.users) > 0 {

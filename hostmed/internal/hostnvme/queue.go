@@ -30,9 +30,10 @@ type Queue struct {
 	memory   []block // that Memory was told of
 
 	// mu of the pair:
-	line  requests // wait for room in the pair
-	ready requests // done
-	wake  bool     // it is in woken
+	line   requests // wait for room in the pair
+	ready  requests // done
+	wake   bool     // it is in woken
+	counts Counts
 
 	// some says, to who only looks, that something was left ready when mu was last let go of.
 	some atomic.Bool
@@ -97,7 +98,7 @@ func (q *Queue) Put(r *Request) {
 	}
 	switch {
 	case p.failed != nvme.StatusSuccess:
-		p.counts.Failed++
+		q.counts.Failed++
 		r.Status = p.failed
 		p.finish(r)
 		return
@@ -110,7 +111,7 @@ func (q *Queue) Put(r *Request) {
 	if !p.paused && len(p.waiting) == 0 && p.issue(r) {
 		return
 	}
-	p.counts.Full++
+	q.counts.Full++
 	r.waits = true
 	if q.line.push(r); q.line.first == r {
 		p.waiting = append(p.waiting, q)
@@ -124,7 +125,7 @@ func (q *Queue) Commit() {
 		if len(p.waiting) > 0 {
 			p.pump()
 		}
-		p.publish()
+		p.publish(&q.counts)
 	}
 	p.wakeOthers(q, true)
 	p.mu.Unlock()
@@ -144,6 +145,13 @@ func (q *Queue) Do(x Request) nvme.Status {
 	st := r.Status
 	q.Free(r)
 	return st
+}
+
+// Counts is what was done for q so far. Any goroutine may ask.
+func (q *Queue) Counts() Counts {
+	q.pair.mu.Lock()
+	defer q.pair.mu.Unlock()
+	return q.counts
 }
 
 // Inflight is how many requests were put and not reaped.
@@ -212,7 +220,7 @@ func (p *mux) wakeOthers(by *Queue, back bool) {
 			continue
 		}
 		if q.fd >= 0 {
-			p.counts.Kicks++
+			q.counts.Kicks++
 			signal(q.fd)
 		}
 	}

@@ -61,6 +61,9 @@ func TestDataComesAndGoes(t *testing.T) {
 			if (n.Bounced != 0) == c.mapped || (n.Mapped != 0) != c.mapped || n.Commands < 16 {
 				t.Fatalf("%+v", n)
 			}
+			if own := q.Counts(); own.Commands != n.Commands || own.Mapped != n.Mapped || own.Bounced != n.Bounced || own.Native != 0 {
+				t.Fatalf("%+v, and of all queues %+v", own, n)
+			}
 			if (q.EventFD() < 0) != c.polled {
 				t.Fatalf("eventfd %d", q.EventFD())
 			}
@@ -361,7 +364,7 @@ func TestTurns(t *testing.T) {
 	}
 	p := greedy.pair
 	p.mu.Lock()
-	issued := p.counts.Commands
+	issued := greedy.counts.Commands + modest.counts.Commands
 	p.mu.Unlock()
 	greedy.wait(t, 1000)
 	if issued == 1001 {

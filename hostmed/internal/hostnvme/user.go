@@ -80,7 +80,7 @@ func (p *mux) Resume() {
 		if s.req != nil {
 			if s.tries += try; s.tries <= maxTries {
 				p.q.Push(uint16(i), &p.cmds[i])
-				p.counts.Reissued++
+				s.req.q.counts.Reissued++
 				continue
 			}
 			p.drop(s, nvme.StatusInternalError)
@@ -88,7 +88,7 @@ func (p *mux) Resume() {
 		p.q.Cancel(uint16(i))
 	}
 	p.pump()
-	p.publish()
+	p.publish(&p.counts)
 	p.wakeOthers(nil, false)
 }
 
@@ -107,17 +107,18 @@ func (p *mux) drop(s *slot, st nvme.Status) {
 func (p *mux) Fail(error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.rang(&p.counts)
 	p.failed, p.paused, p.q = failure, true, nil
 	p.posted.Store(nil)
 	for i := range p.slots {
 		if s := &p.slots[i]; s.req != nil {
-			p.counts.Failed++
+			s.req.q.counts.Failed++
 			p.drop(s, failure)
 		}
 	}
 	for _, q := range p.waiting {
 		for r := q.line.pop(); r != nil; r = q.line.pop() {
-			p.counts.Failed++
+			q.counts.Failed++
 			r.waits = false
 			r.fail(failure)
 			p.finish(r)
