@@ -307,6 +307,7 @@ func (b *block) NewQueue() (Queue, error) {
 		q.fixed.ring = r
 	}
 	if !b.spec.Poll {
+		b.tally.join(q, q.counts.get)
 		return q, nil
 	}
 	aux, err := uring.New(uring.Config{Entries: sqEntries, CQEntries: cqEntries, CoopTaskrun: true})
@@ -320,8 +321,12 @@ func (b *block) NewQueue() (Queue, error) {
 		return nil, say(err, aux, r)
 	}
 	q.aux = aux
+	b.tally.join(q, q.counts.get)
 	return q, nil
 }
+
+// Counts is Counted's.
+func (b *block) Counts() Counts { return b.tally.Counts() }
 
 // Warnings is what the operator should know.
 func (b *block) Warnings() (list []string) {

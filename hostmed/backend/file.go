@@ -50,6 +50,7 @@ type file struct {
 
 	noPunch, noZero atomic.Bool // the file system turned out not to have it
 	noDiscard       atomic.Bool // the same of the device's own discard; files have none
+	tally           tally
 	syncFailed      atomic.Bool // fdatasync failed: data may be lost, and the kernel says so only once
 }
 

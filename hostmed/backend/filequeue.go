@@ -82,6 +82,7 @@ type fileQueue struct {
 
 	fixed  registered // block devices only
 	bounce bounceBuffers
+	counts ringCounts
 	cqes   [64]uring.CQE
 }
 
@@ -176,6 +177,7 @@ func (q *fileQueue) Reap(done []*Request) int {
 		}
 	}
 	q.inflight -= n
+	q.counts.publish()
 	return n
 }
 
@@ -211,6 +213,7 @@ func (q *fileQueue) begin(r *Request) {
 		return
 	}
 	if !q.hasSlot() {
+		q.counts.fresh.Waited++
 		q.waiting.push(r)
 		return
 	}
@@ -218,6 +221,7 @@ func (q *fileQueue) begin(r *Request) {
 	s := &q.slots[i]
 	*s = slot{req: r, vec: s.vec[:0], bounce: noBounce, stage: st}
 	if st == stageTransfer && q.b.direct && !q.b.fits(r.Vec) && !q.bounce.get(i, s) {
+		q.counts.fresh.Waited++
 		return // in line for a buffer
 	}
 	q.push(i)
@@ -314,6 +318,7 @@ func (q *fileQueue) push(i uint32) {
 	}
 	e.UserData = uint64(i)
 	q.inRing++
+	q.counts.gave(s.tries > 0)
 }
 
 func (q *fileQueue) transfer(e *uring.SQE, s *slot, off, left uint64) {
@@ -451,6 +456,9 @@ func (q *fileQueue) moved(i uint32, e unix.Errno, n uint64) {
 		q.ended(i, e)
 		return
 	}
+	if s.stage == stageTransfer {
+		q.counts.moved(s.bounce != noBounce)
+	}
 	s.moved += min(n, r.Len-s.moved)
 	if s.moved < r.Len {
 		s.tries = 0
@@ -540,6 +548,7 @@ func (q *fileQueue) Close() error {
 			time.Sleep(time.Millisecond) // short of memory
 		}
 	}
+	q.b.tally.leave(q)
 	if q.aux != nil {
 		return errors.Join(q.aux.Close(), q.ring.Close())
 	}

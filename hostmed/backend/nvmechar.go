@@ -28,6 +28,7 @@ import (
 
 // nvmeChar is the backend of a character device. Everything in it that changes while a queue is open is atomic.
 type nvmeChar struct {
+	tally
 	info Info
 	id   identity
 	spec Spec

@@ -175,6 +175,11 @@ func (b *nvmeChar) pieces(r *Request) bool {
 	return r.Op != OpFlush && (r.Op != OpCommand || r.Cmd.Opcode == nvme.IOCompare)
 }
 
+// movesData says whether r has memory of the guest's.
+func (b *nvmeChar) movesData(r *Request) bool {
+	return r.Op == OpRead || r.Op == OpWrite || r.Op == OpCommand && len(r.Vec) > 0 && r.Cmd.Opcode != nvme.IODSM && r.Cmd.Opcode != nvme.IOCopy
+}
+
 // piece returns how many bytes of r from at on the device takes in one command.
 func (b *nvmeChar) piece(r *Request, at uint64) uint64 {
 	left := r.Len - at

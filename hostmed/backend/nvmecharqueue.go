@@ -73,6 +73,7 @@ type charQueue struct {
 	bounce []byte
 	idle   []int8       // bounce buffers
 	lined  fifo[uint32] // slots that wait for one
+	counts ringCounts
 	cqes   [64]uring.WideCQE
 }
 
@@ -88,6 +89,7 @@ func (b *nvmeChar) NewQueue() (Queue, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("namespace %s: %w", b.info.Name, err), r.Close())
 	}
+	b.join(q, q.counts.get)
 	return q, nil
 }
 
@@ -155,6 +157,7 @@ func (q *charQueue) Reap(done []*Request) int {
 		}
 	}
 	q.inflight -= n
+	q.counts.publish()
 	return n
 }
 
@@ -176,6 +179,7 @@ func (q *charQueue) cutUp(r *Request) {
 	for {
 		if !q.hasSlot() {
 			r.Priv[0]--
+			q.counts.fresh.Waited++
 			q.waiting.push(r)
 			return
 		}
@@ -242,6 +246,10 @@ func (q *charQueue) push(i uint32) {
 	}
 	e.UserData = uint64(i)
 	q.inRing++
+	q.counts.gave(s.tries > 0)
+	if s.req.Op == OpCommand && s.tries == 0 {
+		q.counts.fresh.Native++
+	}
 }
 
 // data gives command c of slot i its memory.
@@ -368,6 +376,9 @@ func (q *charQueue) again(i uint32, most uint8) bool {
 // moved goes on after the command of slot i.
 func (q *charQueue) moved(i uint32, st nvme.Status, dw0 uint32) {
 	s := &q.slots[i]
+	if st.OK() && q.b.movesData(s.req) {
+		q.counts.moved(s.bounce != noBounce)
+	}
 	if st.OK() && s.bounce != noBounce && s.req.Op == OpRead && shm.Guard(func() { q.empty(s) }) != nil {
 		st = nvme.StatusDataTransferError
 	}
@@ -442,6 +453,7 @@ func (q *charQueue) Close() error {
 			time.Sleep(time.Millisecond) // short of memory
 		}
 	}
+	q.b.leave(q)
 	return errors.Join(q.ring.Close(), unix.Munmap(q.ranges))
 }
 
@@ -457,6 +469,7 @@ func (q *charQueue) through(i uint32) {
 		}
 	}
 	if len(q.idle) == 0 {
+		q.counts.fresh.Waited++
 		q.lined.push(i)
 		return
 	}

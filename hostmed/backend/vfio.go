@@ -21,6 +21,7 @@ import (
 //	vfio.go        opening, and what is shown of the device
 //	vfioqueue.go   the way of a request
 type vfio struct {
+	tally
 	spec  Spec
 	info  Info
 	id    identity
@@ -268,12 +269,12 @@ func (b *vfio) Resize() error {
 	if shift := ns.Format().LBADS; shift != b.info.LBAShift {
 		return say(fmt.Errorf("its blocks are of 2^%d bytes now, not %d: start hostmed again", shift, b.info.LBASize()))
 	}
-	was := *b
+	slice, info := b.slice, b.info
 	if err = b.take(); err == nil {
 		err = vfioSlices.grow(b.held, b.spec.Offset+b.info.Size())
 	}
 	if err != nil {
-		b.slice, b.info = was.slice, was.info
+		b.slice, b.info = slice, info
 		return say(err)
 	}
 	return nil

@@ -3,7 +3,10 @@ package backend
 import "github.com/shadowbell/shadowbell/hostmed/internal/hostnvme"
 
 // vfioQueue is a worker's way to a device that this process has.
-type vfioQueue struct{ *hostnvme.Queue }
+type vfioQueue struct {
+	*hostnvme.Queue
+	b *vfio
+}
 
 func (b *vfio) NewQueue() (Queue, error) { return b.NewQueueFor(nil) }
 
@@ -13,7 +16,9 @@ func (b *vfio) NewQueueFor(owner any) (Queue, error) {
 	if err != nil {
 		return nil, err
 	}
-	return vfioQueue{q}, nil
+	v := vfioQueue{q, b}
+	b.join(v, v.counts)
+	return v, nil
 }
 
 func (b *vfio) open(owner any, poll bool) (*hostnvme.Queue, error) {
@@ -31,6 +36,19 @@ func (q vfioQueue) Submit(reqs, done []*Request) int {
 	}
 	q.Commit()
 	return q.give(q.Collect(len(done)), done)
+}
+
+func (q vfioQueue) counts() Counts {
+	c := q.Counts()
+	return Counts{
+		Commands: c.Commands, Native: c.Native, Mapped: c.Mapped, Bounced: c.Bounced, Waited: c.Full, Repeated: c.Reissued, Failed: c.Failed, Doorbells: c.Doorbells,
+	}
+}
+
+// Close is Queue's.
+func (q vfioQueue) Close() error {
+	defer q.b.leave(q)
+	return q.Queue.Close()
 }
 
 func (q vfioQueue) Reap(done []*Request) int { return q.give(q.Queue.Reap(len(done)), done) }
