@@ -151,7 +151,13 @@ func (m *Mediator) SetNamespaceLimits(nqn string, nsid uint32, l Limits) error {
 type NamespaceStats struct {
 	Throttled    uint64        // commands that limits, the namespace's or a controller's, held back
 	ThrottledFor time.Duration // the sum of how long
+	// Medium is what the medium was asked to do, and whether data was copied. It stays zero for those that hostmed moves the data of itself: null:,
+	// mem: and file:.
+	Medium MediumCounts
 }
+
+// MediumCounts is what a namespace's medium was asked to do since it was opened.
+type MediumCounts = backend.Counts
 
 // NamespaceStats returns the counters of namespace nsid of the subsystem nqn.
 func (m *Mediator) NamespaceStats(nqn string, nsid uint32) (NamespaceStats, error) {
@@ -161,8 +167,16 @@ func (m *Mediator) NamespaceStats(nqn string, nsid uint32) (NamespaceStats, erro
 	if err != nil {
 		return NamespaceStats{}, err
 	}
+	return namespaceStats(n), nil
+}
+
+func namespaceStats(n *subsys.Namespace) NamespaceStats {
 	commands, ns := n.Limiter().Held()
-	return NamespaceStats{Throttled: commands, ThrottledFor: time.Duration(ns)}, nil
+	s := NamespaceStats{Throttled: commands, ThrottledFor: time.Duration(ns)}
+	if c, ok := backend.Plain(n.Medium().Backend).(backend.Counted); ok {
+		s.Medium = c.Counts()
+	}
+	return s
 }
 
 // namespace is called with mu held.

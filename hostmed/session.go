@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -395,13 +394,7 @@ func (s *session) tearDown() {
 	if s.disp != nil && !s.disp.Negotiated() && errors.Is(why, vfiouser.ErrProtocol) {
 		why = fmt.Errorf("%w (%w)", errVersion, why)
 	}
-	args := []any{"reason", why, "reads", did.Reads, "writes", did.Writes, "errors", did.Errors, "mmio_per_io", strconv.FormatFloat(did.MMIO(), 'g', 2, 64)}
-	if did.Throttled > 0 {
-		args = append(args, "throttled", did.Throttled, "throttled_for", did.ThrottledFor)
-	}
-	if did.Costs.Translate.Commands > 0 {
-		args = append(args, "ns_per_io", did.Costs.String())
-	}
+	args := append([]any{"reason", why}, fields(did)...)
 	switch {
 	case errors.Is(why, io.EOF), errors.Is(why, errShutdown):
 		s.log.Info("client disconnected", args...)

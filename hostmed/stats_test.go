@@ -42,6 +42,12 @@ func TestStats(t *testing.T) {
 	if d.Writes != commands || d.BytesWritten != commands*4096 || d.Others != 1 || d.Commands() != commands+1 || d.Reads != 0 || d.Errors != 0 {
 		t.Errorf("%+v", d)
 	}
+	if err := ns.Discard(t.Context(), 0, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := m.Stats(socket); err != nil || s.Emulated != 1 || s.Native != 0 { // memory knows no Dataset Management
+		t.Errorf("%+v, %v", s, err)
+	}
 	if d.SQDoorbells != commands+1 {
 		t.Errorf("%d SQ doorbells for %d commands, one after the other", d.SQDoorbells, commands+1)
 	}

@@ -45,7 +45,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestReloadOnSIGHUP: the file is read again; one that is wrong is logged, and the service goes on.
+// TestReloadOnSIGHUP: the file is read again; one that is wrong is logged, and the service goes on. SIGUSR1 has it say its counters.
 func TestReloadOnSIGHUP(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "hostmed.toml")
@@ -97,12 +97,16 @@ func TestReloadOnSIGHUP(t *testing.T) {
 		_, err := os.Lstat(filepath.Join(dir, name))
 		return err == nil
 	}
-	hup := func() {
-		if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+	send := func(s syscall.Signal) {
+		t.Helper()
+		if err := cmd.Process.Signal(s); err != nil {
 			t.Fatal(err)
 		}
 	}
+	hup := func() { send(syscall.SIGHUP) }
 	says("listening")
+	send(syscall.SIGUSR1)
+	says("counters: subsystem=")
 	write("a", "b")
 	hup()
 	says("reloaded")

@@ -29,6 +29,7 @@ Controllers that present one SPEC share it: they are one NVM subsystem, and each
 more than flags can: several subsystems, namespaces of some controllers only, identifiers; docs/hostmed.toml in the
 source is an example with every key. SIGHUP reads it again while clients work: controllers and namespaces come and go, guests are
 told. What cannot change is refused, and all stays as it was. SIGHUP also looks for files that have grown.
+SIGUSR1 writes the counters of every controller and namespace to the log.
 
 Examples
 

@@ -140,9 +140,9 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return cli.UsageError{Err: err}
 	}
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGHUP, syscall.SIGUSR1)
+	defer signal.Stop(asked)
 	m, err := hostmed.New(c)
 	if err != nil {
 		return cli.UsageError{Err: err}
@@ -152,8 +152,12 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) error {
 			select {
 			case <-ctx.Done():
 				return
-			case <-hup:
-				s.reload(m, c.Logger, out.Stderr)
+			case what := <-asked:
+				if what == syscall.SIGUSR1 {
+					m.LogStats()
+				} else {
+					s.reload(m, c.Logger, out.Stderr)
+				}
 			}
 		}
 	}()

@@ -86,6 +86,7 @@ type Stats struct {
 	BytesRead, BytesWritten uint64
 	Errors                  uint64
 	MediaErrors             uint64 // of those, what the medium could not do
+	Native, Emulated        uint64 // commands beyond read, write, flush and write zeroes: those that the medium did itself, and those that hostmed did
 	Interrupts              uint64
 	SQDoorbells             uint64 // that came as messages, each a VM exit in a guest; queue 0's not counted
 	CQDoorbells             uint64
@@ -115,11 +116,26 @@ func (s *Stats) count(r *request) {
 	case nvme.IOCompare:
 		s.Reads++
 		s.BytesRead += r.end
+		s.countWho(r)
 	case nvme.IOVerify: // data units, but no host command
 		s.Others++
 		s.BytesRead += r.end
+		s.countWho(r)
 	default:
 		s.Others++
+		s.countWho(r)
+	}
+}
+
+// countWho counts who has done r, where that is not always the medium.
+func (s *Stats) countWho(r *request) {
+	if r.step == native {
+		s.Native++
+		return
+	}
+	switch r.cmd.Opcode {
+	case nvme.IOCompare, nvme.IOVerify, nvme.IODSM, nvme.IOCopy, nvme.IOWriteUncorrectable:
+		s.Emulated++
 	}
 }
 
@@ -131,6 +147,8 @@ func (s *Stats) add(o Stats) {
 	s.BytesWritten += o.BytesWritten
 	s.Errors += o.Errors
 	s.MediaErrors += o.MediaErrors
+	s.Native += o.Native
+	s.Emulated += o.Emulated
 	s.Interrupts += o.Interrupts
 	s.Throttled += o.Throttled
 	s.ThrottledFor += o.ThrottledFor

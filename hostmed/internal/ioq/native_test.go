@@ -157,6 +157,9 @@ func TestNative(t *testing.T) {
 				}
 			}
 		}
+		if n := r.ctl.Stats(); n.Native != 8 || n.Emulated != 0 {
+			t.Errorf("%d commands by the medium, %d by hostmed; want 8 that succeeded, and none", n.Native, n.Emulated)
+		}
 		s.say(nvme.StatusSuccess)
 		p.do(vendor(0xfe, 1024))
 		if !bytes.Equal(r.get(dataOff, 4096), bytes.Repeat([]byte{9}, 4096)) {
