@@ -3,6 +3,8 @@ package backends
 import (
 	"context"
 	"fmt"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -96,6 +98,38 @@ func (m *mediator) stop(t *testing.T) {
 	if r, err := m.h.Exec(ctx, fmt.Sprintf("kill -TERM $(cat %[1]s) 2>/dev/null || exit 0; "+gone, m.pid)); err != nil || r.Exit != 0 {
 		t.Errorf("hostmed does not end: %v", err)
 	}
+}
+
+// saysAfter does something and waits until one more line of the log matches a basic regular expression, and returns it.
+func (m *mediator) saysAfter(t *testing.T, expression string, do func()) string {
+	t.Helper()
+	count := fmt.Sprintf("grep -c -- '%s' %s", expression, m.log)
+	before := strings.TrimSpace(m.h.Try(t, count).Stdout)
+	do()
+	m.h.until(t, "hostmed does not say "+expression, fmt.Sprintf("[ $(%s) -gt %s ]", count, before))
+	return m.h.Run(t, fmt.Sprintf("grep -- '%s' %s | tail -1", expression, m.log))
+}
+
+var numberInLog = regexp.MustCompile(`(\w+)=(\d+)\b`)
+
+// numbers are those of a line of the log, by name.
+func numbers(t *testing.T, line string) map[string]uint64 {
+	t.Helper()
+	all := map[string]uint64{}
+	for _, m := range numberInLog.FindAllStringSubmatch(line, -1) {
+		n, err := strconv.ParseUint(m[2], 10, 64)
+		if err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		all[m[1]] = n
+	}
+	return all
+}
+
+// counters are those of the only namespace.
+func (m *mediator) counters(t *testing.T) map[string]uint64 {
+	t.Helper()
+	return numbers(t, m.saysAfter(t, "counters: .*nsid=", func() { m.h.Run(t, "kill -USR1 $(cat "+m.pid+")") }))
 }
 
 // running says whether the process is there.
