@@ -55,6 +55,15 @@ func openVFIO(s Spec) (_ Backend, err error) {
 	return b, nil
 }
 
+// OverDevice is the backend of s over a device that is open, and that it closes.
+func OverDevice(s Spec, dev *hostnvme.Device) (Backend, error) {
+	b, err := newVFIO(s, dev)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
 // newVFIO takes a slice of dev.
 func newVFIO(s Spec, dev *hostnvme.Device) (_ *vfio, err error) {
 	b := &vfio{spec: s, dev: dev}

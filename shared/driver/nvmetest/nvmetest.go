@@ -33,6 +33,7 @@ type Config struct {
 	NoCache    bool     // there is no volatile write cache
 	Mapped     bool     // the doorbell page can be mapped, and is polled
 	Unsealed   bool     // with Serve and Mapped: in a file that can be shrunk
+	Manual     bool     // I/O queues are looked at by Step and nobody else; no interrupt is sent for them
 
 	Hooks
 }

@@ -51,7 +51,9 @@ func (d *Device) pass() (again bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, s := range d.sqs {
-		d.drain(s)
+		if !d.left(s) {
+			d.drain(s)
+		}
 	}
 	for _, c := range d.cqs {
 		if c.fresh {
@@ -59,7 +61,7 @@ func (d *Device) pass() (again bool) {
 		}
 	}
 	for _, s := range d.sqs {
-		if s.dead {
+		if s.dead || d.left(s) {
 			continue
 		}
 		if s.cq.ring.Free() == 0 {
@@ -69,6 +71,23 @@ func (d *Device) pass() (again bool) {
 		again = again || !s.tail.Arm(s.ring.Head())
 	}
 	return again
+}
+
+// left says whether s is left to Step.
+func (d *Device) left(s *sq) bool { return d.cfg.Manual && s.qid != 0 }
+
+// Step executes what is in the I/O queues of a Manual device, which polls: the driver is told not to ring.
+func (d *Device) Step() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range d.sqs {
+		if d.left(s) {
+			d.drain(s)
+			s.cq.fresh = false
+			s.tail.BehindNow(s.ring.Head())
+			s.cq.head.BehindNow(s.cq.ring.Head())
+		}
+	}
 }
 
 // drain executes the commands of one queue, as long as each has room for its completion (R9).
