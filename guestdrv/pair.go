@@ -74,7 +74,10 @@ type QueuePair struct {
 
 	// What Controller.Stats sees; it is brought up to date now and then.
 	completed uint64
-	seen      struct{ commands, rings, wakeups atomic.Uint64 }
+	seen      struct {
+		commands, rings, wakeups atomic.Uint64
+		polled                   atomic.Int64
+	}
 }
 
 // statsEvery is after how many commands Controller.Stats sees them.
@@ -361,6 +364,7 @@ func (p *QueuePair) tell() {
 	p.seen.commands.Store(p.completed)
 	p.seen.rings.Store(p.q.Rings())
 	p.seen.wakeups.Store(p.q.Wakeups)
+	p.seen.polled.Store(int64(p.q.Polled()))
 }
 
 // Close deletes the queues. Commands that are outstanding are aborted. It may be called more than once.

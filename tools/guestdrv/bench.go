@@ -57,7 +57,8 @@ The table's lines, and the fields of --json
     reads, writes ops             [{op,ios,errors,lat_ns}] the same for each kind of command
   MMIO writes     mmio_per_io     doorbell register writes: each is an exit, or a message
   wake-ups        wakeups_per_io  sleeps on the interrupt that ended
-  CPU             cpu_s_per_mio   {guest,host} seconds for a million commands; host is the server's process
+  CPU             cpu_s_per_mio   {guest,host,guest_polling} seconds for a million commands; host is the server's process, and
+                                  guest_polling the part of guest that looked in vain for completions
   errors          errors          commands that failed; verify_errors: blocks that were wrong
   trouble         trouble         {timeouts,aborts,resets} of the controller, if there was any
                   doorbells       shadow, mmap or mmio: what was in use; and rw, bs, qd, jobs, seconds

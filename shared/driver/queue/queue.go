@@ -121,6 +121,7 @@ type Queue struct {
 
 	// Wakeups counts sleeps on the interrupt that ended.
 	Wakeups uint64
+	looks   looks
 }
 
 type slot struct {

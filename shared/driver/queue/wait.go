@@ -44,16 +44,20 @@ func (q *Queue) Wait(ctx context.Context) error {
 			q.head.SetQuiet(true)
 		}
 		for {
-			for range spinsPerLook {
+			for i := range spinsPerLook {
 				if q.cq.Ready() {
+					q.looks.untimed += uint64(i)
+					q.looks.spent += q.clock - begin
 					q.budget.Earned(time.Duration(q.clock - begin))
 					return nil
 				}
 			}
+			q.looks.timed += spinsPerLook
 			if q.Stamp()-begin > limit {
 				break
 			}
 		}
+		q.looks.spent += q.clock - begin
 		q.budget.Failed()
 	}
 	for !q.cq.Ready() {
@@ -71,6 +75,22 @@ func (q *Queue) Wait(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// looks counts looks at the CQ that found nothing. Only every 64th of them has a look at the clock behind it.
+type looks struct {
+	timed, untimed uint64
+	spent          int64 // ns, for the timed ones
+}
+
+// Polled is the time that Wait has spent with looking in vain, as far as it can be told without a look at the clock for each: what was not timed took as long as what
+// was. A queue without an interrupt does not know.
+func (q *Queue) Polled() time.Duration {
+	l := &q.looks
+	if l.timed == 0 {
+		return 0
+	}
+	return time.Duration(float64(l.spent) * (1 + float64(l.untimed)/float64(l.timed)))
 }
 
 // pollOnly waits on a queue that has no interrupt.

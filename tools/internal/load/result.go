@@ -52,8 +52,9 @@ type Trouble struct {
 
 // CPU is user and system time in seconds for a million commands; nil: not known.
 type CPU struct {
-	Guest *float64 `json:"guest"`
-	Host  *float64 `json:"host"`
+	Guest   *float64 `json:"guest"`
+	Host    *float64 `json:"host"`
+	Polling *float64 `json:"guest_polling,omitempty"` // of Guest, what was spent with looking for completions in vain: an estimate
 }
 
 // Idle is what both sides cost while nothing is asked of them, in percent of one core.

@@ -185,6 +185,7 @@ type sample struct {
 	mmio, wakeups uint64
 	ops           []guestdrv.OpStats
 	guest, host   time.Duration
+	polling       time.Duration // of the guest's
 	hostKnown     bool
 }
 
@@ -193,6 +194,7 @@ func (l *Load) sample(o Observer) (s sample) {
 		st := j.q.Stats()
 		s.mmio += st.MMIOWrites
 		s.wakeups += st.Wakeups
+		s.polling += st.Polling
 		s.addOps(j.q.Ops())
 	}
 	s.guest = ownCPU()
@@ -283,6 +285,9 @@ func (l *Load) result(elapsed time.Duration, a, b sample) *Result {
 	if sum.ios > 0 {
 		guest := (b.guest - a.guest).Seconds() * 1e6 / float64(sum.ios)
 		r.CPU.Guest = &guest
+		if polling := (b.polling - a.polling).Seconds() * 1e6 / float64(sum.ios); polling > 0 {
+			r.CPU.Polling = &polling
+		}
 		if a.hostKnown && b.hostKnown {
 			host := (b.host - a.host).Seconds() * 1e6 / float64(sum.ios)
 			r.CPU.Host = &host
