@@ -2,6 +2,7 @@ package guestbench
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -42,7 +43,12 @@ type BackendFigure struct {
 	IOPS    float64 `json:"iops"`
 	P50     float64 `json:"p50_us"`
 	PerCore float64 `json:"iops_per_core"` // by the time that the host's CPUs were busy, with whatever
-	Costs   *Costs  `json:"costs_ns,omitempty"`
+	// CPU time for a command, in us: of guestdrv's process, of that what was not polling in vain, and of hostmed's process. 0: not known.
+	Guest     float64 `json:"guestdrv_us,omitempty"`
+	GuestBusy float64 `json:"guestdrv_busy_us,omitempty"`
+	Hostmed   float64 `json:"hostmed_us,omitempty"`
+	MMIO      float64 `json:"device_mmio_per_io"` // doorbell writes to the device, by guestdrv or hostmed; of the kernel's driver they are not known
+	Costs     *Costs  `json:"costs_ns,omitempty"`
 }
 
 // Costs is what hostmed's own samples say of a command, in ns.
@@ -52,6 +58,9 @@ type Costs struct {
 	Complete  float64 `json:"complete"`
 	Interrupt float64 `json:"interrupt"`
 }
+
+// Busy is all of them: what hostmed's worker does for a command, without what it polls in vain.
+func (c *Costs) Busy() float64 { return c.Translate + c.Submit + c.Complete + c.Interrupt }
 
 // BackendResult is one job on all backends: by round, then in the order of Backends.
 type BackendResult struct {
@@ -168,6 +177,7 @@ head -1 /proc/stat
 sleep %.1f
 head -1 /proc/stat
 wait $load || { cat /tmp/load.json /tmp/load.err >&2; exit 1; }
+[ -z "$hostmed" ] || { kill -USR1 $hostmed; until grep -q 'counters: .*nsid=' /tmp/hostmed.log; do sleep 0.05; done; }
 cat /tmp/load.json`, load, settle.Seconds(), window.Seconds())
 	if spec != "" {
 		script = fmt.Sprintf(`rm -f /tmp/bench.sock
@@ -201,6 +211,11 @@ trap 'kill $hostmed; wait $hostmed' EXIT
 		return f, err
 	}
 	f = BackendFigure{IOPS: figure.IOPS, P50: figure.P50, PerCore: figure.IOPS / (busy * float64(r.cfg.CPUs))}
+	if strings.HasPrefix(load, "guestdrv ") {
+		if err := f.addCPU([]byte(rest), spec == ""); err != nil {
+			return f, err
+		}
+	}
 	if spec == "" {
 		return f, nil
 	}
@@ -208,8 +223,54 @@ trap 'kill $hostmed; wait $hostmed' EXIT
 	if err != nil {
 		return f, err
 	}
+	if f.MMIO, err = parseCounters(string(log)); err != nil {
+		return f, err
+	}
 	f.Costs, err = parseCosts(string(log))
 	return f, err
+}
+
+// addCPU takes what guestdrv bench says of CPU time, and, if it has the device itself, of the device's doorbells.
+func (f *BackendFigure) addCPU(b []byte, bare bool) error {
+	var out struct {
+		MMIO float64 `json:"mmio_per_io"`
+		CPU  struct {
+			Guest   float64
+			Host    float64
+			Polling float64 `json:"guest_polling"`
+		} `json:"cpu_s_per_mio"`
+	}
+	if err := json.Unmarshal(b, &out); err != nil {
+		return fmt.Errorf("guestdrv bench: %w: %s", err, b)
+	}
+	f.Guest, f.GuestBusy = out.CPU.Guest, max(out.CPU.Guest-out.CPU.Polling, 0) // seconds for a million are us for one
+	if bare {
+		f.MMIO = out.MMIO
+	} else {
+		f.Hostmed = out.CPU.Host
+	}
+	return nil
+}
+
+var counters = regexp.MustCompile(`counters: .* nsid=.* commands=(\d+) .* copied=(\d+) .* doorbells=(\d+)`)
+
+// parseCounters finds hostmed's counters of its namespace, and returns the doorbell writes for each of the device's commands. What was copied was not
+// the backend as it is meant to be measured.
+func parseCounters(log string) (mmio float64, err error) {
+	m := counters.FindStringSubmatch(log)
+	if m == nil {
+		return 0, errors.New("hostmed does not say its counters")
+	}
+	var n [3]float64
+	for i := range n {
+		if n[i], err = strconv.ParseFloat(m[i+1], 64); err != nil {
+			return 0, fmt.Errorf("hostmed's counters: %w", err)
+		}
+	}
+	if n[0] == 0 || n[1] > n[0]/10 {
+		return 0, fmt.Errorf("of %.0f commands %.0f were copied: guest memory was not pinned in time", n[0], n[1])
+	}
+	return n[2] / n[0], nil
 }
 
 // tail is the end of what a program said: fio puts a page of JSON before it.
