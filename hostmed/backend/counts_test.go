@@ -83,3 +83,35 @@ func TestNVMeCharCounts(t *testing.T) {
 	expectCounts(t, "without its queue", b.Counts(), want)
 	d.refuse = nil
 }
+
+func TestVFIOCounts(t *testing.T) {
+	b, err := vfioOf(t, Spec{}, testSize, 512)
+	opened(t)(b, err)
+	mem := b.guests.Memory(1 << 20)
+	q, err := b.NewQueue()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, q, write(0, mem[:4096]), &Request{Op: OpFlush})
+	want := Counts{Commands: 2, Bounced: 1}
+	got := func() Counts {
+		c := b.Counts()
+		c.Doorbells = 0 // as the device has asked for
+		return c
+	}
+	expectCounts(t, "memory that the device was not told of", got(), want)
+	q.AddMemory(mem)
+	b.AwaitMemory()
+	other := newQueue(t, b)
+	mustRun(t, q, read(0, mem[:4096]))
+	mustRun(t, other, write(8192, mem[:4096]))
+	want.Commands, want.Mapped = 4, 2
+	expectCounts(t, "of two queues", got(), want)
+	if err := q.Close(); err != nil {
+		t.Fatal(err)
+	}
+	expectCounts(t, "when one is closed", got(), want)
+	if b.Counts().Doorbells == 0 {
+		t.Error("the device never had to be told")
+	}
+}
