@@ -28,6 +28,12 @@ type arbiter struct {
 	next   [classCount]int    // whose turn it is in a class
 	credit [classCount]uint32 // what is left of this cycle
 	by     nvme.Arbitration   // what the credits are by
+
+	turns struct { // the same of what limits hold back, see weighted.go
+		next   [classCount]int
+		credit [classCount]uint32
+		by     nvme.Arbitration
+	}
 }
 
 // SetArbitration says by CC.AMS and feature 01h how SQs share. weighted counts for CQs that are created later.

@@ -39,7 +39,7 @@ type lane struct {
 	ticket qos.Ticket // of first
 	at     int64      // when first may go, as far as is known
 	seq    uint64     // of the time when that was asked
-	index  int        // in Worker.lanes; stalled: in Worker.stalled
+	index  int        // in Worker.lanes; stalled: in Worker.stalled; behind: in neither
 
 	first, last *request
 }
@@ -146,8 +146,11 @@ func (w *Worker) pays(r *request, n *namespace, p *qos.Path) bool {
 		class = both
 	}
 	s := r.sq
-	i := slices.IndexFunc(s.lanes, func(l *lane) bool { return l.ns == n && l.class == class })
-	if i < 0 {
+	l := s.lane(n, class)
+	if l == nil && s.g.arbiter != nil && s.g.arbiter.holder(n, class) != nil {
+		l = w.newLane(s, n, class)
+	}
+	if l == nil {
 		t := &w.ticket
 		t.Reset()
 		if r.paid = r.charge(t, p, n, w.clock()); r.paid {
@@ -159,10 +162,10 @@ func (w *Worker) pays(r *request, n *namespace, p *qos.Path) bool {
 		if r.paid = at <= now; r.paid {
 			return true
 		}
-		i = len(s.lanes)
-		s.lanes = append(s.lanes, w.newLane(s, n, class, at))
+		l = w.newLane(s, n, class)
+		l.ticket = *t
+		w.queueLane(l, at)
 	}
-	l := s.lanes[i]
 	r.lane, r.next, r.since = l, nil, w.clock()
 	if l.first == nil {
 		l.first = r
@@ -186,22 +189,45 @@ func (w *Worker) clock() int64 {
 	return w.now
 }
 
-// newLane makes a lane whose first command has w.ticket.
-func (w *Worker) newLane(s *sq, n *namespace, class qos.Class, at int64) *lane {
+// lane returns the one of s for n and class; nil: nothing of that waits.
+func (s *sq) lane(n *namespace, class qos.Class) *lane {
+	for _, l := range s.lanes {
+		if l.ns == n && l.class == class {
+			return l
+		}
+	}
+	return nil
+}
+
+// newLane makes a lane that has no turn yet.
+func (w *Worker) newLane(s *sq, n *namespace, class qos.Class) *lane {
 	l := &lane{}
 	if n := len(w.freeLanes) - 1; n >= 0 {
 		l = w.freeLanes[n]
 		w.freeLanes = w.freeLanes[:n]
 	}
-	l.sq, l.ns, l.class, l.at, l.ticket = s, n, class, at, w.ticket
-	w.seq++
-	l.seq = w.seq
-	heap.Push(&w.lanes, l)
+	l.sq, l.ns, l.class, l.index = s, n, class, behind
+	s.lanes = append(s.lanes, l)
 	return l
 }
 
-// nextPays is called when l has another first command.
-func (w *Worker) nextPays(l *lane, now int64) {
+// queueLane puts l, which has paid, among those that have a turn.
+func (w *Worker) queueLane(l *lane, at int64) {
+	w.seq++
+	l.at, l.seq = at, w.seq
+	heap.Push(&w.lanes, l)
+}
+
+// nextPays is called when the first command of was, which had the turn, has gone.
+func (w *Worker) nextPays(was *lane, now int64) {
+	l := was.next()
+	if l != was {
+		w.unqueueLane(was)
+		if l == nil {
+			return
+		}
+		w.queueLane(l, now)
+	}
 	l.ticket.Reset()
 	l.at = now
 	if p := l.ns.limits.Load(); p != nil && !l.first.charge(&l.ticket, p, l.ns, now) {
@@ -214,17 +240,25 @@ func (w *Worker) nextPays(l *lane, now int64) {
 	}
 }
 
+// unqueueLane takes the turn from l.
+func (w *Worker) unqueueLane(l *lane) {
+	switch l.index {
+	case behind:
+	case stalled:
+		w.stalled = slices.DeleteFunc(w.stalled, func(x *lane) bool { return x == l })
+	default:
+		heap.Remove(&w.lanes, l.index)
+	}
+	l.index = behind
+	l.ticket.Reset()
+}
+
 // endLane forgets l, in which nothing waits any more.
 func (w *Worker) endLane(l *lane) {
-	if l.index != stalled {
-		heap.Remove(&w.lanes, l.index)
-	} else {
-		w.stalled = slices.DeleteFunc(w.stalled, func(x *lane) bool { return x == l })
-	}
+	w.unqueueLane(l)
 	s := l.sq
 	s.lanes = slices.DeleteFunc(s.lanes, func(x *lane) bool { return x == l })
 	l.sq, l.ns, l.first, l.last = nil, nil, nil, nil
-	l.ticket.Reset()
 	w.freeLanes = append(w.freeLanes, l)
 }
 
@@ -250,10 +284,11 @@ func (w *Worker) leave(r, before *request, now int64) {
 		s.g.kick() // not here, where a fault would lose r
 	}
 	s.g.show()
+	if before == nil && l.index != behind {
+		w.nextPays(l, now)
+	}
 	if l.first == nil {
 		w.endLane(l)
-	} else if before == nil {
-		w.nextPays(l, now)
 	}
 }
 
@@ -369,7 +404,12 @@ func (w *Worker) hides(g *group) bool {
 	}
 	now := w.clock()
 	for _, s := range g.sqs {
-		if !slices.ContainsFunc(s.lanes, func(l *lane) bool { return l.hides(now) }) {
+		if !slices.ContainsFunc(s.lanes, func(l *lane) bool {
+			if l.index == behind {
+				l = s.g.arbiter.holder(l.ns, l.class)
+			}
+			return l != nil && l.hides(now)
+		}) {
 			return false
 		}
 	}
