@@ -30,6 +30,7 @@ type ioQueue struct {
 	head   *dbbuf.Publisher
 	qid    uint16
 	vector int
+	prio   Priority
 	size   uint32 // entries of each ring
 	rings  dma.Block
 
@@ -42,14 +43,14 @@ type ioQueue struct {
 // newIOQueue creates queue pair qid for depth commands at least, or as many as the controller allows, with an interrupt unless
 // vector is noVector. cfg says how the queue waits: its EventFD, Timeout and Quiet. epoch is that in which the controller was last seen live: a
 // reset that has begun since may go over any of the commands.
-func (c *Controller) newIOQueue(ctx context.Context, epoch uint64, qid uint16, depth uint32, vector int, cfg queue.Config) (*ioQueue, error) {
+func (c *Controller) newIOQueue(ctx context.Context, epoch uint64, qid uint16, depth uint32, vector int, prio Priority, cfg queue.Config) (*ioQueue, error) {
 	size := min(max(depth+1, minEntries), queue.MaxSize, c.adm.Capabilities().MQES().Count())
 	sqBytes, cqBytes := roundUp(uint64(size)*ring.SQESize), roundUp(uint64(size)*ring.CQESize)
 	rings, err := c.pool.Take(sqBytes + cqBytes)
 	if err != nil {
 		return nil, fmt.Errorf("rings of queue %d: %w", qid, err)
 	}
-	q := &ioQueue{c: c, qid: qid, vector: vector, size: size, rings: rings, lists: make([]prp.ListPage, size-1), listSize: listSize(c.maxTransfer)}
+	q := &ioQueue{c: c, qid: qid, vector: vector, prio: prio, size: size, rings: rings, lists: make([]prp.ListPage, size-1), listSize: listSize(c.maxTransfer)}
 	cfg.Generation = uint16(epoch)
 	known, err := q.create(ctx, sqBytes, cqBytes, cfg)
 	if err != nil {
@@ -90,7 +91,7 @@ func (q *ioQueue) pair() admin.Pair {
 	return admin.Pair{
 		QID: q.qid, Size: q.size,
 		SQIOVA: q.c.pool.IOVA(q.rings.Off), CQIOVA: q.c.pool.IOVA(q.rings.Off + roundUp(uint64(q.size)*ring.SQESize)),
-		Vector: uint16(max(q.vector, 0)), Interrupts: q.vector != noVector,
+		Vector: uint16(max(q.vector, 0)), Interrupts: q.vector != noVector, Priority: q.prio.qprio(),
 	}
 }
 

@@ -85,6 +85,9 @@ func (c *Controller) setup(ctx context.Context) error {
 	if err := c.limits(); err != nil {
 		return err
 	}
+	if err := c.arbitrate(ctx); err != nil {
+		return err
+	}
 	if err := c.chooseDoorbells(ctx); err != nil {
 		return err
 	}
@@ -145,6 +148,7 @@ func (c *Controller) enable(ctx context.Context) error {
 	}
 	adm, err := admin.Open(ctx, admin.Config{
 		Device: c.dev, Pool: c.pool, EventFD: fd, Timeout: c.opts.Timeout, Logger: c.log,
+		Weighted: c.opts.Arbitration != nil, Unsupported: ErrUnsupported,
 		Failed:  func(err error) { c.fail(err) },
 		Refused: func(cmd nvme.Command, status nvme.Status) error { return &StatusError{cmd, true, status} },
 	})
@@ -249,7 +253,7 @@ func (c *Controller) openLane(ctx context.Context) error {
 		return err
 	}
 	// The lane waits and keeps the deadlines; the queue does neither.
-	q, err := c.newIOQueue(ctx, c.epoch(), qid, c.opts.QueueDepth, vector, queue.Config{EventFD: -1})
+	q, err := c.newIOQueue(ctx, c.epoch(), qid, c.opts.QueueDepth, vector, c.opts.Priority, queue.Config{EventFD: -1})
 	if err != nil {
 		return err
 	}

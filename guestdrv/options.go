@@ -123,6 +123,13 @@ type Options struct {
 	// none. Memory here is contiguous, so each list is one descriptor, in the command.
 	SGL bool
 
+	// Arbitration asks for weighted round robin, by which submission queues have priorities; Open fails with ErrUnsupported if the controller
+	// has none (CAP.AMS). nil: round robin.
+	Arbitration *Arbitration
+
+	// Priority is that of the plain API's queues. A QueuePair has its own, see QueuePairOptions.
+	Priority Priority
+
 	// DMASize is the size in bytes of the memory that the controller can reach; 0: DefaultDMASize. It holds the queues, every
 	// Buffer, and data on its way to and from memory that is no Buffer. Pages of it that were never touched cost nothing.
 	DMASize uint64
@@ -173,6 +180,12 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.OnReset > ResetReplay {
 		return o, fmt.Errorf("options: unknown reset mode %v", o.OnReset)
+	}
+	if err := o.Arbitration.check(); err != nil {
+		return o, fmt.Errorf("options: %w", err)
+	}
+	if err := o.Priority.check(o.Arbitration); err != nil {
+		return o, fmt.Errorf("options: %w", err)
 	}
 	if o.ResetTimeout < 0 {
 		return o, fmt.Errorf("options: ResetTimeout %v is negative", o.ResetTimeout)

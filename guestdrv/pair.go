@@ -38,6 +38,8 @@ type QueuePairOptions struct {
 	Depth uint32
 	// Poll makes a pair without an interrupt: Wait polls until a completion is there. So does every pair of a device that has no interrupts.
 	Poll bool
+	// Priority is that of the submission queue, with Options.Arbitration.
+	Priority Priority
 	// NoSpin makes Wait sleep on the interrupt at once, instead of polling for as long as that pays: for measurements.
 	NoSpin bool
 }
@@ -95,6 +97,9 @@ func (c *Controller) NewQueuePairContext(ctx context.Context, o QueuePairOptions
 	if o.Depth > MaxQueueDepth {
 		return nil, fmt.Errorf("queue pair of depth %d: at most %d", o.Depth, MaxQueueDepth)
 	}
+	if err := o.Priority.check(c.opts.Arbitration); err != nil {
+		return nil, fmt.Errorf("queue pair: %w", err)
+	}
 	if o.Depth == 0 {
 		o.Depth = c.opts.QueueDepth
 	}
@@ -128,7 +133,7 @@ func (c *Controller) newPair(o QueuePairOptions, epoch uint64) (*QueuePair, erro
 		eventFD = c.eventFDs[vector]
 	}
 	ctx := context.Background()
-	io, err := c.newIOQueue(ctx, epoch, qid, o.Depth, vector, queue.Config{
+	io, err := c.newIOQueue(ctx, epoch, qid, o.Depth, vector, o.Priority, queue.Config{
 		EventFD: eventFD, Quiet: c.quiet, NoSpin: o.NoSpin, Timeout: c.opts.Timeout, Late: c.lateness(epoch), Grace: c.opts.grace(), Slow: c.slowness,
 	})
 	if err != nil {

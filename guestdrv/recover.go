@@ -162,6 +162,9 @@ func (c *Controller) restart(ctx context.Context) error {
 	if limit := c.transferLimit(); limit < c.maxTransfer {
 		return fmt.Errorf("%w: commands move at most %d bytes, and before %d", admin.ErrChanged, limit, c.maxTransfer)
 	}
+	if err := c.arbitrate(ctx); err != nil {
+		return err
+	}
 	if err := c.shareAgain(ctx); err != nil {
 		return err
 	}

@@ -96,6 +96,14 @@ func (a Arbitration) LPW() ZeroBased8 { return ZeroBased8(a >> 8) }
 func (a Arbitration) MPW() ZeroBased8 { return ZeroBased8(a >> 16) }
 func (a Arbitration) HPW() ZeroBased8 { return ZeroBased8(a >> 24) }
 
+// NoArbitrationBurst is the AB of no limit.
+const NoArbitrationBurst = 7
+
+// MakeArbitration returns the feature's value.
+func MakeArbitration(ab uint8, low, medium, high ZeroBased8) Arbitration {
+	return Arbitration(high)<<24 | Arbitration(medium)<<16 | Arbitration(low)<<8 | Arbitration(ab&7)
+}
+
 // PowerManagement is feature 02h. NVMe Base 2.0c 5.27.1.2.
 type PowerManagement uint32
 

@@ -39,13 +39,16 @@ const (
 
 // Config says what an Admin works with.
 type Config struct {
-	Device  device.Device
-	Pool    *dma.Pool
-	EventFD int           // of interrupt vector 0, which becomes the Admin's; -1: there is none
-	Timeout time.Duration // of each command
-	Logger  Logger
-	Failed  func(error) // told once why the admin queue failed
-	Health  bool        // events of the controller's health are asked for: spare, temperature, reliability
+	Device   device.Device
+	Pool     *dma.Pool
+	EventFD  int           // of interrupt vector 0, which becomes the Admin's; -1: there is none
+	Timeout  time.Duration // of each command
+	Logger   Logger
+	Failed   func(error) // told once why the admin queue failed
+	Weighted bool        // weighted round robin with urgent priority class (CC.AMS); Open fails if CAP.AMS has it not,
+
+	Unsupported error // with an error that wraps this one
+	Health      bool  // events of the controller's health are asked for: spare, temperature, reliability
 
 	// Refused makes the error of a command that ended with a status other than success.
 	Refused func(nvme.Command, nvme.Status) error
@@ -81,6 +84,10 @@ func Open(ctx context.Context, cfg Config) (*Admin, error) {
 	if err := a.readCapabilities(); err != nil {
 		a.closeFD()
 		return nil, err
+	}
+	if cfg.Weighted && a.cap.AMS()&nvme.CAPAMSWeighted == 0 {
+		a.closeFD()
+		return nil, fmt.Errorf("weighted round robin (CAP.AMS %#x): %w", a.cap.AMS(), cfg.Unsupported)
 	}
 	if err := a.disable(ctx); err != nil {
 		a.closeFD()

@@ -25,6 +25,14 @@ func (a *Admin) QueueCount(ctx context.Context, n int) (int, error) {
 	return min(n, int(granted.SQs().Count()), int(granted.CQs().Count())), nil
 }
 
+// SetArbitration sets the weights of the priorities and the burst.
+func (a *Admin) SetArbitration(ctx context.Context, v nvme.Arbitration) error {
+	var cmd nvme.Command
+	cmd.SetSetFeatures(nvme.FeatureArbitration, 0, uint32(v))
+	_, err := a.exec(ctx, cmd, nil)
+	return err
+}
+
 // Pair is what the controller must know of an I/O queue pair; SQ and CQ have the same id and number of entries.
 type Pair struct {
 	QID            uint16
@@ -32,6 +40,7 @@ type Pair struct {
 	SQIOVA, CQIOVA uint64
 	Vector         uint16
 	Interrupts     bool
+	Priority       uint8 // QPRIO, which counts with Config.Weighted only
 }
 
 // CreatePair creates the CQ, then the SQ. If the SQ is refused the CQ is deleted again. The error is a failure of the controller
@@ -46,7 +55,7 @@ func (a *Admin) CreatePair(ctx context.Context, p Pair) (known bool, err error) 
 	if known, err := a.try(ctx, cmd); err != nil {
 		return known, err
 	}
-	cmd.SetCreateSQ(p.QID, size, p.SQIOVA, p.QID, 0)
+	cmd.SetCreateSQ(p.QID, size, p.SQIOVA, p.QID, p.Priority)
 	known, err = a.try(ctx, cmd)
 	if err != nil && known {
 		del := nvme.Command{Opcode: nvme.AdminDeleteCQ, CDW10: uint32(p.QID)}

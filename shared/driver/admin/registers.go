@@ -147,6 +147,9 @@ func (a *Admin) enable(ctx context.Context) error {
 	if a.cap.CSS()&nvme.CAPCSSIOCS != 0 && a.cap.CSS()&nvme.CAPCSSNVM == 0 {
 		cc = cc.WithCSS(nvme.CSSIOCS)
 	}
+	if a.cfg.Weighted {
+		cc = cc.WithAMS(nvme.AMSWeighted)
+	}
 	if err := a.dev.Write32(nvme.RegAQA, uint32(aqa)); err != nil {
 		return err
 	}

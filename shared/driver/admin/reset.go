@@ -99,7 +99,7 @@ func (a *Admin) Restart(ctx context.Context) error {
 		return err
 	}
 	now := nvme.CAP(v)
-	if now.DSTRD() != a.cap.DSTRD() || now.MQES() < a.cap.MQES() || now.MPSMIN() != a.cap.MPSMIN() || now.CSS()&a.cap.CSS() != a.cap.CSS() {
+	if now.DSTRD() != a.cap.DSTRD() || now.MQES() < a.cap.MQES() || now.MPSMIN() != a.cap.MPSMIN() || a.cfg.Weighted && now.AMS()&nvme.CAPAMSWeighted == 0 || now.CSS()&a.cap.CSS() != a.cap.CSS() {
 		return fmt.Errorf("%w: %v, and before %v", ErrChanged, now, a.cap)
 	}
 	clear(a.cfg.Pool.Bytes(a.mem))
