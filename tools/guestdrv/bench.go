@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"runtime"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/shadowbell/shadowbell/guestdrv"
@@ -30,9 +32,13 @@ type benchCmd struct {
 	Verify    bool          `help:"Write patterns with block address and generation, and check every read. Destroys what is in --span."`
 	Span      size.Bytes    `placeholder:"SIZE" help:"Use only this much of the namespace, from its start. Default: all of it; with --verify at most 256 MiB."`
 	Fill      bool          `help:"Write all of --span once before measuring, so that no read meets a hole."`
+	Rate      uint32        `placeholder:"N" help:"Start at most N commands a second in each job, evenly spaced. Default: as many as it can."`
 	Batch     int           `default:"16" placeholder:"N" help:"Most commands that share a doorbell (${default}); 1 rings for each, as block layers mostly do."`
 	Poll      bool          `help:"Poll for ever, without interrupts. Default: poll as long as it pays, then sleep."`
 	Idle      time.Duration `placeholder:"TIME" help:"Afterwards stay attached this long without a command, and print what that costs."`
+	Priority  []string      `sep:"," enum:"urgent,high,medium,low" placeholder:"LIST" help:"Priorities of the jobs' queues, one after the other: ${enum}. The controller then shares itself by weighted round robin (CC.AMS), and the result is by priority too."`
+	Weights   weights       `placeholder:"H:M:L" help:"With --priority: weights of high, medium and low priority, each 1 to 256, as in 8:4:1. Default: those that the controller has."`
+	Every     time.Duration `placeholder:"TIME" help:"Meanwhile print a line of JSON this often: {phase,elapsed_s,ios,bytes,errors} of the phase so far."`
 	JSON      bool          `name:"json" help:"Print one JSON object instead of a table."`
 	Spin      string        `default:"on" enum:"on,off" hidden:"" help:"off: never poll, sleep at once; for measurements."`
 }
@@ -55,6 +61,7 @@ The table's lines, and the fields of --json
   bandwidth       bw_mib          MiB of data in a second
   latency         lat_ns          {mean,p50,p99,p999,max} from Submit to Reap, each in ns
     reads, writes ops             [{op,ios,errors,lat_ns}] the same for each kind of command
+    urgent, high  priorities      [{priority,jobs,iops}] with --priority, the same for each
   MMIO writes     mmio_per_io     doorbell register writes: each is an exit, or a message
   wake-ups        wakeups_per_io  sleeps on the interrupt that ended
   CPU             cpu_s_per_mio   {guest,host,guest_polling} seconds for a million commands; host is the server's process, and
@@ -68,14 +75,23 @@ Exit codes: 0, 1 if a command failed or data was wrong, 2 if nothing could be do
 
 // config turns flags into a load.
 func (b *benchCmd) config() load.Config {
+	var priorities []guestdrv.Priority
+	for _, s := range b.Priority {
+		p, _ := guestdrv.ParsePriority(s) // kong knows the names
+		priorities = append(priorities, p)
+	}
 	return load.Config{
-		NSID: b.NSID, Kind: load.Kind(b.RW), Sizes: b.BS, Depth: b.QD, Jobs: b.Jobs, Runtime: b.Runtime,
-		CPUs: b.CPUs, Span: b.Span, Verify: b.Verify, Fill: b.Fill, Batch: b.Batch, Poll: b.Poll, NoSpin: b.Spin == "off",
+		Priorities: priorities,
+		NSID:       b.NSID, Kind: load.Kind(b.RW), Sizes: b.BS, Depth: b.QD, Jobs: b.Jobs, Runtime: b.Runtime,
+		CPUs: b.CPUs, Span: b.Span, Verify: b.Verify, Fill: b.Fill, Rate: b.Rate, Batch: b.Batch, Poll: b.Poll, NoSpin: b.Spin == "off",
 	}
 }
 
 func (b *benchCmd) options(c load.Config) guestdrv.Options {
 	o := c.Options(guestdrv.Options{Vendor2014: b.Doorbells == "2014"})
+	if len(b.Priority) > 0 {
+		o.Arbitration = &guestdrv.Arbitration{High: b.Weights[0], Medium: b.Weights[1], Low: b.Weights[2]}
+	}
 	switch b.Doorbells {
 	case "shadow", "2014":
 		o.Doorbells = guestdrv.DoorbellsShadow
@@ -85,6 +101,25 @@ func (b *benchCmd) options(c load.Config) guestdrv.Options {
 	return o
 }
 
+// weights are those of high, medium and low priority.
+type weights [3]int
+
+// UnmarshalText is called by kong.
+func (w *weights) UnmarshalText(text []byte) error {
+	parts := strings.Split(string(text), ":")
+	if len(parts) != len(w) {
+		return fmt.Errorf("%q is not three weights: write them as 8:4:1", text)
+	}
+	for i, s := range parts {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > 256 {
+			return fmt.Errorf("weight %q is no number from 1 to 256: write the three as 8:4:1", s)
+		}
+		w[i] = n
+	}
+	return nil
+}
+
 // Validate is called by kong.
 func (b *benchCmd) Validate() error {
 	switch {
@@ -92,6 +127,10 @@ func (b *benchCmd) Validate() error {
 		return fmt.Errorf("--runtime %v: it must be more than 0, as in 10s", b.Runtime)
 	case b.Idle < 0:
 		return fmt.Errorf("--idle %v: it must not be negative", b.Idle)
+	case b.Weights != weights{} && len(b.Priority) == 0:
+		return fmt.Errorf("--weights %d:%d:%d: queues have none without --priority", b.Weights[0], b.Weights[1], b.Weights[2])
+	case b.Every < 0:
+		return fmt.Errorf("--every %v: it must not be negative", b.Every)
 	case b.QD == 0:
 		return fmt.Errorf("--qd 0: at least one command must be under way")
 	case b.Jobs == 0:
@@ -130,6 +169,11 @@ func (b *benchCmd) Run(ctx context.Context, out *cli.Output) error {
 	}
 	line := text.NewLine(out.Stderr, 0)
 	o.Progress = func(p load.Progress) { line.Set(benchProgress(p)) }
+	if b.Every > 0 {
+		o.Every = b.Every
+		lines := json.NewEncoder(out.Stdout)
+		o.Progress = func(p load.Progress) { _ = lines.Encode(p) } // whoever has stopped reading will be missed at the end
+	}
 	if err := b.lock(out, ctrl); err != nil {
 		return err
 	}
@@ -226,6 +270,9 @@ func benchTable(device string, nsid uint32, sizes size.List, r *load.Result) str
 		for _, o := range r.Ops {
 			latency("  "+o.Op+"s", o.Latency)
 		}
+	}
+	for _, s := range r.Priorities {
+		t.Add("  "+s.Priority, fmt.Sprintf("%s IOPS, %d jobs", text.Count(s.IOPS), s.Jobs))
 	}
 	t.Add("MMIO writes", text.Ratio(r.MMIOPerIO)+" per I/O")
 	t.Add("wake-ups", text.Ratio(r.WakeupsPerIO)+" per I/O")

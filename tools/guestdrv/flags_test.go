@@ -40,6 +40,10 @@ func TestBenchFlags(t *testing.T) {
 		{"--rw randrw --bs 512,4k --qd 128 --jobs 2 --runtime 60s --verify --nsid 3 --span 1GiB", with(func(c *load.Config) {
 			c.Kind, c.Sizes, c.Depth, c.Jobs, c.Runtime, c.Verify, c.NSID, c.Span = load.RandRW, size.List{512, 4096}, 128, 2, time.Minute, true, 3, 1<<30
 		}), guestdrv.DoorbellsAuto, false},
+		{"--priority urgent,low --weights 8:4:1", with(func(c *load.Config) {
+			c.Priorities = []guestdrv.Priority{guestdrv.PriorityUrgent, guestdrv.PriorityLow}
+		}), guestdrv.DoorbellsAuto, false},
+		{"--rate 500 --every 20ms", with(func(c *load.Config) { c.Rate = 500 }), guestdrv.DoorbellsAuto, false},
 		{"--cpus 0 --poll --batch 1 --fill", with(func(c *load.Config) {
 			c.CPUs, c.Poll, c.Batch, c.Fill = []int{0}, true, 1, true
 		}), guestdrv.DoorbellsAuto, false},
@@ -74,6 +78,11 @@ func TestFlagsThatAreWrong(t *testing.T) {
 		"bench d --batch 99":             "1 to 16",
 		"bench d --nsid 0":               "counted from 1",
 		"bench d --poll --spin off":      "exclude each other",
+		"bench d --priority top":         "must be one of",
+		"bench d --weights 1:2:3":        "without --priority",
+		"bench d --weights 1:2":          "8:4:1",
+		"bench d --weights 1:2:257":      "1 to 256",
+		"bench d --every=-1s":            "negative",
 		"read d --offset -1":             "",
 		"read d --length x":              "no number",
 		"identify d --sandbox sometimes": "must be one of",

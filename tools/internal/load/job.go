@@ -14,7 +14,8 @@ import (
 
 const (
 	emptyLooks   = 32        // Reaps in vain before Wait, which knows when to sleep
-	tellEvery    = 64        // rounds between two looks that others can take at a job's counters
+	tellEvery    = 64        // rounds between two looks that others can take at a job's counters,
+	tellSlow     = 100_000   // ns: unless commands take so long that it costs nothing in each
 	maxLatency   = 100 << 30 // ns
 	sharpness    = 3         // significant figures of a latency
 	keptProblems = 8         // messages that a job keeps
@@ -42,6 +43,7 @@ type job struct {
 	ios     [maxBatch]guestdrv.IO
 	results [maxBatch]guestdrv.Result
 
+	pace     *pace  // nil: none
 	left     uint64 // transfers still to be started: a pass over the region, or no end
 	inflight int
 	count    counters
@@ -65,6 +67,9 @@ func newJob(p *plan, i int, q Queue, slots []slot) *job {
 	j := &job{plan: p, index: i, q: q, slots: slots, latency: hdrhistogram.New(1, maxLatency, sharpness)}
 	start, blocks := p.region(i)
 	j.pick = newPicker(p.cfg.Kind, p.sizes, p.align, start, blocks)
+	if p.cfg.Rate > 0 {
+		j.pace = newPace(p.cfg.Rate)
+	}
 	if p.cfg.Verify {
 		j.check = newLedger(start, blocks, p.blockSize, p.run)
 	}
@@ -87,7 +92,18 @@ func (j *job) loop(stop *atomic.Bool) error {
 	if err := j.refill(); err != nil {
 		return err
 	}
-	for empty, rounds := 0, 0; j.inflight > 0; {
+	for empty, rounds := 0, 0; ; {
+		if j.inflight == 0 {
+			if !j.paced() || stop.Load() {
+				return nil
+			}
+			j.tell()
+			j.pace.sleep()
+			if err := j.refill(); err != nil {
+				return err
+			}
+			continue
+		}
 		n, err := j.q.Reap(j.results[:j.plan.cfg.Batch])
 		if err != nil {
 			return err
@@ -107,7 +123,7 @@ func (j *job) loop(stop *atomic.Bool) error {
 		if err := j.account(j.results[:n]); err != nil {
 			return err
 		}
-		if rounds++; rounds%tellEvery == 0 {
+		if rounds++; rounds%tellEvery == 0 || j.lastLat > tellSlow {
 			j.tell()
 		}
 		if stop.Load() {
@@ -117,8 +133,10 @@ func (j *job) loop(stop *atomic.Bool) error {
 			return err
 		}
 	}
-	return nil
 }
+
+// paced reports whether commands are started by the clock. Filling and reading back are not.
+func (j *job) paced() bool { return j.pace != nil && j.left == noEnd }
 
 // account takes completions back.
 func (j *job) account(results []guestdrv.Result) error {
@@ -222,7 +240,7 @@ func (j *job) refill() error {
 
 // next puts a transfer into s, or returns false if none can be started now.
 func (j *job) next(s *slot) bool {
-	if j.left == 0 {
+	if j.left == 0 || j.paced() && !j.pace.due() {
 		return false
 	}
 	if !j.pick.random {

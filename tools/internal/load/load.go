@@ -71,9 +71,20 @@ type Config struct {
 	Span    size.Bytes    // bytes of the namespace to use, from its start; default all, with Verify at most 256 MiB
 	Fill    bool          // write all of the span once before measuring, so that no read meets a hole
 	Batch   int           // most commands for one doorbell; default 16
+	Rate    uint32        // most commands that each job starts in a second, evenly spaced; 0: as many as it can
 	Verify  bool          // write patterns and check every read; destroys what the span holds
 	Poll    bool          // no interrupts: poll for ever
 	NoSpin  bool          // sleep at once instead of polling first
+
+	Priorities []guestdrv.Priority // of the job i's queue: the one at i modulo the length; empty: none. The controller was opened with Options.Arbitration
+}
+
+// priority is that of job i's queue.
+func (c Config) priority(i int) guestdrv.Priority {
+	if len(c.Priorities) == 0 {
+		return guestdrv.PriorityDefault
+	}
+	return c.Priorities[i%len(c.Priorities)]
 }
 
 // Defaults returns c with the defaults filled in.
@@ -190,7 +201,7 @@ func (l *Load) addJob(p *plan, i int) error {
 		l.closer = append(l.closer, func() error { buf.Free(); return nil })
 		slots[s].mem, slots[s].iova = buf.Bytes(), buf.IOVA()
 	}
-	qp, err := l.ctrl.NewQueuePair(guestdrv.QueuePairOptions{Depth: p.ringDepth, Poll: l.cfg.Poll, NoSpin: l.cfg.NoSpin})
+	qp, err := l.ctrl.NewQueuePair(guestdrv.QueuePairOptions{Depth: p.ringDepth, Poll: l.cfg.Poll, NoSpin: l.cfg.NoSpin, Priority: l.cfg.priority(i)})
 	if err != nil {
 		return fmt.Errorf("queue pair of job %d: %w", i, err)
 	}

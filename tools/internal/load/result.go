@@ -17,6 +17,8 @@ type Result struct {
 	Jobs         int     `json:"jobs"`
 	Seconds      float64 `json:"seconds"`
 
+	Priorities []PriorityShare `json:"priorities,omitempty"` // of each that jobs have, in order of rank
+
 	Ops         []Op     `json:"ops,omitempty"`    // of each kind of command that was sent
 	BlockSizes  []uint64 `json:"bs_mix,omitempty"` // bytes, if there are several
 	Interrupted bool     `json:"interrupted,omitempty"`
@@ -33,6 +35,13 @@ type Latency struct {
 	P99  int64 `json:"p99"`
 	P999 int64 `json:"p999"`
 	Max  int64 `json:"max"`
+}
+
+// PriorityShare is what the jobs of one priority did.
+type PriorityShare struct {
+	Priority string  `json:"priority"`
+	Jobs     int     `json:"jobs"`
+	IOPS     float64 `json:"iops"`
 }
 
 // Op is one kind of command, as the driver counts them. A quantile is at most 1/16 too long.

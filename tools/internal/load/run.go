@@ -3,6 +3,7 @@ package load
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
@@ -52,6 +53,35 @@ type Progress struct {
 	IOs     uint64        // in this phase
 	Bytes   uint64
 	Errors  uint64 // of commands and of data
+}
+
+// progressJSON is Progress as JSON.
+type progressJSON struct {
+	Phase   string  `json:"phase"`
+	Elapsed float64 `json:"elapsed_s"`
+	IOs     uint64  `json:"ios"`
+	Bytes   uint64  `json:"bytes"`
+	Errors  uint64  `json:"errors"`
+}
+
+// MarshalJSON gives it the names of `guestdrv bench --every`.
+func (p Progress) MarshalJSON() ([]byte, error) {
+	return json.Marshal(progressJSON{p.Phase.String(), p.Elapsed.Seconds(), p.IOs, p.Bytes, p.Errors})
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote.
+func (p *Progress) UnmarshalJSON(data []byte) error {
+	var x progressJSON
+	if err := json.Unmarshal(data, &x); err != nil {
+		return err
+	}
+	for ph := PhaseReady; ph <= PhaseDone; ph++ {
+		if ph.String() == x.Phase {
+			*p = Progress{Phase: ph, Elapsed: time.Duration(x.Elapsed * float64(time.Second)), IOs: x.IOs, Bytes: x.Bytes, Errors: x.Errors}
+			return nil
+		}
+	}
+	return fmt.Errorf("there is no phase %q", x.Phase)
 }
 
 // stage is a running phase, for Progress.
@@ -282,6 +312,7 @@ func (l *Load) result(elapsed time.Duration, a, b sample) *Result {
 	if l.ctrl != nil {
 		r.Doorbells = l.ctrl.Doorbells()
 	}
+	r.Priorities = l.shares(seconds)
 	if sum.ios > 0 {
 		guest := (b.guest - a.guest).Seconds() * 1e6 / float64(sum.ios)
 		r.CPU.Guest = &guest
@@ -294,6 +325,26 @@ func (l *Load) result(elapsed time.Duration, a, b sample) *Result {
 		}
 	}
 	return r
+}
+
+// shares returns what the jobs of each priority did.
+func (l *Load) shares(seconds float64) (shares []PriorityShare) {
+	if len(l.cfg.Priorities) == 0 {
+		return nil
+	}
+	for p := guestdrv.PriorityDefault; p <= guestdrv.PriorityLow; p++ {
+		s := PriorityShare{Priority: p.String()}
+		for i, j := range l.jobs {
+			if l.cfg.priority(i) == p {
+				s.Jobs++
+				s.IOPS += float64(j.count.ios) / seconds
+			}
+		}
+		if s.Jobs > 0 {
+			shares = append(shares, s)
+		}
+	}
+	return shares
 }
 
 func perIO(n, ios uint64) float64 {
