@@ -26,7 +26,7 @@ func figures() []benchCase {
 		{"idle", "0.0 % CPU on both sides; first command after idle: p50 at most 60 us", idle},
 		{"overcommit", "two jobs and the mediator on one core: at least 0.6 of what sleeping doorbells give", overcommit},
 		{"memory", "hostmed below 20 MiB with one controller, and 64 KiB more for each further idle one", memory},
-		{"qos", "two of three guests within 5 % of their limits, which change meanwhile; the third keeps 0.95 of its rate", limits},
+		{"qos", "two of three guests within 5 % of their limits, which change meanwhile, and of their bursts; the third keeps 0.95 of its rate", limits},
 		{"allocations", "none for an I/O, on both sides", allocations},
 	}
 }

@@ -26,7 +26,7 @@ type grammar struct {
 	List  bool      `help:"Print the names of the cases and what they aim at."`
 	JSON  bool      `name:"json" help:"Print one JSON object instead of a table."`
 	Out   string    `placeholder:"FILE" help:"Write the JSON object to FILE too."`
-	Bin   string    `placeholder:"DIR" help:"Where hostmed is. Default: it is built."`
+	Bin   string    `placeholder:"DIR" help:"Where hostmed and guestdrv are. Default: they are built."`
 	CPUs  cpus.List `name:"cpus" placeholder:"LIST" help:"Two cores: hostmed's, then the load's. Default: the first two."`
 }
 
@@ -42,6 +42,7 @@ func main() {
 type bench struct {
 	quick    bool
 	hostmed  string // path of the program
+	bin      string // where others are; "": they are built
 	dir      string // for sockets
 	hostCPU  int
 	loadCPU  int
@@ -104,7 +105,7 @@ func (g *grammar) Run(ctx context.Context, out *cli.Output) (err error) {
 }
 
 func newBench(ctx context.Context, g *grammar, out *cli.Output) (*bench, error) {
-	b := &bench{quick: g.Quick, line: text.NewLine(out.Stderr, 0)}
+	b := &bench{quick: g.Quick, bin: g.Bin, line: text.NewLine(out.Stderr, 0)}
 	usable, err := cpus.Usable()
 	if err != nil {
 		return nil, err
