@@ -58,7 +58,7 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 		return err
 	}
 	spec.UnsafeNoIOMMU = s.m.cfg.UnsafeNoIOMMU
-	b, err := backend.OpenSpec(s.Formatted(n.NSID, spec))
+	b, err := backend.OpenSpec(s.Formatted(n.NSID, spec), s.m.log)
 	if err != nil {
 		return err
 	}

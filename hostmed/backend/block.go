@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/uring"
@@ -49,6 +50,7 @@ type block struct {
 	facts  blockFacts
 	claim  *claim // nil: tests
 	events *ueventHub
+	limit  memlock
 
 	watching  atomic.Bool
 	stop      chan struct{}
@@ -56,7 +58,7 @@ type block struct {
 	discarder bool // io_uring has the device's discard
 }
 
-func openBlock(s Spec, h *diskHost) (_ Backend, err error) {
+func openBlock(s Spec, h *diskHost, log hclog.Logger) (_ Backend, err error) {
 	say := func(err error) error { return fmt.Errorf("namespace block:%s: %w", s.Path, err) }
 	f, err := openBlockNode(s)
 	if err != nil {
@@ -80,7 +82,7 @@ func openBlock(s Spec, h *diskHost) (_ Backend, err error) {
 	if err != nil {
 		return nil, say(errors.Join(err, c.release(), f.Close()))
 	}
-	b.claim = c
+	b.claim, b.limit.log = c, log
 	return b, nil
 }
 
@@ -304,7 +306,7 @@ func (b *block) NewQueue() (Queue, error) {
 		return nil, say(err, r)
 	}
 	if !b.spec.NoPin {
-		q.fixed.ring = r
+		q.fixed.ring, q.fixed.full = r, func() { b.limit.tell(b.info.Name) }
 	}
 	if !b.spec.Poll {
 		b.tally.join(q, q.counts.get)
@@ -337,7 +339,7 @@ func (b *block) Warnings() (list []string) {
 		list = append(list, fmt.Sprintf("a guest expects each of its blocks to be written as a whole or not at all: those of %d bytes can be written in part when power fails, as the device's are of %d (lba=%d)", lba, whole, whole))
 	}
 	if most, ok := lockable(); ok && !b.spec.NoPin {
-		list = append(list, fmt.Sprintf("at most %s of guest memory are registered with the kernel, the rest is served without: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) or give CAP_IPC_LOCK; nopin registers none", FormatSize(most)))
+		list = append(list, fmt.Sprintf("at most %s of guest memory are registered with the kernel, the rest is served without: %s", FormatSize(most), raiseMemlock))
 	}
 	return list
 }

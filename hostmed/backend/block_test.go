@@ -276,12 +276,12 @@ func loopHost(t *testing.T) *diskHost {
 func TestBlockOverLoop(t *testing.T) {
 	device, file := loopDevice(t, testSize)
 	h := loopHost(t)
-	b, err := openBlock(Spec{Kind: KindBlock, Path: device}, h)
+	b, err := openBlock(Spec{Kind: KindBlock, Path: device}, h, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer b.Close()
-	_, err = openBlock(Spec{Kind: KindBlock, Path: device}, h)
+	_, err = openBlock(Spec{Kind: KindBlock, Path: device}, h, nil)
 	oneLine(t, err, "in use")
 	if fd, err := unix.Open(device, unix.O_RDONLY|unix.O_EXCL, 0); err != unix.EBUSY {
 		unix.Close(fd)
@@ -316,7 +316,7 @@ func TestBlockOverLoop(t *testing.T) {
 func TestBlockWatchSeesSizeAndClose(t *testing.T) {
 	device, file := loopDevice(t, testSize)
 	h := loopHost(t)
-	b, err := openBlock(Spec{Kind: KindBlock, Path: device}, h)
+	b, err := openBlock(Spec{Kind: KindBlock, Path: device}, h, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,7 @@ import (
 
 func TestNothingIsAllocatedPerRequest(t *testing.T) {
 	null := flavour{"null", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(Spec{Kind: KindNull, Size: size, LBA: lba}))
+		return opened(t)(OpenSpec(Spec{Kind: KindNull, Size: size, LBA: lba}, nil))
 	}}
 	for _, f := range append(flavours[:len(flavours):len(flavours)], null) {
 		t.Run(f.name, func(t *testing.T) {
@@ -63,7 +63,7 @@ func TestNoDescriptorOrMappingStays(t *testing.T) {
 	mem := guestMemory(t, 4096)
 	once := func() {
 		for _, s := range []Spec{{Kind: KindNull, Size: 1 << 20, LBA: 512}, {Kind: KindMem, Size: 64 << 20, LBA: 512}, disk, shm} {
-			b, err := OpenSpec(s)
+			b, err := OpenSpec(s, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -103,7 +103,7 @@ func TestNoDescriptorOrMappingStays(t *testing.T) {
 func TestDirectIsUsedWhereTheFileSystemTakesIt(t *testing.T) {
 	for _, lba := range []uint32{512, 4096} {
 		s := fileSpec(diskDir(t), testSize, lba)
-		b := opened(t)(OpenSpec(s)).(*file)
+		b := opened(t)(OpenSpec(s, nil)).(*file)
 		want := false
 		if fd, err := unix.Open(s.Path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0); err == nil {
 			n, err := unix.Pread(fd, guestMemory(t, 65536)[:lba], int64(lba))
@@ -142,7 +142,7 @@ func BenchmarkWrite(b *testing.B) { benchmark(b, OpWrite) }
 func benchmark(b *testing.B, op Op) {
 	const size = 1 << 30
 	null := flavour{"null", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(Spec{Kind: KindNull, Size: size, LBA: lba}))
+		return opened(t)(OpenSpec(Spec{Kind: KindNull, Size: size, LBA: lba}, nil))
 	}}
 	for _, f := range append([]flavour{null}, flavours...) {
 		b.Run(f.name, func(b *testing.B) {

@@ -102,7 +102,7 @@ func TestReadOnlyRefusesEveryChange(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.ReadOnly = true
-		b := opened(t)(OpenSpec(s))
+		b := opened(t)(OpenSpec(s, nil))
 		q := newQueue(t, b)
 		mem := guestMemory(t, 1<<20)
 		if i := b.Info(); !i.ReadOnly || i.Discard || i.VolatileCache {

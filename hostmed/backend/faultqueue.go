@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -31,14 +32,14 @@ func (b mappedFaulty) Close() error             { return b.faulty.Close() }
 
 func (b mappedFaulty) NewQueueFor(owner any) (Queue, error) { return b.faulty.NewQueueFor(owner) }
 
-func openFaulty(s Spec) (Backend, error) {
+func openFaulty(s Spec, log hclog.Logger) (Backend, error) {
 	rules, err := parseFaults(s.Faults)
 	if err != nil {
 		return nil, fmt.Errorf("namespace %s: %w", s, err)
 	}
 	plain := s
 	plain.Faults = ""
-	b, err := OpenSpec(plain)
+	b, err := OpenSpec(plain, log)
 	if err != nil {
 		return nil, err
 	}

@@ -59,19 +59,19 @@ type flavour struct {
 // flavours are all that store what they are given.
 var flavours = []flavour{
 	{"mem", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(Spec{Kind: KindMem, Size: size, LBA: lba}))
+		return opened(t)(OpenSpec(Spec{Kind: KindMem, Size: size, LBA: lba}, nil))
 	}},
 	{"direct", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(fileSpec(diskDir(t), size, lba)))
+		return opened(t)(OpenSpec(fileSpec(diskDir(t), size, lba), nil))
 	}},
 	{"buffered", func(t testing.TB, size uint64, lba uint32) Backend {
 		return opened(t)(openFile(fileSpec(diskDir(t), size, lba), false))
 	}},
 	{"tmpfs", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(fileSpec(shmDir(t), size, lba)))
+		return opened(t)(OpenSpec(fileSpec(shmDir(t), size, lba), nil))
 	}},
 	{"tmpfs unmapped", func(t testing.TB, size uint64, lba uint32) Backend {
-		b := opened(t)(OpenSpec(fileSpec(shmDir(t), size, lba)))
+		b := opened(t)(OpenSpec(fileSpec(shmDir(t), size, lba), nil))
 		if err := b.(*file).pages.close(); err != nil {
 			t.Fatal(err)
 		}
@@ -89,12 +89,12 @@ var devices = []flavour{
 // spared are media with faults that nobody meets.
 var spared = []flavour{
 	{"faulty mem", func(t testing.TB, size uint64, lba uint32) Backend {
-		return opened(t)(OpenSpec(Spec{Kind: KindMem, Size: size, LBA: lba, Faults: "drop@lba=0xffffffffffffffff"}))
+		return opened(t)(OpenSpec(Spec{Kind: KindMem, Size: size, LBA: lba, Faults: "drop@lba=0xffffffffffffffff"}, nil))
 	}},
 	{"faulty file", func(t testing.TB, size uint64, lba uint32) Backend {
 		s := fileSpec(diskDir(t), size, lba)
 		s.Faults = "delay=1us" // which is no fault
-		return opened(t)(OpenSpec(s))
+		return opened(t)(OpenSpec(s, nil))
 	}},
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -48,6 +49,7 @@ type nvmeChar struct {
 
 	device Device // for those who administer it
 
+	limit   memlock
 	claim   *claim // of the slice, on the host
 	events  *ueventHub
 	deaf    func()                      // ends listening to events; nil: there is nothing to hear
@@ -56,13 +58,13 @@ type nvmeChar struct {
 }
 
 // openNvmeChar opens the character device of s.
-func openNvmeChar(s Spec) (_ Backend, err error) {
+func openNvmeChar(s Spec, log hclog.Logger) (_ Backend, err error) {
 	say := func(err error) error { return fmt.Errorf("namespace nvme:%s: %w", s.Path, err) }
 	f, err := openChar(s)
 	if err != nil {
 		return nil, say(err)
 	}
-	b := &nvmeChar{spec: s, f: f, fd: int(f.Fd()), events: &uevents}
+	b := &nvmeChar{spec: s, limit: memlock{log: log}, f: f, fd: int(f.Fd()), events: &uevents}
 	defer func() {
 		if err != nil {
 			b.letGo()

@@ -102,7 +102,7 @@ func (b *nvmeChar) newQueue(r wideRing) (*charQueue, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &charQueue{b: b, ring: r, evfd: evfd, ranges: mem, fixed: registered{ring: r}}, nil
+	return &charQueue{b: b, ring: r, evfd: evfd, ranges: mem, fixed: registered{ring: r, full: func() { b.limit.tell(b.info.Name) }}}, nil
 }
 
 func (q *charQueue) Inflight() int { return q.inflight }

@@ -6,6 +6,8 @@ import (
 	"math/bits"
 	"path/filepath"
 	"sync"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // Open opens the backend that spec describes. The error is one line that names the thing
@@ -15,13 +17,16 @@ func Open(spec string) (Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	return OpenSpec(s)
+	return OpenSpec(s, nil)
 }
 
-// OpenSpec is Open for a parsed spec.
-func OpenSpec(s Spec) (Backend, error) {
+// OpenSpec is Open for a parsed spec. What happens to the backend later that the operator should know goes to log; nil: nobody is told.
+func OpenSpec(s Spec, log hclog.Logger) (Backend, error) {
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
 	if s.Faults != "" {
-		return openFaulty(s)
+		return openFaulty(s, log)
 	}
 	switch s.Kind {
 	case KindNull:
@@ -31,11 +36,11 @@ func OpenSpec(s Spec) (Backend, error) {
 	case KindFile:
 		return openFile(s, true)
 	case KindBlock:
-		return openBlock(s, &disks)
+		return openBlock(s, &disks, log)
 	case KindNVMe:
-		return openNvmeChar(s)
+		return openNvmeChar(s, log)
 	case KindVFIO:
-		return openVFIO(s)
+		return openVFIO(s, log)
 	}
 	return nil, fmt.Errorf("namespace kind %q does not exist", s.Kind)
 }

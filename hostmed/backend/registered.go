@@ -1,8 +1,13 @@
 package backend
 
 import (
+	"errors"
 	"math"
 	"slices"
+	"sync"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -28,6 +33,7 @@ type registered struct {
 	state  int8 // 0: not asked yet; 1: there is a table; -1: the kernel has none
 	next   int  // first entry that was never used
 	free   []uint16
+	full   func() // tells that the kernel lets this process lock no more memory; nil: nobody
 	maps   []registeredMap
 	latest int // index in maps of what was found last
 }
@@ -130,12 +136,33 @@ func (p *registered) use(m *registeredMap, piece uintptr) int32 {
 	}
 	from := max(m.from, (m.from>>registeredShift+piece)<<registeredShift)
 	to := min(m.to, (m.from>>registeredShift+piece+1)<<registeredShift)
-	if p.ring.UpdateBuffers(int(index), [][]byte{m.b[from-m.from : to-m.from]}) != nil {
+	if err := p.ring.UpdateBuffers(int(index), [][]byte{m.b[from-m.from : to-m.from]}); err != nil {
+		if errors.Is(err, unix.ENOMEM) && p.full != nil {
+			p.full()
+		}
 		p.free = append(p.free, index)
 		return refused
 	}
 	*place = int32(index)
 	return *place
+}
+
+// raiseMemlock is what to do about it.
+const raiseMemlock = "raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=) or give CAP_IPC_LOCK; nopin registers none"
+
+// memlock tells of a namespace, once, that some memory of its guests could not be registered.
+type memlock struct {
+	log  hclog.Logger // nil: nobody is told
+	once sync.Once
+}
+
+// tell is called by any worker.
+func (m *memlock) tell(namespace string) {
+	m.once.Do(func() {
+		if m.log != nil {
+			m.log.Warn("the kernel registers no more memory of guests: the rest is served without, which costs more for each command", "namespace", namespace, "remedy", raiseMemlock)
+		}
+	})
 }
 
 // entry takes an entry of the table, which is made for the first one.

@@ -1,8 +1,10 @@
 package backend
 
 import (
+	"strings"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/uring"
@@ -182,5 +184,29 @@ func TestNVMeCharFixedVectors(t *testing.T) {
 		if len(d.fixed) != 2 || d.fixed[0] || d.fixed[1] {
 			t.Errorf("pieces in different buffers: registered %v", d.fixed)
 		}
+	}
+}
+
+// TestMemlockIsTold: that the kernel locks no more memory is said once for a namespace, with the remedy.
+func TestMemlockIsTold(t *testing.T) {
+	var out strings.Builder
+	limit := memlock{log: hclog.New(&hclog.LoggerOptions{Output: &out})}
+	for range 2 { // queues
+		f := &fakeTable{entries: map[int][]byte{}, refuse: true}
+		p := registered{ring: f, full: func() { limit.tell("nvme:/dev/ng0n1") }}
+		b := guestMemory(t, 3<<registeredShift)
+		p.add(b)
+		for i := range 3 * registerAfter {
+			s := seg(b[i%3<<registeredShift:][:512])
+			if _, ok := p.find(&s); ok {
+				t.Error("refused, and found")
+			}
+		}
+		if f.calls < 2 {
+			t.Errorf("asked %d times", f.calls)
+		}
+	}
+	if got := out.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "LimitMEMLOCK=") || !strings.Contains(got, "/dev/ng0n1") {
+		t.Errorf("the log says: %s", got)
 	}
 }

@@ -191,20 +191,20 @@ func TestOneWriterOrManyReaders(t *testing.T) {
 	ro.ReadOnly, ro.Size = true, 0
 	must := func(s Spec) Backend {
 		t.Helper()
-		b, err := OpenSpec(s)
+		b, err := OpenSpec(s, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return b
 	}
 	first := must(rw)
-	_, err := OpenSpec(rw)
+	_, err := OpenSpec(rw, nil)
 	oneLine(t, err, rw.Path, "in use", "readonly in both")
-	_, err = OpenSpec(ro)
+	_, err = OpenSpec(ro, nil)
 	oneLine(t, err, rw.Path, "in use", "for writing")
 	first.Close()
 	a, b := must(ro), must(ro)
-	_, err = OpenSpec(rw)
+	_, err = OpenSpec(rw, nil)
 	oneLine(t, err, "in use")
 	if a.Info().UUID == b.Info().UUID || a.Info().NGUID == b.Info().NGUID {
 		t.Error("two namespaces of one file have the same identifiers")

@@ -23,6 +23,7 @@ import (
 type vfio struct {
 	tally
 	spec  Spec
+	log   hclog.Logger
 	info  Info
 	id    identity
 	dev   *hostnvme.Device
@@ -40,15 +41,15 @@ const (
 	maxVFIONLB     = 1 << 16
 )
 
-func openVFIO(s Spec) (_ Backend, err error) {
+func openVFIO(s Spec, log hclog.Logger) (_ Backend, err error) {
 	say := func(err error) error { return fmt.Errorf("namespace vfio:%s: %w", s.Path, err) }
 	ctx, cancel := context.WithTimeout(context.Background(), vfioPatience)
 	defer cancel()
-	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Timeout: s.Timeout, UnsafeNoIOMMU: s.UnsafeNoIOMMU, Logger: hclog.Default().Named("vfio")})
+	dev, err := hostnvme.Open(ctx, s.Path, hostnvme.Options{Timeout: s.Timeout, UnsafeNoIOMMU: s.UnsafeNoIOMMU, Logger: log.Named("vfio")})
 	if err != nil {
 		return nil, say(err)
 	}
-	b, err := newVFIO(s, dev)
+	b, err := newVFIO(s, dev, log)
 	if err != nil {
 		return nil, say(errors.Join(err, dev.Close()))
 	}
@@ -57,7 +58,7 @@ func openVFIO(s Spec) (_ Backend, err error) {
 
 // OverDevice is the backend of s over a device that is open, and that it closes.
 func OverDevice(s Spec, dev *hostnvme.Device) (Backend, error) {
-	b, err := newVFIO(s, dev)
+	b, err := newVFIO(s, dev, hclog.NewNullLogger())
 	if err != nil {
 		return nil, err
 	}
@@ -65,8 +66,8 @@ func OverDevice(s Spec, dev *hostnvme.Device) (Backend, error) {
 }
 
 // newVFIO takes a slice of dev.
-func newVFIO(s Spec, dev *hostnvme.Device) (_ *vfio, err error) {
-	b := &vfio{spec: s, dev: dev}
+func newVFIO(s Spec, dev *hostnvme.Device, log hclog.Logger) (_ *vfio, err error) {
+	b := &vfio{spec: s, dev: dev, log: log.Named("vfio")}
 	if b.spec.NSID == 0 {
 		ids := dev.Namespaces()
 		if len(ids) != 1 {
@@ -333,7 +334,7 @@ func (b *vfio) Close() error {
 func (b *vfio) tell() {
 	n, used := b.dev.Pairs().Counts()
 	d := b.dev.Stats()
-	hclog.Default().Named("vfio").Info("namespace closed", "spec", b.info.Name, "commands", n.Commands, "mapped", n.Mapped, "copied", n.Bounced, "waited", n.Full,
+	b.log.Info("namespace closed", "spec", b.info.Name, "commands", n.Commands, "mapped", n.Mapped, "copied", n.Bounced, "waited", n.Full,
 		"sent again", n.Reissued, "failed", n.Failed, "wrong completions", n.Wrong, "doorbell writes", n.Doorbells, "batches", n.Batches, "kicks", n.Kicks,
 		"queue pairs in use", used, "resets", d.Resets, "timeouts", d.Timeouts, "aborts", d.Aborts)
 }

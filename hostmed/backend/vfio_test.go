@@ -4,7 +4,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
+
 	"github.com/shadowbell/shadowbell/hostmed/internal/hostnvme"
+	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
 )
 
 // TestVFIOOperations: an Op is converted by its number.
@@ -81,5 +84,17 @@ func TestVFIOSliceOfANamespace(t *testing.T) {
 		if !strings.Contains(got, want) {
 			t.Errorf("%s: %s", spec, got)
 		}
+	}
+}
+
+// TestVFIOTells: what becomes of the device is said to who opened it.
+func TestVFIOTells(t *testing.T) {
+	var out strings.Builder
+	r, err := vfioTelling(t, Spec{}, nvmetest.Config{}, hclog.New(&hclog.LoggerOptions{Output: &out}))
+	if err == nil {
+		err = r.Close()
+	}
+	if got := out.String(); err != nil || !strings.Contains(got, "vfio: device opened") || !strings.Contains(got, "vfio: namespace closed") {
+		t.Errorf("%v; the log says: %s", err, got)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"github.com/shadowbell/shadowbell/hostmed/internal/hostnvme"
 	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
 	"github.com/shadowbell/shadowbell/shared/nvme"
@@ -30,15 +32,21 @@ type vfioRig struct {
 // vfioOver opens s over a controller that is made of cfg.
 func vfioOver(t testing.TB, s Spec, cfg nvmetest.Config) (*vfioRig, error) {
 	t.Helper()
+	return vfioTelling(t, s, cfg, hclog.NewNullLogger())
+}
+
+// vfioTelling is vfioOver with a log.
+func vfioTelling(t testing.TB, s Spec, cfg nvmetest.Config, log hclog.Logger) (*vfioRig, error) {
+	t.Helper()
 	model := nvmetest.New(cfg)
 	t.Cleanup(model.Close)
 	guests := model.ForGuests()
 	s.Kind, s.Path = KindVFIO, t.Name()
-	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{guests}, s.Path, hostnvme.Options{Timeout: time.Minute})
+	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{guests}, s.Path, hostnvme.Options{Timeout: time.Minute, Logger: log.Named("vfio")})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := newVFIO(s, dev)
+	b, err := newVFIO(s, dev, log)
 	if err != nil {
 		if err := dev.Close(); err != nil {
 			t.Error(err)

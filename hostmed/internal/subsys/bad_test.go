@@ -109,7 +109,7 @@ func TestBadIsKept(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := backend.OpenSpec(spec)
+		b, err := backend.OpenSpec(spec, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

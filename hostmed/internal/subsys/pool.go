@@ -115,7 +115,7 @@ func (p *Pool) drop(nsid uint32) error {
 
 // open opens the medium of m, size 0: as it is.
 func (p *Pool) open(m *made, size uint64) (backend.Backend, error) {
-	return backend.OpenSpec(backend.Spec{Kind: backend.KindFile, Path: p.path(m), Size: size, LBA: m.LBA})
+	return backend.OpenSpec(backend.Spec{Kind: backend.KindFile, Path: p.path(m), Size: size, LBA: m.LBA}, nil)
 }
 
 // UsePool makes the namespaces that guests have created in p, and takes commands that create more. A namespace whose file
