@@ -16,6 +16,9 @@ func (m member) Notice(nsid uint32, kind uint8) {
 	m.do(call{run: func() { m.ctl.ReservationNotice(nsid, kind) }})
 }
 
+// Warned has the controller ask its devices for their health.
+func (m member) Warned() { m.do(call{run: m.ctl.AskHealth}) }
+
 // call is something that another goroutine wants done on the session's.
 type call struct {
 	run  func()

@@ -21,9 +21,9 @@ func (s *subsystem) watch(n *subsys.Namespace) {
 
 // follow returns what an event of n's medium is told to. It waits for nothing; events that come while one of their kind waits are one.
 func (s *subsystem) follow(n *subsys.Namespace) func(backend.Event) {
-	var waits [2]atomic.Bool
+	var waits [3]atomic.Bool
 	return func(e backend.Event) {
-		do := map[backend.Event]func(*subsys.Namespace) error{backend.EventChanged: s.changed, backend.EventGone: s.gone}[e]
+		do := map[backend.Event]func(*subsys.Namespace) error{backend.EventChanged: s.changed, backend.EventGone: s.gone, backend.EventHealth: s.warned}[e]
 		if do == nil || waits[e].Swap(true) {
 			return
 		}
@@ -50,6 +50,12 @@ func (s *subsystem) changed(n *subsys.Namespace) error {
 		spec = c.Spec
 	}
 	return s.resize(n, spec)
+}
+
+// warned has n's controllers ask its device for its health.
+func (s *subsystem) warned(n *subsys.Namespace) error {
+	s.Warned(n)
+	return nil
 }
 
 // gone takes n away from everybody: its medium does not come back.

@@ -221,6 +221,7 @@ type Event uint8
 const (
 	EventChanged Event = iota // its size may be another: Alterable.Resized tells
 	EventGone                 // it is away and does not come back; every request fails
+	EventHealth               // the device under an Administered has a warning in its SMART log
 )
 
 // Watched is a Backend whose medium changes without anybody here asking.

@@ -179,6 +179,7 @@ type Config struct {
 	Logger                          hclog.Logger   // [none]
 	Stats                           func() IOStats // [nothing was done]
 	Persistent                      *Persistent    // of this controller's identity, used by one Controller at a time [one that ends with it]
+	HealthPeriod                    time.Duration  // how often devices of the host's are asked for warnings that the guest wants to hear of [30 s]
 	// IOErrors returns the I/O commands that failed since it was called last: how many, and the newest, oldest first. [none did]
 	IOErrors func() (newest []IOError, n uint64)
 	// Dump describes the queues of the data path, for telemetry. [nothing]
@@ -242,6 +243,9 @@ func New(cfg Config, dp DataPath, mem Memory) *Controller {
 	cfgp.MDTSBytes = 1 << (bits.Len32(max(cfgp.MDTSBytes, 2*minPageSize)) - 1)
 	if cfgp.Vectors == 0 {
 		cfgp.Vectors = cfgp.MaxIOQueues + 1
+	}
+	if cfgp.HealthPeriod <= 0 {
+		cfgp.HealthPeriod = healthPeriod
 	}
 	if cfgp.Logger == nil {
 		cfgp.Logger = hclog.NewNullLogger()
@@ -309,6 +313,7 @@ func (c *Controller) namespace(nsid uint32) *Namespace {
 func (c *Controller) Close() {
 	c.ready = false
 	c.stopKeepAlive()
+	c.followHealth() // not any more
 	c.flush.wait.Wait()
 	c.closeAsync()
 	c.status() // a shutdown that nobody has looked at is one all the same

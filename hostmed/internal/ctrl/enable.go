@@ -68,6 +68,7 @@ func (c *Controller) enable() {
 	c.applyFeatures()
 	c.setAtRisk(true)
 	c.regs.csts = c.regs.csts.WithRDY(true)
+	c.followHealth()
 	c.log.debug("controller enabled", "cc", c.regs.cc.String(), "aqa", c.regs.aqa.String())
 }
 
@@ -127,6 +128,7 @@ func (c *Controller) disable() {
 	c.admin = adminQueue{}
 	c.forgetBackground()
 	c.stopKeepAlive()
+	c.followHealth()
 	c.queues = newQueueTable(c.cfg.MaxIOQueues)
 	c.events = events{}
 	c.notices = notices{}

@@ -391,8 +391,11 @@ func (c *Controller) applyArbitration(v uint32) {
 // applyFeature does what a value that was just set asks for.
 func (c *Controller) applyFeature(fid nvme.FeatureID, v uint32) {
 	switch fid {
-	case nvme.FeatureTemperature, nvme.FeatureAsyncEvents:
+	case nvme.FeatureTemperature:
 		c.checkHealth()
+	case nvme.FeatureAsyncEvents:
+		c.checkHealth()
+		c.followHealth()
 	case nvme.FeaturePowerManagement:
 		c.enterPowerState(nvme.PowerManagement(v).PS())
 	case nvme.FeatureKeepAlive:

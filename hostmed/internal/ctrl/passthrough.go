@@ -361,9 +361,10 @@ func (h *deviceHealth) add(l *nvme.SMARTLog) {
 
 // takeHealth shows what the devices said. Of those that did not answer it keeps what they said before.
 func (c *Controller) takeHealth(h *deviceHealth, err error) {
-	if err != nil {
+	if err != nil && !c.health.silent {
 		c.log.warn("the health of a device of the host's", "error", err)
 	}
+	c.health.silent = err != nil
 	if h.known {
 		c.health.device = *h
 	}

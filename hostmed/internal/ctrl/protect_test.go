@@ -43,6 +43,7 @@ func (m *showing) Changed(done func()) {
 func (m *showing) Reset() {}
 
 func (m *showing) Notice(uint32, uint8) {}
+func (m *showing) Warned()              {}
 
 func TestWriteProtect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -21,6 +21,10 @@ type health struct {
 	changed     []uint32 // namespaces, rising
 
 	device   deviceHealth // of the host's devices under the namespaces
+	asking   bool         // they are being asked
+	askAgain bool         // when they have answered
+	silent   bool         // not all of them have answered the last time
+	stop     func() bool  // ends the waiting for the next time; nil: nobody waits
 	selfTest []byte       // log 06h, as the device said last
 }
 
@@ -49,6 +53,54 @@ var smartEvents = [...]struct{ warning, info uint8 }{
 	{nvme.SMARTWarningTemperature, nvme.EventSMARTTemperature},
 	{nvme.SMARTWarningReliability, nvme.EventSMARTReliability},
 	{nvme.SMARTWarningSpare, nvme.EventSMARTSpare},
+	{nvme.SMARTWarningReadOnly, nvme.EventSMARTReliability},
+	{nvme.SMARTWarningBackup, nvme.EventSMARTReliability},
+}
+
+// healthPeriod is how often the host's devices are asked for their health while the guest wants to hear of it. Temperatures rise without an event, as long as
+// they are within the device's own thresholds, and the events of a device that the kernel drives are the kernel's.
+const healthPeriod = 30 * time.Second
+
+// AskHealth asks the host's devices for their health, as one of them has a warning, and tells the guest what it wants to hear of. It
+// waits for nothing.
+func (c *Controller) AskHealth() {
+	h := &c.health
+	ds := c.hostDevices()
+	switch {
+	case len(ds) == 0:
+		return
+	case h.asking:
+		h.askAgain = true
+		return
+	}
+	h.asking = true
+	c.async.work.Go(func() {
+		var now deviceHealth
+		err := now.read(ds)
+		c.Post(func() {
+			h.asking = false
+			c.takeHealth(&now, err)
+			c.interrupt()
+			if h.askAgain {
+				h.askAgain = false
+				c.AskHealth()
+			}
+		})
+	})
+}
+
+// followHealth asks the devices now, and from time to time from now on, as long as the guest wants to hear of warnings.
+func (c *Controller) followHealth() {
+	h := &c.health
+	if h.stop != nil {
+		h.stop()
+		h.stop = nil
+	}
+	if !c.ready || c.eventConfig().SMART() == 0 {
+		return
+	}
+	c.AskHealth()
+	h.stop = c.after(c.cfg.HealthPeriod, c.followHealth)
 }
 
 // checkHealth raises an event for each warning that has come up and that the host wants to hear of.

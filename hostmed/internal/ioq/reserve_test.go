@@ -18,6 +18,7 @@ type silent struct{}
 func (silent) Changed(done func())  { done() }
 func (silent) Reset()               {}
 func (silent) Notice(uint32, uint8) {}
+func (silent) Warned()              {}
 
 // twoHosts are two controllers, of two hosts, that have one namespace, each with a queue pair on a worker of its own.
 type twoHosts struct {

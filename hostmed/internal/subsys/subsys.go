@@ -54,6 +54,19 @@ type Member interface {
 	Reset()
 	// Notice says what has become of the host's registration or reservation: nvme.NoticeReservationReleased and so on.
 	Notice(nsid uint32, kind uint8)
+	// Warned says that a device under one of the controller's namespaces has a warning in its SMART log.
+	Warned()
+}
+
+// Warned tells n's controllers that its device has a warning.
+func (s *Subsystem) Warned(n *Namespace) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, c := range s.controllers {
+		if c.member != nil && n.attached[id] {
+			c.member.Warned()
+		}
+	}
 }
 
 // Config is one subsystem.

@@ -31,12 +31,13 @@ func (w *fakeWorkers) Forget(backend.Backend)       { w.note("forget") }
 
 // fakeMember is a client whose session answers on a goroutine of its own.
 type fakeMember struct {
-	c      *Controller
-	mu     sync.Mutex
-	shown  []uint32 // what Identify shows
-	told   int
-	resets int
-	notes  []uint8 // notifications of reservations
+	c        *Controller
+	mu       sync.Mutex
+	shown    []uint32 // what Identify shows
+	told     int
+	resets   int
+	notes    []uint8 // notifications of reservations
+	warnings int
 }
 
 func (m *fakeMember) Changed(done func()) {
@@ -53,6 +54,7 @@ func (m *fakeMember) Changed(done func()) {
 }
 
 func (m *fakeMember) Reset()                      { m.resets++ }
+func (m *fakeMember) Warned()                     { m.warnings++ }
 func (m *fakeMember) Notice(_ uint32, kind uint8) { m.notes = append(m.notes, kind) }
 
 func (m *fakeMember) shows(t *testing.T, want ...uint32) {
