@@ -99,7 +99,7 @@ func (c *Controller) setup(ctx context.Context) error {
 	}
 	c.watching.Add(1)
 	go c.tellChanges(c.sizes())
-	c.adm.WatchEvents(c.namespacesChanged)
+	c.adm.WatchEvents(admin.Watcher{Namespaces: c.namespacesChanged})
 	c.adm.RequestEvents(ctx)
 	return c.begin()
 }

@@ -80,6 +80,9 @@ func TestFaultsHandOn(t *testing.T) {
 			t.Errorf("%s is lost under faults", name)
 		}
 	}
+	if _, ok := Plain(withFaults(medium, medium.spec, rules)).(Administered); !ok {
+		t.Error("the plain medium is not Administered")
+	}
 }
 
 // extends says whether a method of an interface stands for those of a Backend or a Queue.

@@ -213,8 +213,8 @@ func (b *nvmeChar) take(k blockLimits) error {
 	if err != nil {
 		return err
 	}
-	if b.spec.Vendor && !b.whole() {
-		return errors.New("vendor: vendor specific commands reach all of a device, and this is a slice of it: leave out either")
+	if err := b.spec.mayVendor(); err != nil {
+		return err
 	}
 	if b.spec.Poll && !k.polled {
 		return errors.New("poll: the device has no poll queues: load its driver with them (nvme.poll_queues=2 on the kernel's command line, or modprobe nvme poll_queues=2), or leave poll out")
@@ -224,7 +224,7 @@ func (b *nvmeChar) take(k blockLimits) error {
 	if err := b.slice(id); err != nil {
 		return err
 	}
-	b.device = Device{NSID: id.nsid, Whole: b.whole(), Vendor: b.spec.Vendor, Controller: id.ctrl, Effects: id.acts}
+	b.device = Device{NSID: id.nsid, Whole: b.spec.whole(), Vendor: b.spec.Vendor, Controller: id.ctrl, Effects: id.acts}
 	return b.mayCommand()
 }
 
@@ -256,9 +256,6 @@ func (b *nvmeChar) slice(id *charIdent) error {
 	b.info.Blocks, b.info.LBAShift = n>>id.shift, id.shift
 	return nil
 }
-
-// whole says whether all of the namespace is served, and nothing else of it to anybody.
-func (b *nvmeChar) whole() bool { return b.spec.Offset == 0 && b.spec.Size == 0 }
 
 // mayCommand tries whether the kernel lets this process send what guests will ask for. Without CAP_SYS_ADMIN it does so only where the
 // device says in its Commands Supported and Effects log what they do (Linux 6.2).

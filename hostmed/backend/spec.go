@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -35,7 +36,7 @@ nvme:PATH[,offset=SIZE][,size=SIZE][,poll][,nopin][,vendor][,readonly]
                                              an NVMe namespace by its character device, /dev/ng0n1, or a slice of it;
                                              poll: by its poll queues; nopin: guest memory is not pinned; vendor: the
                                              guest may send the device's vendor specific admin commands
-vfio:ADDRESS[,nsid=N][,offset=SIZE][,size=SIZE][,queues=N][,poll][,timeout=TIME][,readonly]
+vfio:ADDRESS[,nsid=N][,offset=SIZE][,size=SIZE][,queues=N][,poll][,timeout=TIME][,vendor][,readonly]
                                              a namespace, or a slice of one, of the NVMe device at a PCI address, as
                                              0000:01:00.0, which vfio-pci has: hostmed drives it, for all that name it;
                                              queues: so many of its queue pairs are for this SPEC alone; poll: no
@@ -81,6 +82,16 @@ type Spec struct {
 
 	// UnsafeNoIOMMU takes a device for vfio: that no IOMMU keeps from all memory of the machine, too. It is the operator's to say, not a SPEC's.
 	UnsafeNoIOMMU bool
+}
+
+// whole says whether all of a device's namespace is served, and nothing else of it to anybody.
+func (s *Spec) whole() bool { return s.Offset == 0 && s.Size == 0 }
+
+func (s *Spec) mayVendor() error {
+	if s.Vendor && !s.whole() {
+		return errors.New("vendor: vendor specific commands reach all of a device, and this is a slice of it: leave out either")
+	}
+	return nil
 }
 
 // syntax is what a spec of one kind looks like.
@@ -156,7 +167,7 @@ var syntaxes = map[Kind]syntax{
 	KindFile:  {path: "/srv/disk.img", options: []option{optSize, optLBA, optReadOnly}},
 	KindBlock: {path: "/dev/nvme0n1p3", ownLBA: true, options: []option{optLBA, optPoll, optNoPin, optReadOnly}},
 	KindNVMe:  {path: "/dev/ng0n1", options: []option{optOffset, optSize, optPoll, optNoPin, optVendor, optReadOnly}},
-	KindVFIO:  {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optTimeout, optReadOnly}},
+	KindVFIO:  {path: "0000:01:00.0", options: []option{optNSID, optOffset, optSize, optQueues, optPoll, optTimeout, optVendor, optReadOnly}},
 }
 
 // takes names the options of x.

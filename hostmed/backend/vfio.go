@@ -20,6 +20,7 @@ import (
 //
 //	vfio.go        opening, and what is shown of the device
 //	vfioqueue.go   the way of a request
+//	vfioadmin.go   admin commands of guests
 type vfio struct {
 	tally
 	spec  Spec
@@ -32,11 +33,16 @@ type vfio struct {
 	nvm   nvme.IdentifyControllerNVM
 	held  *vfioSlice
 	deaf  func() // ends Watch
+
+	device  Device          // for those who administer it
+	asking  chan struct{}   // full while Admin is at work, and after Close
+	life    context.Context // ends at Close
+	endLife context.CancelFunc
+	closed  bool
 }
 
 const (
-	vfioPatience   = time.Minute // for a device to come up
-	adminTimeout   = 10 * time.Second
+	vfioPatience   = time.Minute     // for a device to come up
 	memoryPatience = 3 * time.Second // 100 GiB and more in large pages
 	maxVFIONLB     = 1 << 16
 )
@@ -67,7 +73,13 @@ func OverDevice(s Spec, dev *hostnvme.Device) (Backend, error) {
 
 // newVFIO takes a slice of dev.
 func newVFIO(s Spec, dev *hostnvme.Device, log hclog.Logger) (_ *vfio, err error) {
-	b := &vfio{spec: s, dev: dev, log: log.Named("vfio")}
+	b := &vfio{spec: s, dev: dev, log: log.Named("vfio"), asking: make(chan struct{}, 1)}
+	b.life, b.endLife = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			b.endLife()
+		}
+	}()
 	if b.spec.NSID == 0 {
 		ids := dev.Namespaces()
 		if len(ids) != 1 {
@@ -75,7 +87,7 @@ func newVFIO(s Spec, dev *hostnvme.Device, log hclog.Logger) (_ *vfio, err error
 		}
 		b.spec.NSID = ids[0]
 	}
-	if err := b.take(); err != nil {
+	if err := errors.Join(s.mayVendor(), b.take()); err != nil {
 		return nil, err
 	}
 	if b.held, err = vfioSlices.take(b.key(), s.Offset, s.Offset+b.info.Size(), s.ReadOnly); err != nil {
@@ -87,6 +99,7 @@ func newVFIO(s Spec, dev *hostnvme.Device, log hclog.Logger) (_ *vfio, err error
 			return nil, err
 		}
 	}
+	b.device = b.describe()
 	b.id = takeKey(b.identity())
 	b.info.NGUID, b.info.UUID = b.id.nguid(), b.id.uuid()
 	return b, nil
@@ -250,14 +263,10 @@ func (b *vfio) Warnings() []string {
 // AwaitMemory waits until the device reaches what its queues were told of: until then data is copied.
 func (b *vfio) AwaitMemory() { b.dev.Pairs().Memory().Settle(memoryPatience) }
 
-// Watch makes f hear of the device's end, and of changes of the namespace.
+// Watch makes f hear of the device's end, of changes of the namespace, and of warnings.
 func (b *vfio) Watch(f func(Event)) {
 	b.deaf = b.dev.Watch(b.spec.NSID, func(e hostnvme.Event) {
-		if e == hostnvme.Gone {
-			f(EventGone)
-		} else {
-			f(EventChanged)
-		}
+		f(map[hostnvme.Event]Event{hostnvme.Changed: EventChanged, hostnvme.Gone: EventGone, hostnvme.Health: EventHealth}[e])
 	})
 }
 
@@ -311,9 +320,12 @@ func (b *vfio) Format(lba uint32) error {
 
 // Close leaves the device to the others that have it.
 func (b *vfio) Close() error {
-	if b.dev == nil {
+	if b.closed {
 		return nil
 	}
+	b.closed = true
+	b.endLife()
+	b.asking <- struct{}{} // nobody asks the device from here on
 	if b.deaf != nil {
 		b.deaf()
 	}
@@ -325,9 +337,7 @@ func (b *vfio) Close() error {
 	b.tell()
 	err := b.dev.Pairs().Trim()
 	b.AwaitMemory() // to be taken back
-	err = errors.Join(err, b.dev.Close())
-	b.dev = nil
-	return err
+	return errors.Join(err, b.dev.Close())
 }
 
 // tell says in the log what the device has done so far, for all that have it.

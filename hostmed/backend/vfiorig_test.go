@@ -2,8 +2,11 @@ package backend
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"math/bits"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +32,9 @@ type vfioRig struct {
 	guests *nvmetest.Guests
 }
 
+// vfioRigs counts them: each has an address of its own.
+var vfioRigs atomic.Uint32
+
 // vfioOver opens s over a controller that is made of cfg.
 func vfioOver(t testing.TB, s Spec, cfg nvmetest.Config) (*vfioRig, error) {
 	t.Helper()
@@ -41,7 +47,7 @@ func vfioTelling(t testing.TB, s Spec, cfg nvmetest.Config, log hclog.Logger) (*
 	model := nvmetest.New(cfg)
 	t.Cleanup(model.Close)
 	guests := model.ForGuests()
-	s.Kind, s.Path = KindVFIO, t.Name()
+	s.Kind, s.Path = KindVFIO, fmt.Sprintf("%s.%d", t.Name(), vfioRigs.Add(1))
 	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{guests}, s.Path, hostnvme.Options{Timeout: time.Minute, Logger: log.Named("vfio")})
 	if err != nil {
 		t.Fatal(err)
@@ -54,6 +60,20 @@ func vfioTelling(t testing.TB, s Spec, cfg nvmetest.Config, log hclog.Logger) (*
 		return nil, err
 	}
 	return &vfioRig{b, model, guests}, nil
+}
+
+// again opens another namespace of the device.
+func (r *vfioRig) again(s Spec) (*vfioRig, error) {
+	s.Kind, s.Path = KindVFIO, r.spec.Path
+	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{r.guests}, s.Path, hostnvme.Options{})
+	if err != nil {
+		return nil, err
+	}
+	b, err := newVFIO(s, dev, hclog.NewNullLogger())
+	if err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
+	return &vfioRig{b, r.model, r.guests}, nil
 }
 
 // vfioOf is vfioOver for a namespace with size bytes in blocks of lba, and what lies before and behind s of as much again.

@@ -130,6 +130,7 @@ type Device struct {
 	slow    chan struct{}
 	trouble chan struct{} // there is a problem
 	asked   chan chan error
+	asks    chan struct{} // has an element for each command of Ask
 
 	// using is held for reading by whoever uses the admin queue or DMA memory of the device, for writing by bury.
 	using sync.RWMutex
@@ -314,7 +315,7 @@ func (d *Device) setup(ctx context.Context) (err error) {
 	if d.spaces, err = d.identifyNamespaces(ctx); err != nil {
 		return err
 	}
-	d.adm.WatchEvents(d.namespacesChanged)
+	d.adm.WatchEvents(admin.Watcher{Namespaces: d.namespacesChanged, Health: d.healthChanged})
 	d.adm.RequestEvents(ctx)
 	return nil
 }

@@ -8,6 +8,7 @@
 //	Memory     guest memory that the device reaches, and where        memory.go
 //	mux        commands of many queues on one pair of the device      mux.go, user.go
 //	Pairs      which queue is on which pair                           pairs.go
+//	Ask        admin commands of guests                               ask.go
 //
 // The device is not trusted, nor are guests: what the one says bounds nothing here, and the other's addresses reach the device only
 // through Memory.

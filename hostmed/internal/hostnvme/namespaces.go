@@ -15,6 +15,7 @@ type Event uint8
 const (
 	Changed Event = iota // its size or format may be another: Namespace tells
 	Gone                 // it is away for good: deleted, detached or replaced, or the device has failed
+	Health               // the device warns of something that its SMART log tells
 )
 
 type watcher struct {
@@ -87,6 +88,11 @@ func (d *Device) namespacesChanged(ctx context.Context) {
 		return
 	}
 	d.updateNamespaces(spaces)
+}
+
+// healthChanged is told by the controller's events, and tells all.
+func (d *Device) healthChanged(context.Context) {
+	d.tell(func(*watcher) (Event, bool) { return Health, true })
 }
 
 // updateNamespaces takes what was read, and tells who watches one that is different.

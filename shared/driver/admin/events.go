@@ -33,9 +33,14 @@ func (e *events) end() {
 	}
 }
 
-// WatchEvents logs events until Close, once RequestEvents asks for them. changed is told, by a goroutine of its own, that the namespaces
-// are not what they were.
-func (a *Admin) WatchEvents(changed func(ctx context.Context)) {
+// Watcher is told of events, each by a call that may take its time; nil: of none of that kind.
+type Watcher struct {
+	Namespaces func(ctx context.Context) // they are not what they were
+	Health     func(ctx context.Context) // the SMART log has a warning
+}
+
+// WatchEvents logs events until Close, once RequestEvents asks for them, and tells w of them by a goroutine of its own.
+func (a *Admin) WatchEvents(w Watcher) {
 	ctx, cancel := context.WithCancel(context.Background())
 	a.events.stop = cancel
 	// Room for those of two enables, so that Complete never waits.
@@ -43,7 +48,7 @@ func (a *Admin) WatchEvents(changed func(ctx context.Context)) {
 	a.events.running.Add(1)
 	go func() {
 		defer a.events.running.Done()
-		a.handleEvents(ctx, changed)
+		a.handleEvents(ctx, w)
 	}()
 }
 
@@ -124,7 +129,7 @@ func (r *request) Complete(status nvme.Status, result uint32) {
 // Lost is a reset: RequestEvents comes after it.
 func (r *request) Lost(error) {}
 
-func (a *Admin) handleEvents(ctx context.Context, changed func(context.Context)) {
+func (a *Admin) handleEvents(ctx context.Context, w Watcher) {
 	for {
 		var e event
 		select {
@@ -141,8 +146,11 @@ func (a *Admin) handleEvents(ctx context.Context, changed func(context.Context))
 		}
 		a.log.Warn("controller event", "event", e.what)
 		a.readEventLog(ctx, e.what.Log())
-		if e.what.Type() == nvme.EventNotice && e.what.Info() == nvme.EventNoticeNamespace {
-			changed(ctx)
+		switch t := e.what.Type(); {
+		case t == nvme.EventNotice && e.what.Info() == nvme.EventNoticeNamespace && w.Namespaces != nil:
+			w.Namespaces(ctx)
+		case t == nvme.EventSMART && w.Health != nil:
+			w.Health(ctx)
 		}
 		select {
 		case <-time.After(eventPause):

@@ -19,7 +19,11 @@ func (d *Device) admin(cmd *nvme.Command) (nvme.Status, uint32) {
 	case nvme.AdminGetFeatures:
 		return nvme.StatusSuccess, 0
 	case nvme.AdminGetLogPage:
-		return d.toDriver(cmd, make([]byte, min(cmd.LogBytes(), 4096))), 0
+		data := make([]byte, min(cmd.LogBytes(), 4096))
+		if d.cfg.Log != nil {
+			d.cfg.Log(cmd, data)
+		}
+		return d.toDriver(cmd, data), 0
 	case nvme.AdminCreateCQ:
 		return d.createCQ(cmd), 0
 	case nvme.AdminCreateSQ:
@@ -37,9 +41,30 @@ func (d *Device) admin(cmd *nvme.Command) (nvme.Status, uint32) {
 	case nvme.AdminDoorbellBufferConfig, nvme.AdminDoorbellMemory2014:
 		return d.shareDoorbells(cmd), 0
 	default:
-		return nvme.StatusInvalidOpcode.WithDNR(), 0
+		return d.other(cmd)
 	}
 	return nvme.StatusSuccess, 0
+}
+
+// other executes an admin command by the hook.
+func (d *Device) other(cmd *nvme.Command) (nvme.Status, uint32) {
+	if d.cfg.Admin == nil {
+		return nvme.StatusInvalidOpcode.WithDNR(), 0
+	}
+	var data []byte
+	if cmd.Opcode >= 0xC0 && cmd.Opcode&3 != 0 {
+		data = make([]byte, 4*uint64(min(cmd.CDW10, 1<<18)))
+	}
+	if cmd.Opcode&1 != 0 {
+		if st := d.fromDriver(cmd, data); !st.OK() {
+			return st, 0
+		}
+	}
+	st, dw0 := d.cfg.Admin(cmd, data)
+	if cmd.Opcode&2 != 0 && st.OK() {
+		st = d.toDriver(cmd, data)
+	}
+	return st, dw0
 }
 
 func (d *Device) createCQ(cmd *nvme.Command) nvme.Status {

@@ -12,6 +12,7 @@ import (
 type Guests struct {
 	device.Device
 	model *Device
+	gone  func()
 
 	mu      sync.Mutex
 	regions map[*byte]*shm.Region // by their first byte
@@ -19,7 +20,8 @@ type Guests struct {
 
 // ForGuests opens d for one driver at a time.
 func (d *Device) ForGuests() *Guests {
-	return &Guests{Device: d.InProc(), model: d, regions: map[*byte]*shm.Region{}}
+	in := d.InProc()
+	return &Guests{Device: in, model: d, gone: in.Gone, regions: map[*byte]*shm.Region{}}
 }
 
 // Memory returns n bytes, whole pages, of a guest's.
@@ -50,6 +52,9 @@ func (g *Guests) UnmapDMA(iova, _ uint64) error {
 	}
 	return nil
 }
+
+// Gone pulls the function out.
+func (g *Guests) Gone() { g.gone() }
 
 // Sever ends the connection, as Close does.
 func (g *Guests) Sever() { _ = g.Close() }

@@ -60,6 +60,11 @@ type Hooks struct {
 	Command func(qid uint16, cmd *nvme.Command) Verdict
 	// Identify may change what Identify returns, 4096 bytes.
 	Identify func(cmd *nvme.Command, data []byte)
+	// Log fills in a log page, all of which the driver has asked for; without it pages are zeroes.
+	Log func(cmd *nvme.Command, data []byte)
+	// Admin executes an admin command that the Device does not know. data is what CDW10 counts in dwords, of vendor specific commands; it comes from the
+	// driver and goes to it as bits 1:0 of the opcode say.
+	Admin func(cmd *nvme.Command, data []byte) (nvme.Status, uint32)
 	// Reset sees a reset of the function; an error makes it fail.
 	Reset func() error
 	// Post may change a CQE of queue qid before it is posted.
