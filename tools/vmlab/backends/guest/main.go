@@ -2,6 +2,7 @@
 //
 //	guest outside DEVICE   names blocks that the namespace has not got, in all ways there are, and prints what becomes of each command
 //	guest smart DEVICE     prints what the health log says of the device
+//	guest warned DEVICE    waits for an event of the SMART log, and prints it and the critical warnings
 //	guest trim DEVICE      deallocates blocks 8192 to 24575, and zeroes the 1024 behind them
 //	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
 package main
@@ -17,6 +18,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -30,16 +33,17 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: guest outside|smart|trim|dma DEVICE")
+		return errors.New("usage: guest outside|smart|warned|trim|dma DEVICE")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	c, err := guestdrv.Open(ctx, args[1], guestdrv.Options{})
+	heard := make(chan string, 16)
+	c, err := guestdrv.Open(ctx, args[1], guestdrv.Options{Logger: hclog.New(&hclog.LoggerOptions{Output: listener(heard)})})
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	g := &guest{ctx: ctx, c: c}
+	g := &guest{ctx: ctx, c: c, heard: heard}
 	if g.ns, err = c.Namespace(1); err != nil {
 		return err
 	}
@@ -56,12 +60,14 @@ func run(args []string) error {
 		out, err = g.outside()
 	case "smart":
 		out, err = g.smart()
+	case "warned":
+		out, err = g.warned()
 	case "trim":
 		out, err = g.trim()
 	case "dma":
 		out, err = g.dma()
 	default:
-		err = fmt.Errorf("%q is neither outside nor smart nor trim nor dma", args[0])
+		err = fmt.Errorf("%q is neither outside nor smart nor warned nor trim nor dma", args[0])
 	}
 	if err != nil {
 		return err
@@ -77,6 +83,21 @@ type guest struct {
 	ns   *guestdrv.Namespace
 	pair *guestdrv.QueuePair
 	buf  *guestdrv.Buffer
+
+	heard <-chan string // lines of the driver's log that are about events
+}
+
+// listener takes the driver's log and passes on what it says of events.
+type listener chan<- string
+
+func (l listener) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("controller event")) {
+		select {
+		case l <- string(p):
+		default:
+		}
+	}
+	return len(p), nil
 }
 
 // do runs one command.
@@ -130,7 +151,15 @@ type health struct {
 }
 
 func (g *guest) smart() (*health, error) {
-	var l nvme.SMARTLog
+	l, err := g.smartLog()
+	if err != nil {
+		return nil, err
+	}
+	return &health{l.Temperature(), l.AvailableSpare, l.PercentageUsed}, nil
+}
+
+func (g *guest) smartLog() (*nvme.SMARTLog, error) {
+	l := new(nvme.SMARTLog)
 	var cmd nvme.Command
 	if err := cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, 0, uint64(len(l.Bytes())), true); err != nil {
 		return nil, err
@@ -138,7 +167,35 @@ func (g *guest) smart() (*health, error) {
 	if _, err := g.c.Admin(g.ctx, &cmd, l.Bytes()[:]); err != nil {
 		return nil, err
 	}
-	return &health{l.Temperature(), l.AvailableSpare, l.PercentageUsed}, nil
+	return l, nil
+}
+
+// warning is what a device of the host's has warned of.
+type warning struct {
+	Event    string `json:"event"`
+	Warnings uint8  `json:"warnings"`
+	Spare    uint8  `json:"spare"`
+}
+
+// warned asks for the events of warnings that the device gives itself, and waits for one.
+func (g *guest) warned() (*warning, error) {
+	var set nvme.Command
+	set.SetSetFeatures(nvme.FeatureAsyncEvents, 0, nvme.SMARTWarningSpare|nvme.SMARTWarningReliability|nvme.SMARTWarningReadOnly)
+	if _, err := g.c.Admin(g.ctx, &set, nil); err != nil {
+		return nil, err
+	}
+	w := &warning{}
+	select {
+	case w.Event = <-g.heard:
+	case <-g.ctx.Done():
+		return nil, fmt.Errorf("no event: %w", g.ctx.Err())
+	}
+	l, err := g.smartLog()
+	if err != nil {
+		return nil, err
+	}
+	w.Warnings, w.Spare = l.CriticalWarning, l.AvailableSpare
+	return w, nil
 }
 
 // answer is what became of a command.
