@@ -70,6 +70,7 @@ type Info struct {
 	Discard       bool    // OpDiscard gives space back
 	DiscardZeroes bool    // after OpDiscard the range reads as zeroes
 	WriteZeroes   bool    // OpWriteZeroes is better than writing zeroes
+	ZeroesStay    bool    // OpWriteZeroes gives no space back, whatever Dealloc says
 	VolatileCache bool    // OpFlush and FUA mean something
 	Maps          bool    // the Backend is a Mapper
 	Native        Opcodes // I/O commands that the backend takes as OpCommand: the medium does them itself
@@ -78,8 +79,13 @@ type Info struct {
 	WriteBlocks   uint32 // LBAs that a write should be a multiple of and aligned to; 0: not known
 	OptimalWrite  uint32 // LBAs that a large write should be a multiple of; 0: WriteBlocks
 	Boundary      uint32 // LBAs: what does not cross a multiple of them is faster; 0: none
-	NGUID         [16]byte
-	UUID          [16]byte // both stable: derived from the spec, for a file from its path
+
+	// AtomicWrite is how many LBAs, a power of two, are written as a whole for whoever reads or writes beside it, and AtomicPowerFail, which is no more, when
+	// power fails: if they lie within a multiple of that. 0: 1.
+	AtomicWrite, AtomicPowerFail uint32
+
+	NGUID [16]byte
+	UUID  [16]byte // both stable: derived from the spec, for a file from its path
 }
 
 // Opcodes is a set of I/O opcodes. Of those in Info.Native these come as OpCommand, and nothing else does:

@@ -69,6 +69,9 @@ func Plain(b Backend) Backend {
 func (b *faulty) Info() Info {
 	i := b.Alterable.Info()
 	i.Name = b.spec.String()
+	if b.rules.tear() {
+		i.AtomicWrite, i.AtomicPowerFail = 0, 0
+	}
 	return i
 }
 

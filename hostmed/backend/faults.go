@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -218,6 +219,11 @@ func (r *faultRule) condition(s string, seen map[string]bool) (err error) {
 		return fmt.Errorf("@%s is no condition: there are @read, @write, @flush, @zeroes, @discard, @opcode=N, @lba=A-B, @rate=N/M, @after=N and @first=N", s)
 	}
 	return nil
+}
+
+// tear says whether writes may be done in part.
+func (f *faultRules) tear() bool {
+	return slices.ContainsFunc(f.rules, func(r *faultRule) bool { return r.action == faultTorn })
 }
 
 // find returns the rule that r meets, or nil. It is the first in whose turn r comes.

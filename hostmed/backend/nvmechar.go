@@ -287,18 +287,11 @@ func (b *nvmeChar) show() {
 	i.Name, i.FixedLBA = b.spec.String(), true
 	i.ReadOnly = b.spec.ReadOnly || id.ns.NSATTR&nvme.NSATTRWriteProtected != 0
 	i.NGUID, i.UUID = b.id.nguid(), b.id.uuid()
-	writes := !i.ReadOnly
-	i.VolatileCache = writes && id.ctrl.VWC&nvme.VWCPresent != 0
-	i.Discard = writes && id.ctrl.ONCS&nvme.ONCSDSM != 0 && !id.restricted
-	i.DiscardZeroes = i.Discard && id.ns.DLFEAT&nvme.DLFEATReadMask == nvme.DLFEATReadZeroes
-	i.WriteZeroes = writes && b.dev.zeroes
-	i.OptimalBlocks = 0
-	if i.Discard {
-		i.OptimalBlocks = 1
-		if id.ns.NSFEAT&nvme.NSFEATOptPerf != 0 {
-			i.OptimalBlocks = max(id.ns.NPDG.Count(), id.ns.NPDA.Count())
-		}
+	most := b.dev.maxData
+	if b.dev.zeroes {
+		most = min(most, b.dev.maxZeroes)
 	}
+	i.promise(&id.ctrl, &id.ns, b.first, most>>b.shift, id.ctrl.ONCS&nvme.ONCSDSM != 0 && !id.restricted, b.dev.zeroes)
 	i.Native, i.NativeMax = id.native(b.dev, i.ReadOnly)
 }
 
@@ -393,7 +386,7 @@ func (b *nvmeChar) Format(lba uint32) error {
 	}
 	r := &Request{Op: OpWriteZeroes, Len: b.info.Size(), Dealloc: true}
 	for at := uint64(0); at < r.Len; {
-		n := b.piece(r, at)
+		n, _ := b.piece(r, at)
 		var c passthru
 		b.command(&c, r, at, n)
 		var data []byte

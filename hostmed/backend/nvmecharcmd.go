@@ -180,24 +180,34 @@ func (b *nvmeChar) movesData(r *Request) bool {
 	return r.Op == OpRead || r.Op == OpWrite || r.Op == OpCommand && len(r.Vec) > 0 && r.Cmd.Opcode != nvme.IODSM && r.Cmd.Opcode != nvme.IOCopy
 }
 
-// piece returns how many bytes of r from at on the device takes in one command.
-func (b *nvmeChar) piece(r *Request, at uint64) uint64 {
+// piece returns how many bytes of r from at on the device takes in one command, so that no unit is cut that it writes as a whole. copied says that the
+// data of such a unit is in more pieces than the device takes.
+func (b *nvmeChar) piece(r *Request, at uint64) (n uint64, copied bool) {
 	left := r.Len - at
+	data := false
 	switch {
 	case !b.pieces(r):
-		return r.Len
+		return r.Len, false
 	case r.Op == OpDiscard:
-		return min(left, b.dev.maxDiscard)
+		return min(left, b.dev.maxDiscard), false
 	case r.Op == OpWriteZeroes && b.dev.zeroes:
-		return min(left, b.dev.maxZeroes)
+		n = min(left, b.dev.maxZeroes)
 	case r.Op == OpWriteZeroes:
-		return min(left, b.dev.maxData, zeroChunk)
+		n = min(left, b.dev.maxData, zeroChunk)
+	default:
+		data = true
+		n = min(left, b.dev.maxData)
+		if n>>12 >= uint64(b.dev.maxPages) || len(r.Vec) > 1 {
+			n = max(min(n, pagesOf(r.Vec, at, n, b.dev.maxPages))&^(b.info.LBASize()-1), b.info.LBASize())
+		}
 	}
-	most := min(left, b.dev.maxData)
-	if most>>12 < uint64(b.dev.maxPages) && len(r.Vec) <= 1 {
-		return most
+	if n == left {
+		return n, false
 	}
-	return max(min(most, pagesOf(r.Vec, at, most, b.dev.maxPages))&^(b.info.LBASize()-1), b.info.LBASize())
+	if whole := b.info.whole(r.Off+at, n); whole > 0 {
+		return whole, false
+	}
+	return min(b.info.unitAt(r.Off+at), left), data
 }
 
 // pagesOf returns how many of the n bytes of vec from at on lie in no more than pages pages, or that many pieces: what the host has together

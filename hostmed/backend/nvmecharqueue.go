@@ -184,13 +184,17 @@ func (q *charQueue) cutUp(r *Request) {
 			return
 		}
 		at := r.Priv[1]
-		n := q.b.piece(r, at)
+		n, copied := q.b.piece(r, at)
 		i := q.take()
 		s := &q.slots[i]
 		*s = charSlot{req: r, at: at, n: n, end: at + n, vec: s.vec[:0], bounce: noBounce}
 		r.Priv[0]++
 		r.Priv[1] += n
-		q.push(i)
+		if copied {
+			q.through(i)
+		} else {
+			q.push(i)
+		}
 		if !q.b.pieces(r) || r.Priv[1] >= r.Len {
 			break
 		}
@@ -384,7 +388,7 @@ func (q *charQueue) moved(i uint32, st nvme.Status, dw0 uint32) {
 	}
 	if st.OK() && s.at+s.n < s.end {
 		s.at += s.n
-		s.n = min(s.end-s.at, bounceSize)
+		s.n = q.buffered(s)
 		s.tries = 0
 		q.push(i)
 		return
@@ -476,8 +480,17 @@ func (q *charQueue) through(i uint32) {
 	s := &q.slots[i]
 	s.bounce = q.idle[len(q.idle)-1]
 	q.idle = q.idle[:len(q.idle)-1]
-	s.n = min(s.n, bounceSize)
+	s.n = q.buffered(s)
 	q.push(i)
+}
+
+// buffered is how much of what is left of a piece goes through a buffer at a time.
+func (q *charQueue) buffered(s *charSlot) uint64 {
+	left := s.end - s.at
+	if left <= bounceSize {
+		return left
+	}
+	return q.b.info.whole(s.req.Off+s.at, bounceSize)
 }
 
 func (q *charQueue) putBuffer(s *charSlot) {

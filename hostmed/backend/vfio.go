@@ -211,24 +211,23 @@ func (b *vfio) limit(ns *nvme.IdentifyNamespace, first, blocks uint64, shift uin
 	}
 }
 
-// show fills in info.
+// mostZeroes is how many bytes of zeroes one command can write.
+func (b *vfio) mostZeroes() uint64 {
+	if b.slice.Zeroes {
+		return b.slice.MaxZeroes
+	}
+	return b.slice.MaxTransfer
+}
+
+// show fills in info, and what of it the slice has to keep.
 func (b *vfio) show(ns *nvme.IdentifyNamespace) {
 	ctrl, s := b.dev.Controller(), &b.slice
 	i := &b.info
 	i.Name, i.Blocks, i.LBAShift, i.ReadOnly = b.spec.String(), s.Blocks, s.Shift, s.ReadOnly
 	i.FixedLBA = true
+	i.promise(ctrl, ns, s.First, min(s.MaxTransfer, b.mostZeroes())>>s.Shift, s.Discard, s.Zeroes)
+	s.Atomic = uint64(i.AtomicWrite) << s.Shift
 	writes := !i.ReadOnly
-	i.VolatileCache = writes && ctrl.VWC&nvme.VWCPresent != 0
-	i.Discard = writes && s.Discard
-	i.DiscardZeroes = i.Discard && ns.DLFEAT&nvme.DLFEATReadMask == nvme.DLFEATReadZeroes
-	i.WriteZeroes = writes && s.Zeroes
-	i.OptimalBlocks = 0
-	if i.Discard {
-		i.OptimalBlocks = 1
-		if ns.NSFEAT&nvme.NSFEATOptPerf != 0 {
-			i.OptimalBlocks = max(ns.NPDG.Count(), ns.NPDA.Count())
-		}
-	}
 	i.Native = Opcodes{}
 	add := func(bit uint16, changes bool, op uint8) {
 		if ctrl.ONCS&bit != 0 && (writes || !changes) {

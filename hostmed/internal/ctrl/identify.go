@@ -298,7 +298,7 @@ func deallocateFeatures(info *backend.Info) uint8 {
 	if info.DiscardZeroes {
 		v = nvme.DLFEATReadZeroes
 	}
-	if info.Discard && info.WriteZeroes {
+	if info.Discard && info.WriteZeroes && !info.ZeroesStay {
 		v |= nvme.DLFEATWZDealloc
 	}
 	return v

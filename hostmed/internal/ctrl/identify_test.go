@@ -250,3 +250,25 @@ func TestIdentifyShowsTheDevice(t *testing.T) {
 		}
 	}
 }
+
+// TestIdentifyAtomics: what a medium writes as a whole is a namespace's to promise; the controller promises what all keep.
+func TestIdentifyAtomics(t *testing.T) {
+	h := newEnabled(t, testConfig())
+	for _, c := range []struct{ write, fails, nawun, nawupf, nabsn, nabspf uint32 }{
+		{0, 0, 0, 0, 0, 0}, {1, 1, 0, 0, 0, 0}, {64, 1, 63, 0, 63, 0}, {128, 16, 127, 15, 127, 15}, {65536, 65536, 65535, 65535, 65535, 65535},
+	} {
+		n := Namespace{NSID: 1, Info: backend.Info{Blocks: 1 << 20, LBAShift: 9, AtomicWrite: c.write, AtomicPowerFail: c.fails}}
+		id := h.c.namespaceData(&n)
+		got := [4]uint32{uint32(id.NAWUN), uint32(id.NAWUPF), uint32(id.NABSN), uint32(id.NABSPF)}
+		if got != [4]uint32{c.nawun, c.nawupf, c.nabsn, c.nabspf} || id.NABO != 0 || id.NSFEAT&nvme.NSFEATAtomics == 0 {
+			t.Errorf("%+v: %v, NABO %d, NSFEAT %#x", c, got, id.NABO, id.NSFEAT)
+		}
+	}
+	if id := h.c.controllerData(); id.AWUN != 0 || id.AWUPF != 0 {
+		t.Errorf("the controller's: %d, %d", id.AWUN, id.AWUPF)
+	}
+	stays := Namespace{NSID: 1, Info: backend.Info{Blocks: 8, LBAShift: 9, Discard: true, WriteZeroes: true, ZeroesStay: true}}
+	if id := h.c.namespaceData(&stays); id.DLFEAT&nvme.DLFEATWZDealloc != 0 {
+		t.Errorf("DLFEAT %#x of a medium whose zeroes stay", id.DLFEAT)
+	}
+}

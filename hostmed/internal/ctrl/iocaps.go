@@ -35,7 +35,7 @@ func (c *Controller) identifyIO(id *nvme.IdentifyController) {
 	id.OCFS = nvme.OCFSFormat0
 	id.FUSES = nvme.FUSESCompareWrite
 	// A fused pair is atomic whatever its length: ACWU is MDTS in the largest blocks there can be, NACWU in those of the namespace. Other
-	// writes are so for one block (AWUN, AWUPF and what a namespace has of them are 0), which is what files promise.
+	// writes are so for one block (AWUN and AWUPF are 0), which is what files promise; of a namespace it may be more.
 	id.ACWU = zeroBased(c.cfg.MDTSBytes >> backend.MaxLBAShift)
 	id.SGLS = nvme.SGLSByteAligned | nvme.SGLSBitBucket | nvme.SGLSMetadataSGL
 }
@@ -47,8 +47,19 @@ func (c *Controller) identifyNamespaceIO(id *nvme.IdentifyNamespace, info *backe
 		id.NSFEAT |= nvme.NSFEATDeallocError
 	}
 	id.NACWU = zeroBased(c.cfg.MDTSBytes >> info.LBAShift)
+	identifyAtomics(id, info)
 	id.MSSRL, id.MCL = CopyLimits(info)
 	id.MSRC = MaxCopyRanges - 1
+}
+
+// identifyAtomics says what the medium writes as a whole. A boundary of one block there cannot be, and a unit of one crosses none.
+func identifyAtomics(id *nvme.IdentifyNamespace, info *backend.Info) {
+	if n := info.AtomicWrite; n > 1 {
+		id.NAWUN, id.NABSN = zeroBased(n), zeroBased(n)
+	}
+	if n := info.AtomicPowerFail; n > 1 {
+		id.NAWUPF, id.NABSPF = zeroBased(n), zeroBased(n)
+	}
 }
 
 // ioLimits is Identify Controller of the NVM command set: beside MDTS only Verify has a limit.

@@ -237,7 +237,16 @@ func (p *mux) transfer(r *Request, i uint16, s *slot) (uint64, nvme.Status) {
 	sl, cmd := &r.q.slice, &p.cmds[i]
 	hints(cmd, r)
 	n := sl.piece(r, sl.MaxTransfer)
-	if got := r.q.point(cmd, r.Vec, r.at, n, p.list(i)); got > 0 {
+	got := r.q.point(cmd, r.Vec, r.at, n, p.list(i))
+	if got < n && got > 0 {
+		if w := sl.whole(r, got); w < got { // through a buffer if it is within the first unit
+			cmd.Flags, got = 0, w
+			if w > 0 {
+				got = r.q.point(cmd, r.Vec, r.at, w, p.list(i))
+			}
+		}
+	}
+	if got > 0 {
 		r.q.counts.Mapped++
 		sl.blocks(cmd, r, got)
 		return got, nvme.StatusSuccess
@@ -247,7 +256,9 @@ func (p *mux) transfer(r *Request, i uint16, s *slot) (uint64, nvme.Status) {
 		return 0, nvme.StatusSuccess
 	}
 	b := p.bounce[last]
-	n = min(n, bounceSize)
+	if n > bounceSize {
+		n = sl.whole(r, bounceSize)
+	}
 	if r.Op != Read {
 		if st := b.fill(r.Vec, r.at, n); !st.OK() {
 			return 0, st

@@ -52,6 +52,7 @@ type Slice struct {
 
 	MaxTransfer uint64 // bytes of data of one command
 	Boundary    uint64 // bytes; a command does not cross a multiple (NOIOB); 0: there is none
+	Atomic      uint64 // bytes, a power of two: longer requests are cut at multiples, from the slice's first byte, and nowhere else; 0: a block
 	Zeroes      bool   // the device has Write Zeroes
 	MaxZeroes   uint64 // bytes of one
 	Dealloc     bool   // its Write Zeroes heeds DEAC
@@ -117,7 +118,30 @@ func (s *Slice) piece(r *Request, most uint64) uint64 {
 		at := s.First<<s.Shift + r.Off + r.Len - r.left
 		n = min(n, s.Boundary-at%s.Boundary)
 	}
+	if n < r.left {
+		if w := s.whole(r, n); w > 0 {
+			return w
+		}
+		return min(s.unit(r), r.left) // NOIOB is within it, which it may cross
+	}
 	return n
+}
+
+// whole is how many of the next n bytes of r, which are not all, one command may have so that no atomic unit is cut; 0 if that is less than the first.
+func (s *Slice) whole(r *Request, n uint64) uint64 {
+	if s.Atomic == 0 {
+		return n
+	}
+	at := r.Off + r.Len - r.left
+	return max((at+n)&^(s.Atomic-1), at) - at
+}
+
+// unit is how many bytes of r there are to the end of the atomic unit that it is at.
+func (s *Slice) unit(r *Request) uint64 {
+	if s.Atomic == 0 {
+		return 1 << s.Shift
+	}
+	return s.Atomic - (r.Off+r.Len-r.left)&(s.Atomic-1)
 }
 
 // blocks sets the blocks of cmd to the next n bytes of r.

@@ -116,12 +116,22 @@ func (r *request) fromMedia() {
 func (r *request) piece(n uint64) nvme.Status {
 	r.pos += n
 	r.Off += n
-	r.Len = min(r.end-r.pos, scratchSize)
-	if r.Len == 0 {
+	if r.Len = r.pieceAt(r.Off); r.Len == 0 {
 		return nvme.StatusSuccess
 	}
 	r.setScratch()
 	return waits
+}
+
+// pieceAt is how much of what r has left, from byte off of the medium on, goes into the scratch memory: what the medium writes as a whole is
+// read as a whole.
+func (r *request) pieceAt(off uint64) uint64 {
+	left := r.end - r.pos
+	if left <= scratchSize {
+		return left
+	}
+	unit := uint64(max(r.ns.info.AtomicWrite, 1)) << r.ns.info.LBAShift
+	return (off+scratchSize)&^(unit-1) - off
 }
 
 // setScratch makes the first r.Len bytes of the scratch memory what the backend reads to or writes from.
@@ -155,7 +165,7 @@ func (w *Worker) comparison(r *request) nvme.Status {
 // firstPiece cuts the range that r has into pieces.
 func (r *request) firstPiece() nvme.Status {
 	r.pos, r.end = 0, r.Len
-	r.Len = min(r.Len, scratchSize)
+	r.Len = r.pieceAt(r.Off)
 	r.setScratch()
 	return nvme.StatusSuccess
 }
