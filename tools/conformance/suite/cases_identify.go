@@ -113,6 +113,27 @@ var identifyCases = []Case{
 		},
 	},
 	{
+		ID: "admin.identify.cns-00.atomics", Ref: "NVM Command Set 1.0c 2.1.4", needs: needNS,
+		Text: "no more is atomic when power fails than otherwise, a namespace promises no less than the controller, and atomic boundaries are no closer than what is atomic is long",
+		run: func(c *ctl) {
+			id := c.identifyController()
+			c.check(id.AWUPF <= id.AWUN, "AWUPF=%d AWUN=%d", id.AWUPF, id.AWUN)
+			for _, nsid := range c.facts.active {
+				ns := c.identifyNamespace(nsid)
+				normal, fail := id.AWUN, id.AWUPF
+				if ns.NSFEAT&nvme.NSFEATAtomics != 0 {
+					c.check(ns.NAWUN == 0 || ns.NAWUN >= id.AWUN, "namespace %d: NAWUN=%d AWUN=%d", nsid, ns.NAWUN, id.AWUN)
+					c.check(ns.NAWUPF == 0 || ns.NAWUPF >= id.AWUPF, "namespace %d: NAWUPF=%d AWUPF=%d", nsid, ns.NAWUPF, id.AWUPF)
+					normal, fail = max(normal, ns.NAWUN), max(fail, ns.NAWUPF)
+				}
+				c.check(fail <= normal, "namespace %d: %d blocks when power fails, %d otherwise", nsid, fail.Count(), normal.Count())
+				c.check(ns.NABSN == 0 || ns.NABSN >= normal, "namespace %d: NABSN=%d for %d blocks", nsid, ns.NABSN, normal.Count())
+				c.check(ns.NABSPF == 0 || ns.NABSPF >= fail, "namespace %d: NABSPF=%d for %d blocks", nsid, ns.NABSPF, fail.Count())
+				c.check(ns.NABO == 0 || ns.NABO <= uint16(max(ns.NABSN, ns.NABSPF)), "namespace %d: NABO=%d NABSN=%d NABSPF=%d", nsid, ns.NABO, ns.NABSN, ns.NABSPF)
+			}
+		},
+	},
+	{
 		ID: "admin.identify.cns-00.copy-limits", Ref: "NVM Command Set 1.0c 4.1.5.1", needs: join(needNS, oncs(nvme.ONCSCopy, "Copy")),
 		Text: "with Copy, MSSRL and MCL are not 0",
 		run: func(c *ctl) {
