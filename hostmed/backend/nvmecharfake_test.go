@@ -34,8 +34,11 @@ type fakeChar struct {
 
 const fakeBlocks = 4096
 
-func newFakeChar() *fakeChar {
-	d := &fakeChar{data: make([]byte, fakeBlocks*512), bad: map[uint64]bool{}, k: blockLimits{maxBytes: 64 << 10, maxPages: 17}}
+func newFakeChar() *fakeChar { return fakeCharOver(make([]byte, fakeBlocks*512)) }
+
+// fakeCharOver is a device that has data on it.
+func fakeCharOver(data []byte) *fakeChar {
+	d := &fakeChar{data: data, bad: map[uint64]bool{}, k: blockLimits{maxBytes: 64 << 10, maxPages: 17}}
 	d.ctrl.ONCS = nvme.ONCSCompare | nvme.ONCSVerify | nvme.ONCSWriteUncorrectable | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSCopy
 	d.ctrl.OCFS = nvme.OCFSFormat0
 	d.ctrl.VWC = nvme.VWCPresent

@@ -303,6 +303,11 @@ func TestShutdown(t *testing.T) {
 	if r := c.result(0); r.cookie != before || r.errno != 0 {
 		t.Errorf("what was under way: %v", r.errno)
 	}
+	s.mu.Lock()
+	for x := range s.conns { // it was quiet for so long
+		_ = x.f.SetReadDeadline(time.Now())
+	}
+	s.mu.Unlock()
 	c.expectEnd()
 	<-ended
 	if d.Bytes()[511] != 5 {

@@ -95,9 +95,17 @@ func TestWriteUncorrectable(t *testing.T) {
 func TestTooManyMarks(t *testing.T) {
 	r := newRig(t, rigConfig{shadow: true})
 	p := r.pair(1, 16, false)
-	for i := range uint64(subsys.MaxBad) {
-		if st := p.do(rw(nvme.IOWriteUncorrectable, 2*i, 1, 0)); st != nvme.StatusSuccess {
-			t.Fatal(st)
+	for i := uint64(0); i < subsys.MaxBad; {
+		n := 0
+		for ; n < 15 && i < subsys.MaxBad; n++ {
+			p.push(rw(nvme.IOWriteUncorrectable, 2*i, 1, 0))
+			i++
+		}
+		p.publish()
+		for _, e := range p.reap(n) {
+			if !e.Status().OK() {
+				t.Fatal(e.Status())
+			}
 		}
 	}
 	if st := p.do(rw(nvme.IOWriteUncorrectable, 3*subsys.MaxBad, 1, 0)); st.Code() != nvme.StatusInternalError {

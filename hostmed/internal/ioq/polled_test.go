@@ -114,7 +114,7 @@ func TestPolledInVain(t *testing.T) {
 				// In a second there may be so many looks, and those of vainFor, which are no more than a worker can make.
 				rare := func() bool {
 					begin, from := time.Now(), s.looks.Load()
-					time.Sleep(100 * time.Millisecond)
+					time.Sleep(40 * time.Millisecond)
 					looks := s.looks.Load() - from
 					return looks > 0 && looks <= time.Since(begin).Milliseconds()+10
 				}

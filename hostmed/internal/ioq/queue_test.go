@@ -244,11 +244,15 @@ func TestSeveralSQsOnOneCQ(t *testing.T) {
 
 // TestManyLaps runs shallow rings for many laps, with pauses in which the device goes to sleep.
 func TestManyLaps(t *testing.T) {
+	rounds := 600
+	if testing.Short() {
+		rounds = 200 // a hundred laps of each ring yet
+	}
 	eachMode(t, func(t *testing.T, c rigConfig) {
 		r := newRig(t, c)
 		for qid, size := range map[uint16]uint32{1: 2, 2: 3, 3: 64} {
 			p := r.pair(qid, size, false)
-			for i := range 600 {
+			for i := range rounds {
 				n := i%int(size-1) + 1
 				for range n {
 					p.push(rw(nvme.IORead, uint64(i), 8, base+dataOff))
