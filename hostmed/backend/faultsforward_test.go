@@ -21,6 +21,7 @@ var optional = map[string]struct {
 	"Administered": {byPlain: true},
 	"Watched":      {byPlain: true},
 	"Warner":       {byPlain: true},
+	"Counted":      {byPlain: true},
 	"Alterable":    {holds: func(b Backend, _ Queue) bool { _, ok := b.(Alterable); return ok }},
 	"Mapper":       {holds: func(b Backend, _ Queue) bool { _, ok := b.(Mapper); return ok }},
 	"Sharer":       {holds: func(b Backend, _ Queue) bool { _, ok := b.(Sharer); return ok }},
