@@ -461,3 +461,43 @@ func TestLateCommands(t *testing.T) {
 		})
 	}
 }
+
+// stalled is a machine one of whose functions the kernel does not hand out.
+type stalled struct {
+	Machine
+	dead    string
+	begun   chan bool
+	release chan bool
+}
+
+func (m stalled) Open(address string, h Hooks) (Function, error) {
+	if address == m.dead {
+		m.begun <- true
+		<-m.release
+		return nil, device.ErrGone
+	}
+	return m.Machine.Open(address, h)
+}
+
+// A device that does not open keeps no other from it, nor from its end.
+func TestOpenBesideOneThatHangs(t *testing.T) {
+	well := plug(t, nvmetest.Config{})
+	m := stalled{well, "0000:02:00.0", make(chan bool), make(chan bool)}
+	failed := make(chan error)
+	go func() {
+		_, err := OpenOn(context.Background(), m, m.dead, quick())
+		failed <- err
+	}()
+	<-m.begun
+	d, err := OpenOn(context.Background(), m, "0000:03:00.0", quick())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	close(m.release)
+	if err := <-failed; !errors.Is(err, device.ErrGone) {
+		t.Error(err)
+	}
+}

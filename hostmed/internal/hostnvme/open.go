@@ -16,12 +16,21 @@ import (
 
 // devices are those that this process has open, by address. All that name one share it.
 var devices = struct {
-	// change is held while one is opened or closed, which takes long.
-	change sync.Mutex
 	mu     sync.Mutex
+	change map[string]*sync.Mutex // of each address that there was: held while it is opened or closed, which takes long
 	open   map[string]*Device
 	going  map[string]*Device // those that have failed and that the kernel does not have back yet
-}{open: map[string]*Device{}, going: map[string]*Device{}}
+}{change: map[string]*sync.Mutex{}, open: map[string]*Device{}, going: map[string]*Device{}}
+
+// changing returns the mutex of an address. One device that does not come up must not keep others from that.
+func changing(address string) *sync.Mutex {
+	devices.mu.Lock()
+	defer devices.mu.Unlock()
+	if devices.change[address] == nil {
+		devices.change[address] = &sync.Mutex{}
+	}
+	return devices.change[address]
+}
 
 // Hooks are what a function tells of itself.
 type Hooks struct {
@@ -52,8 +61,9 @@ func OpenOn(ctx context.Context, m Machine, address string, o Options) (*Device,
 	if err := awaitGoing(ctx, address); err != nil {
 		return nil, fmt.Errorf("%s: %w", address, err)
 	}
-	devices.change.Lock()
-	defer devices.change.Unlock()
+	change := changing(address)
+	change.Lock()
+	defer change.Unlock()
 	devices.mu.Lock()
 	d := devices.open[address]
 	if d != nil {
@@ -161,8 +171,9 @@ func (d *Device) abandon() {
 // Close drops one use of the device. The last one shuts the controller down and gives the function back; no Pair is left then. The error is
 // that of the shutdown.
 func (d *Device) Close() error {
-	devices.change.Lock()
-	defer devices.change.Unlock()
+	change := changing(d.address)
+	change.Lock()
+	defer change.Unlock()
 	devices.mu.Lock()
 	d.refs--
 	last := d.refs == 0
