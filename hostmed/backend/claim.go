@@ -227,64 +227,87 @@ func (c *claim) grow(disk string, from, to uint64, readOnly bool) error {
 	return lockRange(c.lock, disk, from, to, readOnly)
 }
 
-// holdings are the block devices that this process has claimed: several ranges may lie in one.
+// holdings are the block devices that this process has claimed, or had: several ranges may lie in one.
 var holdings = struct {
-	sync.Mutex
+	mu sync.Mutex
 	of map[string]*holding
 }{of: map[string]*holding{}}
 
 type holding struct {
+	// mu guards the rest, and is held while the device is opened, which takes long for one that has died: others do not wait for that.
+	mu    sync.Mutex
 	fd    int // -1: another hostmed has it
 	mark  *os.File
-	users int
+	users int // 0: the rest means nothing
+}
+
+func holdingOf(key string) *holding {
+	holdings.mu.Lock()
+	defer holdings.mu.Unlock()
+	if holdings.of[key] == nil {
+		holdings.of[key] = &holding{}
+	}
+	return holdings.of[key]
 }
 
 // hold claims a block device.
 func (c *claim) hold(name string) error {
-	holdings.Lock()
-	defer holdings.Unlock()
 	key := c.h.dev + "/" + name
-	x := holdings.of[key]
-	if x == nil {
-		var err error
-		if x, err = c.h.hold(name); err != nil {
+	x := holdingOf(key)
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.users == 0 {
+		fd, mark, err := c.h.hold(name)
+		if err != nil {
 			return err
 		}
-		if x == nil {
+		if mark == nil {
 			c.warnings = append(c.warnings, fmt.Sprintf("there is no %s here: nothing keeps the host from mounting it", key))
 			return nil
 		}
-		holdings.of[key] = x
+		x.fd, x.mark = fd, mark
 	}
 	x.users++
 	c.held = append(c.held, name)
 	return nil
 }
 
-func (h *diskHost) hold(name string) (*holding, error) {
-	mark, err := h.file(name, ".held")
-	if err != nil {
-		return nil, err
+// letGo takes back what hold has done.
+func (x *holding) letGo() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.users--; x.users > 0 {
+		return nil
 	}
-	x := &holding{mark: mark}
+	err := x.mark.Close()
+	if x.fd >= 0 {
+		err = errors.Join(unix.Close(x.fd), err)
+	}
+	return err
+}
+
+// hold claims a block device: fd is -1 if another hostmed has it, and mark nil if there is none.
+func (h *diskHost) hold(name string) (fd int, mark *os.File, err error) {
+	if mark, err = h.file(name, ".held"); err != nil {
+		return -1, nil, err
+	}
 	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: unix.SEEK_SET, Len: 1}
 	for end := time.Now().Add(lockPatience); ; time.Sleep(10 * time.Millisecond) {
-		x.fd, err = h.open(filepath.Join(h.dev, name))
+		fd, err = h.open(filepath.Join(h.dev, name))
 		switch {
 		case err == nil:
 			// Another hostmed that finds it busy sees by this by whom.
 			if err = unix.FcntlFlock(mark.Fd(), unix.F_OFD_SETLK, &l); err == nil {
-				return x, nil
+				return fd, mark, nil
 			}
-			unix.Close(x.fd)
+			unix.Close(fd)
 		case errors.Is(err, fs.ErrNotExist):
-			return nil, mark.Close()
+			return -1, nil, mark.Close()
 		case errors.Is(err, unix.EBUSY):
 			probe := l
 			probe.Type = unix.F_WRLCK
 			if unix.FcntlFlock(mark.Fd(), unix.F_OFD_GETLK, &probe) == nil && probe.Type != unix.F_UNLCK {
-				x.fd = -1
-				return x, nil
+				return -1, mark, nil
 			}
 			err = fmt.Errorf("%s is in use: something of the host has claimed it (a mount in another namespace, a program): see lsof %s, or serve a range that it is not in", name, filepath.Join(h.dev, name))
 			if time.Now().Before(end) {
@@ -293,28 +316,17 @@ func (h *diskHost) hold(name string) (*holding, error) {
 		default:
 			err = fmt.Errorf("claiming %s: %w: run hostmed as root, or as a user who may read it", filepath.Join(h.dev, name), errnoOf(err))
 		}
-		return nil, errors.Join(err, mark.Close())
+		return -1, nil, errors.Join(err, mark.Close())
 	}
 }
 
 // release gives everything back.
 func (c *claim) release() error {
 	var errs []error
-	holdings.Lock()
 	for _, name := range c.held {
-		key := c.h.dev + "/" + name
-		x := holdings.of[key]
-		if x.users--; x.users > 0 {
-			continue
-		}
-		delete(holdings.of, key)
-		if x.fd >= 0 {
-			errs = append(errs, unix.Close(x.fd))
-		}
-		errs = append(errs, x.mark.Close())
+		errs = append(errs, holdingOf(c.h.dev+"/"+name).letGo())
 	}
 	c.held = nil
-	holdings.Unlock()
 	if c.lock != nil {
 		errs = append(errs, c.lock.Close())
 		c.lock = nil

@@ -206,3 +206,37 @@ func TestClaimsKnowPartitions(t *testing.T) {
 		t.Errorf("%s %+v %v", disk, r, err)
 	}
 }
+
+// A device that has died, and that the kernel opens for a minute, keeps nobody from claiming others, nor from giving them back.
+func TestClaimBesideOneThatHangs(t *testing.T) {
+	f := newFakeDisks(t)
+	begun, release := make(chan bool), make(chan bool)
+	open := f.diskHost.open
+	f.diskHost.open = func(path string) (int, error) {
+		if filepath.Base(path) == "nvme0n1p1" {
+			begun <- true
+			<-release
+			return -1, unix.ENXIO
+		}
+		return open(path)
+	}
+	failed := make(chan error)
+	go func() {
+		_, err := f.take("nvme0n1", 1<<20, 2<<20, false)
+		failed <- err
+	}()
+	<-begun
+	for _, disk := range []string{"nvme0n1", "nvme1n1"} {
+		c, err := f.take(disk, 101<<20, 102<<20, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.release(); err != nil {
+			t.Error(err)
+		}
+	}
+	close(release)
+	if err := <-failed; err == nil || !strings.Contains(err.Error(), "nvme0n1p1") {
+		t.Error(err)
+	}
+}
