@@ -55,6 +55,9 @@ type Config struct {
 	UnsafeNoIOMMU bool
 	LogLevel      string // what Logger should say at least; empty: left alone
 	Logger        hclog.Logger
+
+	open         func(backend.Spec) (backend.Backend, error) // backend.OpenSpec, but for tests
+	openPatience time.Duration                               // for it
 }
 
 // SubsystemConfig is one NVM subsystem. Empty names are made from the first controller's socket, so they stay the same over

@@ -19,6 +19,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 	"github.com/shadowbell/shadowbell/hostmed/internal/state"
@@ -70,6 +71,10 @@ func New(c Config) (_ *Mediator, err error) {
 	m.trim = time.AfterFunc(trimAfter, trim)
 	if m.log == nil {
 		m.log = hclog.NewNullLogger()
+	}
+	if c.open == nil {
+		m.cfg.openPatience = openPatience
+		m.cfg.open = func(s backend.Spec) (backend.Backend, error) { return backend.OpenSpec(s, m.log) }
 	}
 	defer func() {
 		if err != nil {

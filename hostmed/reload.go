@@ -3,6 +3,7 @@ package hostmed
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/hashicorp/go-hclog"
@@ -191,6 +192,10 @@ func (s *subsystem) shrink(c *SubsystemConfig) error {
 			return s.cfg.namespace(n.NSID) != nil && c.namespace(n.NSID) == nil
 		}))
 	})
+	maps.DeleteFunc(s.slow, func(nsid uint32, x slowNamespace) bool {
+		now := c.namespace(nsid)
+		return now == nil || now.Spec != x.config.Spec || now.uuid != x.config.uuid || now.Shared != x.config.Shared
+	})
 	s.cfg.Controllers = slices.DeleteFunc(slices.Clone(s.cfg.Controllers), func(x ControllerConfig) bool { return c.controller(x.Socket) == nil })
 	s.cfg.Namespaces = slices.DeleteFunc(slices.Clone(s.cfg.Namespaces), func(x NamespaceConfig) bool { return c.namespace(x.NSID) == nil })
 	return errors.Join(errs...)
@@ -244,9 +249,17 @@ func (s *subsystem) grow(c *SubsystemConfig) error {
 
 func (s *subsystem) growNamespace(c NamespaceConfig) error {
 	old := s.cfg.namespace(c.NSID)
+	if x, ok := s.slow[c.NSID]; ok {
+		x.config = c
+		s.slow[c.NSID] = x
+		return fmt.Errorf("namespace %d of subsystem %s: %w: %s", c.NSID, s.NQN(), backend.ErrSlow, c.Spec)
+	}
 	if old == nil {
 		if err := s.openNamespace(c); err != nil {
 			return err
+		}
+		if s.Namespace(c.NSID) == nil {
+			return nil
 		}
 		s.m.log.Info("namespace added", "nqn", s.NQN(), "nsid", c.NSID, "spec", c.Spec)
 		s.Announce(s.Namespace(c.NSID))

@@ -17,11 +17,13 @@ type subsystem struct {
 	cfg   SubsystemConfig // complete; as it was opened, or last reloaded
 	ports []*port
 	pool  *subsys.Pool // nil: none
+
+	slow map[uint32]slowNamespace // by NSID: not open yet, and not in cfg; see slow.go
 }
 
 // open opens the media of c and listens on its sockets.
 func (m *Mediator) open(c SubsystemConfig) error {
-	s := &subsystem{m: m, cfg: c, Subsystem: subsys.New(subsys.Config{
+	s := &subsystem{m: m, cfg: c, slow: map[uint32]slowNamespace{}, Subsystem: subsys.New(subsys.Config{
 		NQN: c.NQN, Serial: c.Serial, Model: c.Model, Workers: ioq.Pool(m.workers), Store: m.state, Forgets: m.cfg.State == "", Logger: m.log,
 	})}
 	m.subsystems = append(m.subsystems, s)
@@ -52,16 +54,28 @@ func (m *Mediator) open(c SubsystemConfig) error {
 	return nil
 }
 
+// openNamespace opens the medium of n and makes the namespace, which nobody is told of. A medium that takes its time is not waited for, and is no error.
 func (s *subsystem) openNamespace(n NamespaceConfig) error {
 	spec, err := backend.ParseSpec(n.Spec)
 	if err != nil {
 		return err
 	}
 	spec.UnsafeNoIOMMU = s.m.cfg.UnsafeNoIOMMU
-	b, err := backend.OpenSpec(s.Formatted(n.NSID, spec), s.m.log)
-	if err != nil {
-		return err
+	o := backend.Begin(s.Formatted(n.NSID, spec), s.m.cfg.open)
+	b, err := o.Within(s.m.cfg.openPatience)
+	if errors.Is(err, backend.ErrSlow) {
+		s.later(n, spec, o)
+		s.m.log.Error("a namespace is left out until its medium is open", "nqn", s.NQN(), "nsid", n.NSID, "error", err)
+		return nil
 	}
+	if err == nil {
+		s.addNamespace(n, spec, b)
+	}
+	return err
+}
+
+// addNamespace makes the namespace of an open medium.
+func (s *subsystem) addNamespace(n NamespaceConfig, spec backend.Spec, b backend.Backend) {
 	if spec.Faults != "" {
 		s.m.log.Warn("this namespace fails on purpose: nothing to keep data on", "nsid", n.NSID, "spec", spec.String())
 	}
@@ -75,7 +89,6 @@ func (s *subsystem) openNamespace(n NamespaceConfig) error {
 	})
 	made.Limiter().Set(n.Limits, ioq.Now()) // nobody has been told of it
 	s.watch(made)
-	return nil
 }
 
 // closePorts ends the sessions, after which nobody uses the namespaces.
