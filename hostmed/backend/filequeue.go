@@ -22,11 +22,8 @@ import (
 // A stage is one operation of the kernel. Write zeroes tries up to three ways and may sync after.
 
 const (
-	sqEntries    = 128
-	cqEntries    = 1024
-	maxSlots     = cqEntries // so that completions always fit into the ring
-	maxVec       = 1024      // UIO_MAXIOV
-	maxOp        = 1 << 30   // bytes in one operation; the rest goes on as after a short transfer
+	maxVec       = 1024    // UIO_MAXIOV
+	maxOp        = 1 << 30 // bytes in one operation; the rest goes on as after a short transfer
 	closingPause = 100 * time.Microsecond
 	maxTries     = 8 // of an operation that the kernel wants repeated
 )
@@ -53,14 +50,12 @@ const (
 	stageDiscard // of a block device
 )
 
-const noBounce = -1
-
 // slot is a request that the kernel has, or is about to get.
 type slot struct {
 	req    *Request
 	moved  uint64 // bytes of it that are done
 	vec    []Seg  // what is left of req.Vec after a short transfer
-	bounce int8   // index of its bounce buffer, or noBounce
+	bounce bounceIndex
 	stage  stage
 	tries  uint8
 	async  bool // skip the attempt without waiting
@@ -72,8 +67,7 @@ type fileQueue struct {
 	aux  ring // nil, but where ring is polled, which is for reads and writes only: the rest
 	evfd int
 
-	slots    []slot
-	free     []uint32       // indices of slots
+	slots    slots[slot]
 	waiting  fifo[*Request] // for a slot
 	stalled  fifo[uint32]   // slots that found the ring full and the kernel short of memory
 	ready    fifo[*Request] // finished, not given back
@@ -166,7 +160,7 @@ func (q *fileQueue) Reap(done []*Request) int {
 			q.inRing--
 			q.advance(uint32(q.cqes[i].UserData), q.cqes[i].Res)
 		}
-		for ; q.waiting.n > 0 && q.hasSlot(); k++ {
+		for ; q.waiting.n > 0 && q.slots.room(); k++ {
 			q.begin(q.waiting.pop())
 		}
 		if q.stalled.n > 0 || q.pending() > 0 {
@@ -212,15 +206,15 @@ func (q *fileQueue) begin(r *Request) {
 		q.ready.push(r)
 		return
 	}
-	if !q.hasSlot() {
+	if !q.slots.room() {
 		q.counts.fresh.Waited++
 		q.waiting.push(r)
 		return
 	}
-	i := q.take()
-	s := &q.slots[i]
+	i := q.slots.take()
+	s := &q.slots.all[i]
 	*s = slot{req: r, vec: s.vec[:0], bounce: noBounce, stage: st}
-	if st == stageTransfer && q.b.direct && !q.b.fits(r.Vec) && !q.bounce.get(i, s) {
+	if st == stageTransfer && q.b.direct && !q.b.fits(r.Vec) && !q.bounce.get(i, &s.bounce) {
 		q.counts.fresh.Waited++
 		return // in line for a buffer
 	}
@@ -257,27 +251,15 @@ func (b *file) discardStage() stage {
 	return stageTransfer
 }
 
-func (q *fileQueue) hasSlot() bool { return len(q.free) > 0 || len(q.slots) < maxSlots }
-
-func (q *fileQueue) take() uint32 {
-	if len(q.free) == 0 {
-		from := len(q.slots)
-		q.slots = append(q.slots, make([]slot, min(64, maxSlots-from))...)
-		for i := len(q.slots) - 1; i >= from; i-- {
-			q.free = append(q.free, uint32(i))
-		}
-	}
-	i := q.free[len(q.free)-1]
-	q.free = q.free[:len(q.free)-1]
-	return i
-}
-
 // push makes an entry of what slot i has to do next.
 func (q *fileQueue) push(i uint32) {
-	s := &q.slots[i]
-	if s.bounce != noBounce && s.stage == stageTransfer && !q.bounce.fill(s) {
-		q.finish(i, nvme.StatusDataTransferError)
-		return
+	s := &q.slots.all[i]
+	if s.bounce != noBounce && s.stage == stageTransfer && s.req.Op == OpWrite {
+		s.vec = rest(s.vec[:0], s.req.Vec, s.moved)
+		if !q.bounce.fill(s.bounce, s.vec) {
+			q.finish(i, nvme.StatusDataTransferError)
+			return
+		}
 	}
 	ring := q.ring
 	if q.aux != nil && (s.stage != stageTransfer && s.stage != stageZeroes || s.req.FUA) {
@@ -326,7 +308,7 @@ func (q *fileQueue) transfer(e *uring.SQE, s *slot, off, left uint64) {
 	r := s.req
 	write := r.Op == OpWrite
 	if s.bounce != noBounce {
-		p := q.bounce.buffer(s)
+		p := q.bounce.buffer(s.bounce)
 		if write {
 			e.PrepWrite(file, &p[0], uint32(min(left, uint64(len(p)))), off)
 		} else {
@@ -376,7 +358,7 @@ func rest(out, vec []Seg, n uint64) []Seg {
 
 // advance takes the result of slot i's entry: bytes or minus an errno.
 func (q *fileQueue) advance(i uint32, res int32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	var e unix.Errno
 	if res < 0 {
@@ -392,7 +374,7 @@ func (q *fileQueue) advance(i uint32, res int32) {
 	case stageTransfer:
 		if e == unix.EINVAL && q.b.direct && s.bounce == noBounce {
 			// The file system has rules that it did not tell.
-			if q.bounce.get(i, s) {
+			if q.bounce.get(i, &s.bounce) {
 				q.push(i)
 			}
 			return
@@ -413,7 +395,7 @@ func (q *fileQueue) advance(i uint32, res int32) {
 
 // lacks goes on after the file system refused the kind of fallocate that slot i tried.
 func (q *fileQueue) lacks(i uint32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	switch s.stage {
 	case stagePunch:
 		q.b.noPunch.Store(true)
@@ -436,10 +418,11 @@ func (q *fileQueue) lacks(i uint32) {
 
 // moved goes on after n bytes were transferred, or none because of e.
 func (q *fileQueue) moved(i uint32, e unix.Errno, n uint64) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	if e == 0 && s.bounce != noBounce && s.stage == stageTransfer && r.Op == OpRead {
-		if !q.bounce.empty(s, n) {
+		s.vec = rest(s.vec[:0], s.req.Vec, s.moved)
+		if !q.bounce.empty(s.bounce, s.vec, n) {
 			e = unix.EFAULT
 		}
 	}
@@ -470,7 +453,7 @@ func (q *fileQueue) moved(i uint32, e unix.Errno, n uint64) {
 
 // ended goes on after the last stage but syncing.
 func (q *fileQueue) ended(i uint32, e unix.Errno) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	if e == 0 && r.Op == OpWriteZeroes && r.FUA && q.b.info.VolatileCache {
 		s.stage, s.tries = stageSync, 0
@@ -481,15 +464,14 @@ func (q *fileQueue) ended(i uint32, e unix.Errno) {
 }
 
 func (q *fileQueue) finish(i uint32, st nvme.Status) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	s.req.Status = st
 	q.ready.push(s.req)
 	s.req = nil
-	q.free = append(q.free, i)
+	q.slots.give(i)
 	if s.bounce != noBounce {
-		if next, ok := q.bounce.put(s); ok {
-			n := &q.slots[next]
-			q.bounce.get(next, n)
+		if next, ok := q.bounce.put(&s.bounce); ok {
+			q.bounce.get(next, &q.slots.all[next].bounce)
 			q.push(next)
 		}
 	}

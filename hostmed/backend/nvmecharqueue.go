@@ -8,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
-	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/uring"
 )
 
@@ -48,7 +47,7 @@ type charSlot struct {
 	at, n  uint64 // the bytes of the request that the command is about
 	end    uint64 // and where the piece ends
 	vec    []Seg  // memory of the command's data, while the kernel has it
-	bounce int8   // index of its bounce buffer, or noBounce
+	bounce bounceIndex
 	tries  uint8
 	async  bool
 
@@ -60,8 +59,7 @@ type charQueue struct {
 	ring wideRing
 	evfd int
 
-	slots    []charSlot
-	free     []uint32
+	slots    slots[charSlot]
 	waiting  fifo[*Request] // for slots
 	stalled  fifo[uint32]   // slots that found the ring full and the kernel short of memory
 	ready    fifo[*Request] // finished, not given back
@@ -70,9 +68,7 @@ type charQueue struct {
 
 	fixed  registered
 	ranges []byte // a nvme.DSMRange for each slot
-	bounce []byte
-	idle   []int8       // bounce buffers
-	lined  fifo[uint32] // slots that wait for one
+	bounce bounceBuffers
 	counts ringCounts
 	cqes   [64]uring.WideCQE
 }
@@ -146,7 +142,7 @@ func (q *charQueue) Reap(done []*Request) int {
 			q.inRing--
 			q.advance(uint32(c.UserData), c.Res, uint32(c.Extra[0]))
 		}
-		for q.waiting.n > 0 && q.hasSlot() {
+		for q.waiting.n > 0 && q.slots.room() {
 			q.cutUp(q.waiting.pop())
 		}
 		if q.stalled.n > 0 || q.ring.Pending() > 0 {
@@ -177,7 +173,7 @@ func (q *charQueue) cutUp(r *Request) {
 	// The request may be over before the last piece was cut: it counts as one of them until then.
 	r.Priv[0]++
 	for {
-		if !q.hasSlot() {
+		if !q.slots.room() {
 			r.Priv[0]--
 			q.counts.fresh.Waited++
 			q.waiting.push(r)
@@ -185,8 +181,8 @@ func (q *charQueue) cutUp(r *Request) {
 		}
 		at := r.Priv[1]
 		n, copied := q.b.piece(r, at)
-		i := q.take()
-		s := &q.slots[i]
+		i := q.slots.take()
+		s := &q.slots.all[i]
 		*s = charSlot{req: r, at: at, n: n, end: at + n, vec: s.vec[:0], bounce: noBounce}
 		r.Priv[0]++
 		r.Priv[1] += n
@@ -209,25 +205,10 @@ func (q *charQueue) over(r *Request) {
 	}
 }
 
-func (q *charQueue) hasSlot() bool { return len(q.free) > 0 || len(q.slots) < maxSlots }
-
-func (q *charQueue) take() uint32 {
-	if len(q.free) == 0 {
-		from := len(q.slots)
-		q.slots = append(q.slots, make([]charSlot, min(64, maxSlots-from))...)
-		for i := len(q.slots) - 1; i >= from; i-- {
-			q.free = append(q.free, uint32(i))
-		}
-	}
-	i := q.free[len(q.free)-1]
-	q.free = q.free[:len(q.free)-1]
-	return i
-}
-
 // push makes an entry of what slot i has to do next.
 func (q *charQueue) push(i uint32) {
-	s := &q.slots[i]
-	if s.bounce != noBounce && s.req.Op != OpRead && shm.Guard(func() { q.fill(s) }) != nil {
+	s := &q.slots.all[i]
+	if s.bounce != noBounce && s.req.Op != OpRead && !q.bounce.fill(s.bounce, s.memory()) {
 		q.finish(i, nvme.StatusDataTransferError, 0)
 		return
 	}
@@ -258,7 +239,7 @@ func (q *charQueue) push(i uint32) {
 
 // data gives command c of slot i its memory.
 func (q *charQueue) data(e *uring.SQE, c *passthru, i uint32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	switch {
 	case r.Op == OpDiscard:
@@ -268,7 +249,7 @@ func (q *charQueue) data(e *uring.SQE, c *passthru, i uint32) {
 	case r.Op == OpWriteZeroes && !q.b.dev.zeroes:
 		q.one(e, c, &Seg{Base: &q.b.zeros[0], Len: s.n})
 	case s.bounce != noBounce:
-		q.one(e, c, &Seg{Base: &q.buffer(s)[0], Len: s.n})
+		q.one(e, c, &Seg{Base: &q.bounce.buffer(s.bounce)[0], Len: s.n})
 	case r.Op == OpCommand && !q.b.pieces(r):
 		if len(r.Vec) > 0 {
 			q.one(e, c, &r.Vec[0])
@@ -278,8 +259,7 @@ func (q *charQueue) data(e *uring.SQE, c *passthru, i uint32) {
 		one.Len = s.n
 		q.one(e, c, &one)
 	case len(r.Vec) > 1:
-		s.vec = merged(s.vec[:0], r.Vec, s.at, s.n)
-		if len(s.vec) == 1 {
+		if s.memory(); len(s.vec) == 1 {
 			q.one(e, c, &s.vec[0])
 			return
 		}
@@ -326,7 +306,7 @@ func merged(out, vec []Seg, at, n uint64) []Seg {
 
 // advance takes the result of slot i's command: minus an errno, or the NVMe status, and DW0.
 func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	if res >= 0 {
 		st := nvme.Status(res) & statusField
@@ -367,7 +347,7 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 
 // again has slot i's command tried once more, unless that was done too often.
 func (q *charQueue) again(i uint32, most uint8) bool {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	if s.tries >= most {
 		return false
 	}
@@ -379,11 +359,11 @@ func (q *charQueue) again(i uint32, most uint8) bool {
 
 // moved goes on after the command of slot i.
 func (q *charQueue) moved(i uint32, st nvme.Status, dw0 uint32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	if st.OK() && q.b.movesData(s.req) {
 		q.counts.moved(s.bounce != noBounce)
 	}
-	if st.OK() && s.bounce != noBounce && s.req.Op == OpRead && shm.Guard(func() { q.empty(s) }) != nil {
+	if st.OK() && s.bounce != noBounce && s.req.Op == OpRead && !q.bounce.empty(s.bounce, s.memory(), s.n) {
 		st = nvme.StatusDataTransferError
 	}
 	if st.OK() && s.at+s.n < s.end {
@@ -398,15 +378,17 @@ func (q *charQueue) moved(i uint32, st nvme.Status, dw0 uint32) {
 
 // finish ends slot i's piece. Of several that fail the first one counts.
 func (q *charQueue) finish(i uint32, st nvme.Status, dw0 uint32) {
-	s := &q.slots[i]
+	s := &q.slots.all[i]
 	r := s.req
 	if r.Status == nvme.StatusSuccess {
 		r.Status, r.DW0 = st, dw0
 	}
 	s.req = nil
-	q.free = append(q.free, i)
+	q.slots.give(i)
 	if s.bounce != noBounce {
-		q.putBuffer(s)
+		if next, ok := q.bounce.put(&s.bounce); ok {
+			q.through(next)
+		}
 	}
 	q.over(r)
 }
@@ -414,8 +396,8 @@ func (q *charQueue) finish(i uint32, st nvme.Status, dw0 uint32) {
 // GiveUp is Keeper's. Nothing is kept back; but what a reset of the device ends is not sent again for who does not wait for it any more, as after a reset
 // of the guest's controller, which would last as long as the kernel's patience once more.
 func (q *charQueue) GiveUp(aborted bool, which func(*Request) bool) int {
-	for i := range q.slots {
-		if s := &q.slots[i]; !aborted && s.req != nil && which(s.req) {
+	for i := range q.slots.all {
+		if s := &q.slots.all[i]; !aborted && s.req != nil && which(s.req) {
 			s.tries = noMoreTries
 		}
 	}
@@ -461,25 +443,14 @@ func (q *charQueue) Close() error {
 	return errors.Join(q.ring.Close(), unix.Munmap(q.ranges))
 }
 
-// Bounce buffers, for memory that the kernel finds no way to hand to the device: it copies most such memory itself.
-
-// through sends the piece of slot i through a buffer, in as many commands as it takes.
+// through sends the piece of slot i through a bounce buffer, in as many commands as it takes, since the kernel finds no way to hand its memory to the device: it copies
+// most such memory itself.
 func (q *charQueue) through(i uint32) {
-	if q.bounce == nil {
-		mem := make([]byte, bounceSize*bounceCount+shm.PageSize)
-		q.bounce = mem[-address(mem)&(shm.PageSize-1):][:bounceSize*bounceCount]
-		for k := range int8(bounceCount) {
-			q.idle = append(q.idle, k)
-		}
-	}
-	if len(q.idle) == 0 {
+	s := &q.slots.all[i]
+	if !q.bounce.get(i, &s.bounce) {
 		q.counts.fresh.Waited++
-		q.lined.push(i)
 		return
 	}
-	s := &q.slots[i]
-	s.bounce = q.idle[len(q.idle)-1]
-	q.idle = q.idle[:len(q.idle)-1]
 	s.n = q.buffered(s)
 	q.push(i)
 }
@@ -493,22 +464,8 @@ func (q *charQueue) buffered(s *charSlot) uint64 {
 	return q.b.info.whole(s.req.Off+s.at, bounceSize)
 }
 
-func (q *charQueue) putBuffer(s *charSlot) {
-	q.idle = append(q.idle, s.bounce)
-	s.bounce = noBounce
-	if q.lined.n > 0 {
-		q.through(q.lined.pop())
-	}
-}
-
-func (q *charQueue) buffer(s *charSlot) []byte { return q.bounce[int(s.bounce)*bounceSize:][:s.n] }
-
-func (q *charQueue) fill(s *charSlot) {
+// memory is that of the slot's command, its neighbours in memory as one piece.
+func (s *charSlot) memory() []Seg {
 	s.vec = merged(s.vec[:0], s.req.Vec, s.at, s.n)
-	gather(q.buffer(s), s.vec)
-}
-
-func (q *charQueue) empty(s *charSlot) {
-	s.vec = merged(s.vec[:0], s.req.Vec, s.at, s.n)
-	scatter(s.vec, q.buffer(s))
+	return s.vec
 }
