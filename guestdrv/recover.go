@@ -21,46 +21,28 @@ import (
 //
 // A step that fails is tried again from 2 on, within Options.ResetTimeout. When that does not help the controller fails for good.
 
-const (
-	// maxAttempts is how often one recovery stops and restarts the controller.
-	maxAttempts = 3
-	// maxFutile is how many recoveries in a row may pass without one command of a caller that the controller executes.
-	maxFutile = 4
-)
-
 // recover resets the controller because of cause. It is called by heal only.
 func (c *Controller) recover(cause error) {
 	if !c.beginRecovery(cause) {
 		return
 	}
 	begin := time.Now()
-	c.log.Warn("resetting the controller", "reason", cause)
-	limit := fmt.Errorf("%w: not recovered after %v", ErrTimeout, c.opts.ResetTimeout)
-	ctx, cancel := context.WithTimeoutCause(c.life, c.opts.ResetTimeout, limit)
-	defer cancel()
-	var err error
-	for attempt := 1; ; attempt++ {
+	stop := func(ctx context.Context) error {
 		c.pause()
-		if err = c.adm.Stop(ctx); err != nil {
-			break
+		if err := c.adm.Stop(ctx); err != nil {
+			return err
 		}
 		c.lose(cause)
-		if err = c.restart(admin.Private(ctx)); err == nil || attempt == maxAttempts || ctx.Err() != nil || !passing(err) {
-			break
-		}
-		c.log.Warn("the controller does not come back, trying again", "error", err)
+		return nil
 	}
-	if err != nil {
-		c.fail(fmt.Errorf("resetting the controller failed: %w (it was reset because of: %w)", err, cause))
+	if err := c.adm.Recover(c.life, c.opts.ResetTimeout, cause, stop, c.restart); err != nil {
+		c.fail(err)
 		return
 	}
 	if c.finishRecovery() == nil {
 		c.log.Info("controller recovered", "after", time.Since(begin).Round(time.Microsecond))
 	}
 }
-
-// passing reports whether another attempt may end better.
-func passing(err error) bool { return errors.Is(err, ErrTimeout) || errors.Is(err, ErrFatal) }
 
 // beginRecovery makes a live controller recovering, and fails its pairs. It returns false for one that is not live, which fails if Open is
 // under way.
@@ -77,15 +59,11 @@ func (c *Controller) beginRecovery(cause error) bool {
 		c.mu.Unlock()
 		return false
 	}
-	if c.progress.Swap(false) || executed != now.executed {
-		now.futile = 0
-	}
-	if now.futile++; now.futile > maxFutile {
+	if err := now.futile.Begin(cause, executed, c.progress.Swap(false), false); err != nil {
 		c.mu.Unlock()
-		c.fail(fmt.Errorf("%w; and %d resets in a row have not made it execute one command", cause, maxFutile))
+		c.fail(err)
 		return false
 	}
-	now.executed = executed
 	now.epoch++
 	c.trouble.resets.Add(1)
 	c.enter(recovering)

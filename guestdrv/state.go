@@ -3,6 +3,8 @@ package guestdrv
 import (
 	"context"
 	"errors"
+
+	"github.com/shadowbell/shadowbell/shared/driver/admin"
 )
 
 // state is where a controller is in its life:
@@ -37,10 +39,8 @@ type lifeState struct {
 	state   state
 	err     error         // failed and closed: why
 	epoch   uint64        // counts resets: queues of an earlier one are gone
-	futile  int           // resets without a command that was executed in between
+	futile  admin.Futile  // resets without a command that was executed in between
 	changed chan struct{} // closed at the end of recovering; nil: nobody waits
-
-	executed uint64 // commands of lanes at the last reset
 }
 
 // errStale is a queue that was begun before a reset and finished after it.

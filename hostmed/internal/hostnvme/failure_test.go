@@ -225,7 +225,7 @@ func TestResetsThatDoNotHelp(t *testing.T) {
 	u.moves()
 	dead.Store(true)
 	u.lost(queue.ErrTimeout)
-	if s := d.Stats(); s.Resets < maxFutile || s.Resets > maxFutile+1 || !strings.Contains(d.Err().Error(), "resets in a row") {
+	if s := d.Stats(); s.Resets < admin.MaxFutile || s.Resets > admin.MaxFutile+1 || !strings.Contains(d.Err().Error(), "resets in a row") {
 		t.Errorf("%+v: %v", s, d.Err())
 	}
 }

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/device"
-	"github.com/shadowbell/shadowbell/shared/driver/admin"
-	"github.com/shadowbell/shadowbell/shared/driver/queue"
 )
 
 const (
@@ -294,9 +292,4 @@ func gone(err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: %w", device.ErrGone, err)
-}
-
-// passing says whether another attempt may end better.
-func passing(err error) bool {
-	return errors.Is(err, queue.ErrTimeout) || errors.Is(err, admin.ErrFatal) || errors.Is(err, queue.ErrReset)
 }

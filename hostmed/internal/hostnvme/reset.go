@@ -34,14 +34,8 @@ import (
 // Sent again are commands whose second execution leaves the medium as the first did. A Read, Write, Flush, Write Zeroes, Write Uncorrectable, Dataset
 // Management, Compare or Verify is such a command; a guest that has two of them under way on the same blocks has no order among them anyway (NVM Command Set 1.0c 2.1).
 
-const (
-	// maxAttempts is how often one reset stops and enables the controller.
-	maxAttempts = 3
-	// maxFutile is how many resets in a row may pass without one command that ends in between.
-	maxFutile = 4
-	// maxBroken is how many resets a device is worth that breaks the protocol.
-	maxBroken = 8
-)
+// maxBroken is how many resets a device is worth that breaks the protocol.
+const maxBroken = 8
 
 var (
 	errAsked   = errors.New("it was asked for")
@@ -50,8 +44,8 @@ var (
 
 // history is what resets have come to so far.
 type history struct {
-	futile, broken int
-	ended          uint64 // commands that had ended when the last began
+	futile admin.Futile
+	broken int
 }
 
 // reset brings the controller back. It is called by heal only.
@@ -62,22 +56,12 @@ func (d *Device) reset(cause error) error {
 		return err
 	}
 	begin := time.Now()
-	d.log.Warn("resetting the controller", "reason", cause)
-	limit := fmt.Errorf("%w: not back after %v", queue.ErrTimeout, d.opts.ResetTimeout)
-	ctx, cancel := context.WithTimeoutCause(d.life, d.opts.ResetTimeout, limit)
-	defer cancel()
-	for attempt := 1; ; attempt++ {
+	stop := func(ctx context.Context) error {
 		d.adm.Lane().Pause()
-		if err = d.stop(ctx, cause, pairs); err != nil {
-			break
-		}
-		if err = d.restart(admin.Private(ctx), pairs); err == nil || attempt == maxAttempts || ctx.Err() != nil || !passing(err) {
-			break
-		}
-		d.log.Warn("the controller does not come back, trying again", "error", err)
+		return d.stop(ctx, cause, pairs)
 	}
-	if err != nil {
-		err = fmt.Errorf("resetting the controller failed: %w (it was reset because of: %w)", err, cause)
+	restart := func(ctx context.Context) error { return d.restart(ctx, pairs) }
+	if err := d.adm.Recover(d.life, d.opts.ResetTimeout, cause, stop, restart); err != nil {
 		d.fail(err)
 		return err
 	}
@@ -105,23 +89,17 @@ func (d *Device) beginReset(cause error) ([]*Pair, error) {
 	case d.state != live:
 		d.mu.Unlock()
 		return nil, fmt.Errorf("%w (%w)", cause, d.adm.Diagnose())
-	case ended != h.ended:
-		h.futile = 0
-	}
-	h.ended = ended
-	if cause != errAsked {
-		h.futile++
 	}
 	if errors.Is(cause, queue.ErrProtocol) {
 		h.broken++
 	}
-	switch {
-	case h.futile > maxFutile:
-		defer d.mu.Unlock()
-		return nil, fmt.Errorf("%w; and %d resets in a row have not made it end one command", cause, maxFutile)
-	case h.broken > maxBroken:
-		defer d.mu.Unlock()
-		return nil, fmt.Errorf("%w; it was reset for that %d times before", cause, maxBroken)
+	err := h.futile.Begin(cause, ended, false, cause == errAsked)
+	if err == nil && h.broken > maxBroken {
+		err = fmt.Errorf("%w; it was reset for that %d times before", cause, maxBroken)
+	}
+	if err != nil {
+		d.mu.Unlock()
+		return nil, err
 	}
 	d.epoch++
 	d.counts.resets.Add(1)
