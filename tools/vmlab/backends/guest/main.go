@@ -5,6 +5,7 @@
 //	guest warned DEVICE    waits for an event of the SMART log, and prints it and the critical warnings
 //	guest trim DEVICE      deallocates blocks 8192 to 24575, and zeroes the 1024 behind them
 //	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
+//	guest beside DEVICE    writes, one block after the other, behind reads in the same queue, and prints how many of each were done in how many seconds
 package main
 
 import (
@@ -33,7 +34,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: guest outside|smart|warned|trim|dma DEVICE")
+		return errors.New("usage: guest outside|smart|warned|trim|dma|beside DEVICE")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -66,8 +67,10 @@ func run(args []string) error {
 		out, err = g.trim()
 	case "dma":
 		out, err = g.dma()
+	case "beside":
+		out, err = g.beside()
 	default:
-		err = fmt.Errorf("%q is neither outside nor smart nor warned nor trim nor dma", args[0])
+		err = fmt.Errorf("%q is neither outside nor smart nor warned nor trim nor dma nor beside", args[0])
 	}
 	if err != nil {
 		return err
@@ -122,6 +125,51 @@ func (g *guest) do(io guestdrv.IO) (nvme.Status, error) {
 			return 0, err
 		}
 	}
+}
+
+// beside is what beside prints. The reads that are left end with the queue.
+type beside struct {
+	Reads, Writes int
+	Seconds       float64
+}
+
+func (g *guest) beside() (b beside, err error) {
+	const reads, writes = 12, 200
+	begin := time.Now()
+	ios := make([]guestdrv.IO, reads)
+	for i := range ios {
+		ios[i] = guestdrv.IO{Op: nvme.IORead, NSID: 1, Blocks: 1, IOVA: g.buf.IOVA(), Tag: 1}
+	}
+	for sent := true; b.Writes < writes; sent = false {
+		if sent {
+			ios = append(ios, guestdrv.IO{Op: nvme.IOWrite, NSID: 1, LBA: uint64(b.Writes), Blocks: 1, IOVA: g.buf.IOVA() + 4096, Tag: 2})
+		}
+		if n, err := g.pair.Submit(ios); err != nil || n != len(ios) {
+			return b, fmt.Errorf("submitted %d: %w", n, err)
+		}
+		ios = ios[:0]
+		if err := errors.Join(g.pair.Publish(), g.pair.Wait(g.ctx)); err != nil {
+			return b, err
+		}
+		var out [4]guestdrv.Result
+		n, err := g.pair.Reap(out[:])
+		if err != nil {
+			return b, err
+		}
+		for _, r := range out[:n] {
+			if !r.Status.OK() {
+				return b, fmt.Errorf("tag %d: %v", r.Tag, r.Status)
+			}
+			if r.Tag == 1 {
+				b.Reads++
+				continue
+			}
+			b.Writes++
+			ios = append(ios, guestdrv.IO{Op: nvme.IOWrite, NSID: 1, LBA: uint64(b.Writes), Blocks: 1, IOVA: g.buf.IOVA() + 4096, Tag: 2})
+		}
+	}
+	b.Seconds = time.Since(begin).Seconds()
+	return b, nil
 }
 
 // trim returns the statuses of Dataset Management and of Write Zeroes.
