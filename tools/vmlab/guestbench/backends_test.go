@@ -74,7 +74,7 @@ func TestParseCounters(t *testing.T) {
 	if mmio, err := parseCounters(line(100, 10, 25)); err != nil || mmio != 0.25 {
 		t.Errorf("%v, %v", mmio, err)
 	}
-	for _, bad := range []string{"", line(0, 0, 0), line(100, 11, 25)} {
+	for _, bad := range []string{"", line(0, 0, 0), line(100, 51, 25)} {
 		if _, err := parseCounters(bad); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
