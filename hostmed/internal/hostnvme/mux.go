@@ -183,7 +183,7 @@ func (p *mux) issue(r *Request) bool {
 			r.at.advance(r.Vec, n)
 		}
 	}
-	if r.out == 0 {
+	if r.out == 0 && !r.waits { // otherwise it is still in the line
 		p.finish(r)
 	}
 	return true
@@ -375,7 +375,9 @@ func (p *mux) pump() {
 		before := r.left
 		if p.issue(r) {
 			q.line.pop()
-			r.waits = false
+			if r.waits = false; r.out == 0 {
+				p.finish(r)
+			}
 			stuck = 0
 		} else if r.left == before {
 			stuck++ // there is no buffer
