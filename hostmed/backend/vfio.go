@@ -28,7 +28,8 @@ type vfio struct {
 	info  Info
 	id    identity
 	dev   *hostnvme.Device
-	pool  *hostnvme.Pool // queue pairs of its own; nil: those that are for all
+	is    *hostnvme.Space // the namespace
+	pool  *hostnvme.Pool  // queue pairs of its own; nil: those that are for all
 	slice hostnvme.Slice
 	nvm   nvme.IdentifyControllerNVM
 	held  *vfioSlice
@@ -87,6 +88,7 @@ func newVFIO(s Spec, dev *hostnvme.Device, log hclog.Logger) (_ *vfio, err error
 		}
 		b.spec.NSID = ids[0]
 	}
+	b.is = dev.Space(b.spec.NSID)
 	if err := errors.Join(s.mayVendor(), b.take()); err != nil {
 		return nil, err
 	}
@@ -199,7 +201,7 @@ func (b *vfio) limit(ns *nvme.IdentifyNamespace, first, blocks uint64, shift uin
 		discard = min(discard, b.nvm.DMSL)
 	}
 	b.slice = hostnvme.Slice{
-		NSID: b.spec.NSID, First: first, Blocks: blocks, Shift: shift,
+		NSID: b.spec.NSID, Is: b.is, First: first, Blocks: blocks, Shift: shift,
 		ReadOnly:    b.spec.ReadOnly || ns.NSATTR&nvme.NSATTRWriteProtected != 0,
 		MaxTransfer: max(uint64(b.dev.MaxTransfer())&^(1<<shift-1), 1<<shift),
 		Boundary:    uint64(ns.NOIOB) << shift,

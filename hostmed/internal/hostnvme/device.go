@@ -148,7 +148,8 @@ type Device struct {
 	qids    []uint16
 	vectors []int
 	spaces  map[uint32]*nvme.IdentifyNamespace
-	refs    int // guarded by devices.mu
+	taken   map[uint32]*Space // those that somebody has asked for
+	refs    int               // guarded by devices.mu
 
 	// telling is held while a watcher is called.
 	telling  sync.Mutex

@@ -155,6 +155,9 @@ func (p *mux) passed(n int) {
 
 // issue makes device commands of r until it has all or there is no room. It returns false if there is more to do. mu is held.
 func (p *mux) issue(r *Request) bool {
+	if r.q.slice.Is.gone() {
+		r.fail(elsewhere)
+	}
 	for r.Status.OK() && (r.left > 0 || !r.begun) {
 		i, ok := p.q.Take(0)
 		if !ok {

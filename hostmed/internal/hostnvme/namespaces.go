@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"maps"
+	"sync/atomic"
 
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
@@ -17,6 +18,37 @@ const (
 	Gone                 // it is away for good: deleted, detached or replaced, or the device has failed
 	Health               // the device warns of something that its SMART log tells
 )
+
+// Space is a namespace as long as it is what it was when it was asked for: the same one, with the same blocks. What is another is sent nothing, whatever id
+// it has: its blocks are not those that slices were made of.
+type Space struct{ other atomic.Bool }
+
+// elsewhere is what guests get of a namespace that is another.
+var elsewhere = nvme.StatusNamespaceNotReady.WithDNR()
+
+// gone says that it is not what it was.
+func (s *Space) gone() bool { return s != nil && s.other.Load() }
+
+// Space returns the namespace that has this id now. What Namespace says after it is of it, or it is gone.
+func (d *Device) Space(nsid uint32) *Space {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.taken[nsid]
+	if s == nil {
+		s = &Space{}
+		d.taken[nsid] = s
+	}
+	return s
+}
+
+// same says whether the namespaces of two times are one, with the same blocks.
+func same(was, is *nvme.IdentifyNamespace) bool {
+	if was == nil || is == nil || was.NGUID != is.NGUID || was.EUI64 != is.EUI64 {
+		return false
+	}
+	a, b := was.Format(), is.Format()
+	return a.LBADS == b.LBADS && a.MS == b.MS
+}
 
 type watcher struct {
 	nsid uint32
@@ -100,6 +132,12 @@ func (d *Device) updateNamespaces(spaces map[uint32]*nvme.IdentifyNamespace) {
 	d.mu.Lock()
 	old := d.spaces
 	d.spaces = spaces
+	for nsid, s := range d.taken {
+		if !same(old[nsid], spaces[nsid]) {
+			s.other.Store(true)
+			delete(d.taken, nsid)
+		}
+	}
 	d.mu.Unlock()
 	d.tell(func(w *watcher) (Event, bool) {
 		was, is := old[w.nsid], spaces[w.nsid]

@@ -112,7 +112,7 @@ func bringUp(ctx context.Context, m Machine, address string, o Options) (*Device
 	d := &Device{
 		address: address, opts: o, log: o.Logger.With("device", address), refs: 1,
 		late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), trouble: make(chan struct{}, 1), asked: make(chan chan error), asks: make(chan struct{}, maxAsks),
-		changed: make(chan struct{}), severed: make(chan struct{}), buried: make(chan struct{}), watchers: map[*watcher]struct{}{},
+		changed: make(chan struct{}), severed: make(chan struct{}), buried: make(chan struct{}), watchers: map[*watcher]struct{}{}, taken: map[uint32]*Space{},
 	}
 	d.life, d.end = context.WithCancel(context.Background())
 	var err error

@@ -45,6 +45,7 @@ type Request struct {
 // Slice is the part of a device's namespace that requests are about.
 type Slice struct {
 	NSID     uint32
+	Is       *Space // which namespace that was; nil: any
 	First    uint64 // LBA
 	Blocks   uint64
 	Shift    uint8 // log2 of the LBA size in bytes

@@ -78,12 +78,17 @@ func (p *mux) Resume() {
 	for i := len(p.slots) - 1; i >= 0; i-- {
 		s := &p.slots[i]
 		if s.req != nil {
-			if s.tries += try; s.tries <= maxTries {
+			s.tries += try
+			switch {
+			case s.req.q.slice.Is.gone():
+				p.drop(s, elsewhere)
+			case s.tries > maxTries:
+				p.drop(s, nvme.StatusInternalError)
+			default:
 				p.q.Push(uint16(i), &p.cmds[i])
 				s.req.q.counts.Reissued++
 				continue
 			}
-			p.drop(s, nvme.StatusInternalError)
 		}
 		p.q.Cancel(uint16(i))
 	}
