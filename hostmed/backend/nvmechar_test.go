@@ -264,6 +264,7 @@ func TestNVMeCharAnswers(t *testing.T) {
 	}{
 		{0x4285, 0x4285, 1}, // DNR
 		{0x7fff, 0x7fff, 1},
+		{0x7800, nvme.StatusSuccess, 1}, // with bits that mean nothing of a success
 		{0x02a1, 0x02a1, 1},
 		{0x370, 0x370, resetTries + 1},
 		{-int32(unix.EINTR), nvme.StatusInterrupted, resetTries + 1},
@@ -281,6 +282,17 @@ func TestNVMeCharAnswers(t *testing.T) {
 		run(t, q, r)
 		if r.Status != x.want || tries != x.tries {
 			t.Errorf("%d: %v after %d tries, want %v after %d", x.res, r.Status, tries, x.want, x.tries)
+		}
+	}
+	// A Copy that a reset ends may have been done in part: it is not done again.
+	for res, want := range map[int32]nvme.Status{0x370: 0x370, -int32(unix.EINTR): nvme.StatusInternalError} {
+		say(res)
+		tries = 0
+		source := nvme.CopyRange{NLB: 7}
+		r := &Request{Op: OpCommand, Off: 4 * 512, Len: 8 * 512, Vec: []Seg{seg(source.Bytes()[:])}, Cmd: &nvme.Command{Opcode: nvme.IOCopy, CDW10: 4}}
+		run(t, q, r)
+		if r.Status != want || tries != 1 {
+			t.Errorf("copy, %d: %v after %d tries", res, r.Status, tries)
 		}
 	}
 	// A reset ends a command, which is done all the same.

@@ -311,8 +311,11 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 	if res >= 0 {
 		st := nvme.Status(res) & statusField
 		// What the kernel says in the place of the device, when it resets that one.
-		if (st.Code() == nvme.StatusHostPathError || st.Code() == nvme.StatusAbortedByHost) && q.again(i, resetTries) {
+		if (st.Code() == nvme.StatusHostPathError || st.Code() == nvme.StatusAbortedByHost) && repeatable(r) && q.again(i, resetTries) {
 			return
+		}
+		if st.OK() {
+			st = nvme.StatusSuccess // whatever other bits it has
 		}
 		q.moved(i, st, dw0)
 		return
@@ -320,7 +323,9 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 	e := unix.Errno(-res)
 	switch e {
 	case unix.EINTR: // a reset of the device has ended it
-		if !q.again(i, resetTries) {
+		if !repeatable(r) {
+			q.finish(i, nvme.StatusInternalError, 0)
+		} else if !q.again(i, resetTries) {
 			q.finish(i, nvme.StatusInterrupted, 0)
 		}
 		return
@@ -344,6 +349,9 @@ func (q *charQueue) advance(i uint32, res int32, dw0 uint32) {
 	}
 	q.finish(i, charStatus(r, e), 0)
 }
+
+// repeatable says whether r may be done once more when it may have been done in part: a Copy may have written what it is to read.
+func repeatable(r *Request) bool { return r.Op != OpCommand || r.Cmd.Opcode != nvme.IOCopy }
 
 // again has slot i's command tried once more, unless that was done too often.
 func (q *charQueue) again(i uint32, most uint8) bool {
