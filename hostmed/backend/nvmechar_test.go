@@ -329,6 +329,15 @@ func TestNVMeCharAnswers(t *testing.T) {
 	expect(t, got[1000:1924], mem[4096:][:924], "through a buffer")
 	mustRun(t, q, read(512*1000, got[:512], got[1024:][:60<<10]))
 	expect(t, got[1024:][:60<<10], mem[4096:][:60<<10], "through a buffer")
+	// A device that says that it has read, and has moved nothing: what the buffer had was of another guest.
+	d.refuse = func(c *passthru, vec []Seg) (int32, bool) {
+		if len(vec) > 1 {
+			return -int32(unix.EREMOTEIO), true
+		}
+		return 0, c.Opcode == nvme.IORead
+	}
+	mustRun(t, q, write(0, mem[:100], mem[4096:][:924]), read(8192, got[:100], got[1000:1924]))
+	expect(t, got[1000:1924], make([]byte, 924), "what was not read")
 	gone := shrunkMemory(t, 1<<20)
 	lost := write(0, gone[512<<10:][:256], gone[600<<10:][:256])
 	run(t, q, lost)

@@ -208,9 +208,13 @@ func (q *charQueue) over(r *Request) {
 // push makes an entry of what slot i has to do next.
 func (q *charQueue) push(i uint32) {
 	s := &q.slots.all[i]
-	if s.bounce != noBounce && s.req.Op != OpRead && !q.bounce.fill(s.bounce, s.memory()) {
-		q.finish(i, nvme.StatusDataTransferError, 0)
-		return
+	if s.bounce != noBounce {
+		if s.req.Op == OpRead {
+			clear(q.bounce.buffer(s.bounce)[:s.n]) // of other guests' data, should the device not move what it says that it has
+		} else if !q.bounce.fill(s.bounce, s.memory()) {
+			q.finish(i, nvme.StatusDataTransferError, 0)
+			return
+		}
 	}
 	e := q.ring.GetSQE()
 	if e == nil {

@@ -262,10 +262,10 @@ func (p *mux) transfer(r *Request, i uint16, s *slot) (uint64, nvme.Status) {
 	if n > bounceSize {
 		n = sl.whole(r, bounceSize)
 	}
-	if r.Op != Read {
-		if st := b.fill(r.Vec, r.at, n); !st.OK() {
-			return 0, st
-		}
+	if r.Op == Read {
+		clear(b.mem[:n]) // of other guests' data, should the device not move what it says that it has
+	} else if st := b.fill(r.Vec, r.at, n); !st.OK() {
+		return 0, st
 	}
 	p.bounce = p.bounce[:last]
 	s.bounce, s.at, s.n = b, r.at, n
@@ -320,6 +320,9 @@ const visible = ^(nvme.Status(1)<<13 | nvme.Status(3)<<11)
 func (p *mux) complete(c *queue.Completion) {
 	s := &p.slots[c.Slot]
 	r, st := s.req, c.Status&visible
+	if st.OK() {
+		st = nvme.StatusSuccess // whatever other bits it has
+	}
 	if s.bounce != nil {
 		if r.Op == Read && st.OK() {
 			st = s.bounce.empty(r.Vec, s.at, s.n)
