@@ -96,7 +96,7 @@ type logRule struct {
 
 var logRules = []logRule{
 	{nvme.LogSMART, "both", "temperature, spare, percentage used, thermal times and critical warnings are the device's; counters of commands and bytes are this guest's. Also where the guest has a slice"},
-	{nvme.LogSelfTest, "the device", "where Device Self-test goes there"},
+	{nvme.LogSelfTest, "the device", "where Device Self-test goes there. Of other namespaces' results neither the namespace nor the block that failed is shown"},
 }
 
 // device returns the device whose namespace the guest has as a whole, and which therefore may hear more of the guest; or nil.
@@ -260,8 +260,15 @@ func (c *Controller) hostDevices() (ds []backend.Administered) {
 const (
 	selfTestBytes   = 4 + 20*selfTestResult
 	selfTestResult  = 28
-	selfTestNSID    = 12 // in a result
 	noSelfTestEntry = 0xf
+
+	// In a result:
+	selfTestValid = 2 // what of it is
+	selfTestNSID  = 12
+	selfTestSCT   = 24
+
+	selfTestValidNSID = 1 << 0
+	selfTestValidFLBA = 1 << 1
 )
 
 // deviceLog returns the work that log page lid needs of devices, and what is to be done with it on the session's goroutine; or nil.
@@ -291,12 +298,19 @@ func (c *Controller) deviceLog(lid nvme.LogPage) (work func() error, take func(e
 	return nil, nil
 }
 
-// guestSelfTests gives the results in a self-test log the guest's namespace id.
+// guestSelfTests gives the results in a self-test log the guest's namespace id. Which block of somebody else's namespace has failed is not the guest's
+// business.
 func guestSelfTests(page []byte, from, to uint32) {
 	for at := 4; at+selfTestResult <= len(page); at += selfTestResult {
-		field := page[at+selfTestNSID:]
-		if page[at]&0xf != noSelfTestEntry && binary.LittleEndian.Uint32(field) == from {
-			binary.LittleEndian.PutUint32(field, to)
+		x := page[at:][:selfTestResult]
+		switch nsid := binary.LittleEndian.Uint32(x[selfTestNSID:]); {
+		case x[0]&0xf == noSelfTestEntry:
+			clear(x[1:])
+		case nsid == from:
+			binary.LittleEndian.PutUint32(x[selfTestNSID:], to)
+		default:
+			x[selfTestValid] &^= selfTestValidNSID | selfTestValidFLBA
+			clear(x[selfTestNSID:selfTestSCT]) // and FLBA
 		}
 	}
 }

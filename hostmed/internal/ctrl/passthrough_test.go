@@ -263,6 +263,13 @@ func TestPassthroughSelfTest(t *testing.T) {
 	}
 	page[4] = 0x10
 	binary.LittleEndian.PutUint32(page[4+selfTestNSID:], 9)
+	others := page[4+selfTestResult:][:selfTestResult] // another namespace has failed, at a block
+	for i := range others {
+		others[i] = 0xee
+	}
+	others[0], others[selfTestValid] = 0x17, 0xf
+	unused := page[4+2*selfTestResult:][:selfTestResult]
+	binary.LittleEndian.PutUint32(unused[selfTestNSID:], 5)
 	d.logs[nvme.LogSelfTest] = page
 	var cmd nvme.Command
 	if err := cmd.SetGetLogPage(nvme.LogSelfTest, nvme.NSIDAll, 0, selfTestBytes, false); err != nil {
@@ -273,8 +280,14 @@ func TestPassthroughSelfTest(t *testing.T) {
 		t.Fatal(st)
 	}
 	got := h.data(selfTestBytes)
-	if got[4] != 0x10 || binary.LittleEndian.Uint32(got[4+selfTestNSID:]) != 3 || got[4+selfTestResult] != noSelfTestEntry {
+	if got[4] != 0x10 || binary.LittleEndian.Uint32(got[4+selfTestNSID:]) != 3 || got[4+19*selfTestResult] != noSelfTestEntry {
 		t.Errorf("self-test log % x", got[:64])
+	}
+	if x := got[4+selfTestResult:]; x[0] != 0x17 || x[selfTestValid] != 0xc || !bytes.Equal(x[selfTestNSID:selfTestSCT], make([]byte, 12)) || x[selfTestSCT] != 0xee {
+		t.Errorf("another namespace's result: % x", x[:selfTestResult])
+	}
+	if x := got[4+2*selfTestResult:]; !bytes.Equal(x[1:selfTestResult], make([]byte, selfTestResult-1)) {
+		t.Errorf("an unused result: % x", x[:selfTestResult])
 	}
 }
 
