@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,12 +50,16 @@ type nvmeChar struct {
 
 	device Device // for those who administer it
 
-	limit   memlock
-	claim   *claim // of the slice, on the host
-	events  *ueventHub
-	deaf    func()                      // ends listening to events; nil: there is nothing to hear
-	watcher atomic.Pointer[func(Event)] // nil: nobody watches
-	other   atomic.Bool                 // the device is not what it was: nothing is sent to it any more
+	limit  memlock
+	claim  *claim // of the slice, on the host
+	events *ueventHub
+	deaf   func()      // ends listening to events; nil: there is nothing to hear
+	other  atomic.Bool // the device is not what it was: nothing is sent to it any more
+
+	// telling is held while watcher is called.
+	telling sync.Mutex
+	watcher func(Event) // nil: nobody watches yet
+	missed  []Event     // what came before, each once
 }
 
 // openNvmeChar opens the character device of s.

@@ -3,14 +3,22 @@ package backend
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
 // The device's own events (Asynchronous Event Request) are its driver's: what is left for others is what the kernel makes of them, which is a change of
 // the block device's size, and its end.
 
-// Watch has f hear of the namespace by the kernel's events. Where there are none, as in some containers, there is nothing to hear.
-func (b *nvmeChar) Watch(f func(Event)) { b.watcher.Store(&f) }
+// Watch has f hear of the namespace by the kernel's events, since it was opened. Where there are none, as in some containers, there is nothing to hear.
+func (b *nvmeChar) Watch(f func(Event)) {
+	b.telling.Lock()
+	defer b.telling.Unlock()
+	b.watcher = f
+	for _, e := range b.missed {
+		f(e)
+	}
+}
 
 // listen begins to hear.
 func (b *nvmeChar) listen() {
@@ -29,8 +37,13 @@ func (b *nvmeChar) happened(e Event) {
 			b.other.Store(true)
 		}
 	}
-	if f := b.watcher.Load(); f != nil {
-		(*f)(e)
+	b.telling.Lock()
+	defer b.telling.Unlock()
+	switch {
+	case b.watcher != nil:
+		b.watcher(e)
+	case !slices.Contains(b.missed, e):
+		b.missed = append(b.missed, e)
 	}
 }
 

@@ -177,6 +177,16 @@ func TestDiskWatch(t *testing.T) {
 		t.Error("something after the end")
 	}
 
+	// What came before anybody watched is not lost.
+	early := openFake(t, newFakeChar(), sliceSpec())
+	for _, e := range []Event{EventChanged, EventChanged, EventGone} {
+		early.happened(e)
+	}
+	early.Watch(func(e Event) { events <- e })
+	if a, b := received(t, events), received(t, events); a != EventChanged || b != EventGone || len(events) != 0 {
+		t.Errorf("events %d and %d from before", a, b)
+	}
+
 	// Lost: the disk is looked for.
 	f := newFakeDisks(t)
 	for name, want := range map[string]Event{"nvme0n1": EventChanged, "nvme9n1": EventGone} {
