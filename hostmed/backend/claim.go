@@ -40,8 +40,32 @@ type diskHost struct {
 
 var disks = diskHost{
 	sys: "/sys", dev: "/dev", locks: lockDir, uses: pcifn.BlockUses,
-	open: func(path string) (int, error) { return unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0) },
+	open: openClaim,
 }
+
+// openClaim claims a block device by its node, which must be of the device that the kernel gives that name: a container may have those of another time.
+func openClaim(path string) (int, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		var want []byte
+		want, err = os.ReadFile(filepath.Join(machineSys, "class/block", filepath.Base(path), "dev"))
+		is := fmt.Sprintf("%d:%d", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
+		if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFBLK || is != strings.TrimSpace(string(want))) {
+			err = fmt.Errorf("%w: it is no node of the block device %s", errWrongNode, strings.TrimSpace(string(want)))
+		}
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+var errWrongNode = errors.New("the files in /dev are not those of the kernel's devices")
 
 // blockRange is a partition of a disk, or all of it, in bytes of the disk.
 type blockRange struct {
@@ -182,15 +206,50 @@ func (h *diskHost) file(disk, suffix string) (*os.File, error) {
 		return nil, h.explain(err)
 	}
 	path := filepath.Join(h.locks, "block-"+strings.ReplaceAll(strings.TrimSpace(string(b)), ":", "-")+suffix)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	const how = os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	f, err := os.OpenFile(path, how|os.O_CREATE|os.O_EXCL, 0o600)
+	switch {
+	case err == nil:
+		// Whoever may make such files may have the locks of those that there are.
+		var dir fs.FileInfo
+		if dir, err = os.Stat(h.locks); err == nil {
+			err = f.Chmod(dir.Mode().Perm() & 0o666)
+		}
+		if err != nil {
+			err = h.explain(err)
+		}
+	case errors.Is(err, fs.ErrExist):
+		f, err = h.openLock(path, how)
+	default:
+		err = h.explain(err)
+	}
 	if err != nil {
+		if f != nil {
+			f.Close()
+		}
+		return nil, err
+	}
+	return f, nil
+}
+
+// openLock opens a file that is there, and is nothing else than one that locks are on.
+func (h *diskHost) openLock(path string, how int) (*os.File, error) {
+	const remedy = "remove it, when no hostmed runs"
+	f, err := os.OpenFile(path, how, 0)
+	switch {
+	case errors.Is(err, unix.ELOOP):
+		return nil, fmt.Errorf("%s is a symbolic link: %s", path, remedy)
+	case err != nil:
 		return nil, h.explain(err)
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil, errors.Join(err, fmt.Errorf("%s is no regular file: %s", path, remedy), f.Close())
 	}
 	return f, nil
 }
 
 func (h *diskHost) explain(err error) error {
-	return fmt.Errorf("locks for disks of the host: %w: make the directory %s writable for the user of all hostmeds of this machine, and share it with containers that have one", err, h.locks)
+	return fmt.Errorf("locks for disks of the host: %w: make the directory %s, and the files in it, writable for the user of all hostmeds of this machine, and share it with containers that have one", err, h.locks)
 }
 
 // lock locks a range, against all who do so.
@@ -313,6 +372,8 @@ func (h *diskHost) hold(name string) (fd int, mark *os.File, err error) {
 			if time.Now().Before(end) {
 				continue // the kernel takes apart a process that was killed in its own time
 			}
+		case errors.Is(err, errWrongNode):
+			err = fmt.Errorf("claiming %s: %w: make it anew (mknod), or leave it out of this container", filepath.Join(h.dev, name), err)
 		default:
 			err = fmt.Errorf("claiming %s: %w: run hostmed as root, or as a user who may read it", filepath.Join(h.dev, name), errnoOf(err))
 		}

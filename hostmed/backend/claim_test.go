@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -193,6 +194,66 @@ func TestClaimsNeedTheirDirectory(t *testing.T) {
 	}
 	f.diskHost.open = func(string) (int, error) { return -1, unix.EACCES }
 	refusedClaim(t, &f.diskHost, "nvme1n1", 1, 2, false, "as root")
+}
+
+// TestClaimsFilesOfLocks: what is in the place of a file for locks, and who may have it.
+func TestClaimsFilesOfLocks(t *testing.T) {
+	f := newFakeDisks(t)
+	if err := os.Mkdir(f.locks, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	victim, path := filepath.Join(t.TempDir(), "victim"), filepath.Join(f.locks, "block-259-2.lock")
+	for what, put := range map[string]func() error{
+		"is a symbolic link":  func() error { return os.Symlink(victim, path) },
+		"is no regular file":  func() error { return unix.Mkfifo(path, 0o600) },
+		"is a directory":      func() error { return os.Mkdir(path, 0o700) },
+		"the files in it, wr": func() error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
+	} {
+		if err := put(); err != nil {
+			t.Fatal(err)
+		}
+		refusedClaim(t, &f.diskHost, "nvme1n1", 0, 1, false, what)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Lstat(victim); err == nil {
+		t.Error("a symbolic link was followed")
+	}
+	for _, mode := range []os.FileMode{0o755, 0o775, 0o777, 0o700} {
+		if err := os.Chmod(f.locks, mode); err != nil {
+			t.Fatal(err)
+		}
+		claimed(t, &f.diskHost, "nvme1n1", 0, 1, true)
+		st, err := os.Stat(path)
+		if err != nil || st.Mode().Perm() != mode&0o666 {
+			t.Errorf("in a directory of mode %o: %v, %v", mode, st.Mode(), err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestClaimsByTheNode: a node of another device claims nothing.
+func TestClaimsByTheNode(t *testing.T) {
+	if _, err := openClaim(filepath.Join(t.TempDir(), "sda")); !errors.Is(err, unix.ENOENT) {
+		t.Error(err)
+	}
+	all, err := filepath.Glob(machineSys + "/class/block/*")
+	if err != nil || len(all) == 0 {
+		t.Fatalf("this machine has no block device: %v", err)
+	}
+	path := filepath.Join(t.TempDir(), filepath.Base(all[0]))
+	if err := unix.Mkfifo(path, 0o600); err != nil { // which an open could wait at
+		t.Fatal(err)
+	}
+	if fd, err := openClaim(path); !errors.Is(err, errWrongNode) {
+		t.Errorf("descriptor %d, %v", fd, err)
+	}
+	f := newFakeDisks(t)
+	f.diskHost.open = func(string) (int, error) { return -1, errWrongNode }
+	refusedClaim(t, &f.diskHost, "nvme1n1", 0, 1, false, "make it anew")
 }
 
 func TestClaimsKnowPartitions(t *testing.T) {
