@@ -129,14 +129,18 @@ func sysNumber(path string) (uint64, error) {
 // claim is a range that is served.
 type claim struct {
 	lock     *os.File
-	held     []string // claimed block devices
 	h        *diskHost
 	warnings []string
+	disk     string
+
+	mu       sync.Mutex // guards what follows, and is taken before that of holdings
+	from, to uint64
+	held     []string // claimed block devices
 }
 
 // take claims bytes from to to of a disk.
 func (h *diskHost) take(disk string, from, to uint64, readOnly bool) (_ *claim, err error) {
-	c := &claim{h: h}
+	c := &claim{h: h, disk: disk, from: from, to: to}
 	defer func() {
 		if err != nil {
 			c.release()
@@ -177,7 +181,12 @@ func (h *diskHost) take(disk string, from, to uint64, readOnly bool) (_ *claim, 
 		}
 	}
 	for _, name := range names {
-		if err := c.hold(name); err != nil {
+		err := c.hold(name)
+		if errors.Is(err, errNoNode) {
+			c.warnings = append(c.warnings, err.Error())
+			continue
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -283,7 +292,31 @@ func lockRange(f *os.File, disk string, from, to uint64, readOnly bool) error {
 
 // grow claims what the range, which began at from, has become larger by.
 func (c *claim) grow(disk string, from, to uint64, readOnly bool) error {
-	return lockRange(c.lock, disk, from, to, readOnly)
+	if err := lockRange(c.lock, disk, from, to, readOnly); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.from, c.to = from, to
+	return nil
+}
+
+// cover claims the partitions that somebody has made in the range since, so that they are not mounted. The error says which could not be: what is in it is
+// the guest's and the host's at once.
+func (c *claim) cover() error {
+	parts, err := c.h.partitions(c.disk)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for _, p := range parts {
+		if c.lock != nil && p.overlaps(c.from, c.to) && !slices.Contains(c.held, p.name) && !slices.Contains(c.held, c.disk) {
+			errs = append(errs, c.hold(p.name))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // holdings are the block devices that this process has claimed, or had: several ranges may lie in one.
@@ -309,6 +342,8 @@ func holdingOf(key string) *holding {
 	return holdings.of[key]
 }
 
+var errNoNode = errors.New("there is no ")
+
 // hold claims a block device.
 func (c *claim) hold(name string) error {
 	key := c.h.dev + "/" + name
@@ -321,8 +356,7 @@ func (c *claim) hold(name string) error {
 			return err
 		}
 		if mark == nil {
-			c.warnings = append(c.warnings, fmt.Sprintf("there is no %s here: nothing keeps the host from mounting it", key))
-			return nil
+			return fmt.Errorf("%w%s here: nothing keeps the host from mounting it", errNoNode, key)
 		}
 		x.fd, x.mark = fd, mark
 	}
@@ -383,6 +417,8 @@ func (h *diskHost) hold(name string) (fd int, mark *os.File, err error) {
 
 // release gives everything back.
 func (c *claim) release() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	var errs []error
 	for _, name := range c.held {
 		errs = append(errs, holdingOf(c.h.dev+"/"+name).letGo())

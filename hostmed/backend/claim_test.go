@@ -23,27 +23,11 @@ func newFakeDisks(t *testing.T) *fakeDisks {
 	f := &fakeDisks{t: t, used: map[string]string{}, busy: map[string]bool{}}
 	dir := t.TempDir()
 	f.sys, f.dev, f.locks = filepath.Join(dir, "sys"), filepath.Join(dir, "dev"), filepath.Join(dir, "run")
-	put := func(path, text string) {
-		path = filepath.Join(f.sys, "class/block", path)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	disk := func(name, dev string, parts ...[2]int) {
-		put(name+"/size", fmt.Sprint(1<<30>>9))
-		put(name+"/dev", dev)
+		f.put(name+"/size", fmt.Sprint(1<<30>>9))
+		f.put(name+"/dev", dev)
 		for i, p := range parts {
-			at := fmt.Sprintf("%s/%sp%d/", name, name, i+1)
-			put(at+"partition", fmt.Sprint(i+1))
-			put(at+"start", fmt.Sprint(p[0]<<20>>9))
-			put(at+"size", fmt.Sprint(p[1]<<20>>9))
-			put(at+"dev", fmt.Sprintf("%s%d", dev, i+1))
-			if err := os.Symlink(filepath.Join(f.sys, "class/block", at), filepath.Join(f.sys, "class/block", fmt.Sprintf("%sp%d", name, i+1))); err != nil {
-				t.Fatal(err)
-			}
+			f.partition(name, dev, i, p)
 		}
 	}
 	disk("nvme0n1", "259:1", [2]int{1, 100}, [2]int{101, 100})
@@ -58,6 +42,31 @@ func newFakeDisks(t *testing.T) *fakeDisks {
 	}
 	f.diskHost.open = f.claimed(f.dev)
 	return f
+}
+
+func (f *fakeDisks) put(path, text string) {
+	f.t.Helper()
+	path = filepath.Join(f.sys, "class/block", path)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text+"\n"), 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// partition makes partition i, from 0, at p[0] MiB of a disk, of p[1] MiB.
+func (f *fakeDisks) partition(disk, dev string, i int, p [2]int) {
+	f.t.Helper()
+	name := fmt.Sprintf("%sp%d", disk, i+1)
+	at := disk + "/" + name + "/"
+	f.put(at+"partition", fmt.Sprint(i+1))
+	f.put(at+"start", fmt.Sprint(p[0]<<20>>9))
+	f.put(at+"size", fmt.Sprint(p[1]<<20>>9))
+	f.put(at+"dev", fmt.Sprintf("%s%d", dev, i+1))
+	if err := os.Symlink(filepath.Join(f.sys, "class/block", at), filepath.Join(f.sys, "class/block", name)); err != nil {
+		f.t.Fatal(err)
+	}
 }
 
 // claimed is how a process with its devices in dev claims one.
@@ -232,6 +241,35 @@ func TestClaimsFilesOfLocks(t *testing.T) {
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestClaimsOfNewPartitions: a partition that is made where a range is served is claimed, and one that is in use already is told of.
+func TestClaimsOfNewPartitions(t *testing.T) {
+	f := newFakeDisks(t)
+	c := claimed(t, &f.diskHost, "nvme0n1", 300, 400, false)
+	if len(c.held) != 0 || len(c.warnings) != 1 {
+		t.Errorf("in no partition: %+v", c)
+	}
+	f.partition("nvme0n1", "259:1", 2, [2]int{201, 99})
+	if err := c.cover(); err != nil || len(c.held) != 0 {
+		t.Errorf("beside it: %+v, %v", c.held, err)
+	}
+	f.partition("nvme0n1", "259:1", 3, [2]int{399, 10})
+	for range 2 {
+		if err := c.cover(); err != nil || len(c.held) != 1 || c.held[0] != "nvme0n1p4" {
+			t.Errorf("in it: %+v, %v", c.held, err)
+		}
+	}
+	f.partition("nvme0n1", "259:1", 4, [2]int{320, 10})
+	f.busy["nvme0n1p5"] = true
+	if err := c.cover(); err == nil || !strings.Contains(err.Error(), "nvme0n1p5 is in use") {
+		t.Errorf("in use: %v", err)
+	}
+	all := claimed(t, &f.diskHost, "nvme1n1", 0, 1024, false)
+	f.partition("nvme1n1", "259:2", 0, [2]int{1, 10})
+	if err := all.cover(); err != nil || len(all.held) != 1 {
+		t.Errorf("of a disk that is claimed: %+v, %v", all.held, err)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // The device's own events (Asynchronous Event Request) are its driver's: what is left for others is what the kernel makes of them, which is a change of
@@ -23,8 +25,22 @@ func (b *nvmeChar) Watch(f func(Event)) {
 // listen begins to hear.
 func (b *nvmeChar) listen() {
 	w := diskWatch{h: &disks, name: b.name, f: b.happened}
-	if end, err := b.events.listen(w.event); err == nil {
+	if end, err := b.events.listen(func(e uevent) {
+		w.event(e)
+		b.partitioned(e)
+	}); err == nil {
 		b.deaf = end
+	}
+}
+
+// partitioned sees to partitions that are made on the disk, or may have been.
+func (b *nvmeChar) partitioned(e uevent) {
+	made := e.subsystem == "block" && (e.action == "add" || e.action == "change") && strings.HasPrefix(e.name, b.name)
+	if b.claim == nil || !made && e != (uevent{}) {
+		return
+	}
+	if err := b.claim.cover(); err != nil {
+		hclog.Default().Named("nvme").Error("somebody has made a partition where a guest has its blocks: what one writes there the other loses", "spec", b.info.Name, "error", err)
 	}
 }
 
