@@ -173,7 +173,7 @@ func (h *diskHost) take(disk string, from, to uint64, readOnly bool) (_ *claim, 
 	case len(parts) == 0 || all:
 		names = names[:1]
 	default:
-		if what := tableIn(from, to, whole.to); what != "" {
+		if what := h.tableIn(disk, from, to, whole.to); what != "" {
 			return nil, fmt.Errorf("it has the disk's partition table in it (%s), and the guest would be its master: begin with a partition, or serve the whole disk", what)
 		}
 		if names = names[1:]; len(names) == 0 {
@@ -193,14 +193,18 @@ func (h *diskHost) take(disk string, from, to uint64, readOnly bool) (_ *claim, 
 	return c, nil
 }
 
-// tableIn says whether a range has a GPT in it: the first blocks and the last.
-func tableIn(from, to, size uint64) string {
-	const first, last = 6 * 4096, 5 * 4096 // in blocks of 4 KiB; in those of 512 bytes it is less
-	switch {
-	case from < 34*512:
-		return fmt.Sprintf("the first %d KiB", first>>10)
-	case size > last && to > size-33*512:
-		return fmt.Sprintf("the last %d KiB", last>>10)
+// tableIn says whether a range has a GPT in it: a block that protects it, the header and 16 KiB of entries, and at the end the last two again (UEFI 2.10 5.3).
+func (h *diskHost) tableIn(disk string, from, to, size uint64) string {
+	block, err := sysNumber(filepath.Join(h.sys, "class/block", disk, "queue/logical_block_size"))
+	if err != nil || block < minLBA || block > maxLBA {
+		block = maxLBA
+	}
+	last := block + 16<<10
+	switch first := block + last; {
+	case from < first:
+		return fmt.Sprintf("the first %d bytes", first)
+	case size > last && to > size-last:
+		return fmt.Sprintf("the last %d bytes", last)
 	}
 	return ""
 }

@@ -273,6 +273,28 @@ func TestClaimsOfNewPartitions(t *testing.T) {
 	}
 }
 
+// TestClaimsKeepTheTable: where a partition table is depends on the disk's blocks.
+func TestClaimsKeepTheTable(t *testing.T) {
+	const size = 1 << 30
+	f := newFakeDisks(t)
+	for block, free := range map[string][2]uint64{"512": {34 * 512, size - 33*512}, "4096": {6 * 4096, size - 5*4096}, "what": {1 << 20, size - 1<<20}} {
+		f.put("nvme0n1/queue/logical_block_size", block)
+		for what, x := range map[string]struct {
+			from, to uint64
+			in       bool
+		}{
+			"free": {free[0], free[1], false}, "first": {free[0] - 1, free[1], true}, "last": {free[0], free[1] + 1, true},
+		} {
+			if block == "what" && what != "free" {
+				continue
+			}
+			if in := f.tableIn("nvme0n1", x.from, x.to, size); (in != "") != x.in {
+				t.Errorf("blocks of %s, %s: %q", block, what, in)
+			}
+		}
+	}
+}
+
 // TestClaimsByTheNode: a node of another device claims nothing.
 func TestClaimsByTheNode(t *testing.T) {
 	if _, err := openClaim(filepath.Join(t.TempDir(), "sda")); !errors.Is(err, unix.ENOENT) {
