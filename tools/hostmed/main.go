@@ -23,7 +23,7 @@ import (
 
 const description = `hostmed presents virtual NVMe controllers to sandboxed processes and virtual machines, over vfio-user.
 
-It polls the doorbells of its clients while they work and sleeps while they do not, and passes their commands on to memory or files.`
+It polls the doorbells of its clients while they work and sleeps while they do not, and passes their commands on to memory, files, block devices and NVMe devices.`
 
 type grammar struct {
 	Serve   serveCmd           `cmd:"" help:"Serve controllers on unix sockets until SIGTERM or SIGINT."`
