@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -190,16 +191,18 @@ func (c *Controller) MemoryAdded(b []byte) {
 	c.awaitMemory()
 }
 
-// awaitMemory gives media the time that they need to get at memory that they were told of. Only this client waits.
+// awaitMemory gives media the time that they need to get at memory that they were told of, all at once: only this client waits, and that not for long.
 func (c *Controller) awaitMemory() {
+	var all sync.WaitGroup
 	for _, n := range *c.ns.Load() {
 		if n == nil {
 			continue
 		}
 		if p, ok := n.backend.(backend.Pinner); ok {
-			p.AwaitMemory()
+			all.Go(p.AwaitMemory)
 		}
 	}
+	all.Wait()
 }
 
 // MemoryRemoved goes to all that know of b: a namespace may have been detached since.

@@ -370,3 +370,24 @@ func TestCommandBesideRequest(t *testing.T) {
 		p.reap(1)
 	}
 }
+
+// slowPins is a medium that takes its time for memory.
+type slowPins struct {
+	backend.Backend
+	await func()
+}
+
+func (p *slowPins) AwaitMemory() { p.await() }
+
+// TestMediaAwaitMemoryTogether: a client that hands out memory waits for the slowest of its media, and not for one after the other: QEMU gives up after 5 s.
+func TestMediaAwaitMemoryTogether(t *testing.T) {
+	var all sync.WaitGroup
+	all.Add(3)
+	var table []*namespace
+	for range 3 {
+		table = append(table, &namespace{backend: &slowPins{await: func() { all.Done(); all.Wait() }}}, nil)
+	}
+	c := &Controller{}
+	c.ns.Store(&table)
+	c.awaitMemory()
+}
