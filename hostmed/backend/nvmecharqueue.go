@@ -79,11 +79,11 @@ func (b *nvmeChar) NewQueue() (Queue, error) {
 		return nil, fmt.Errorf("namespace %s: %w", b.info.Name, err)
 	}
 	q, err := b.newQueue(r)
-	if err == nil {
-		err = r.RegisterFiles([]int{b.fd})
-	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("namespace %s: %w", b.info.Name, err), r.Close())
+	}
+	if err = r.RegisterFiles([]int{b.fd}); err != nil {
+		return nil, errors.Join(fmt.Errorf("namespace %s: %w", b.info.Name, err), q.Close())
 	}
 	b.join(q, q.counts.get)
 	return q, nil
