@@ -391,6 +391,9 @@ func (b *nvmeChar) Format(lba uint32) error {
 	}
 	r := &Request{Op: OpWriteZeroes, Len: b.info.Size(), Dealloc: true}
 	for at := uint64(0); at < r.Len; {
+		if b.other.Load() {
+			return fmt.Errorf("namespace %s: the device's blocks are not what they were, or it is another: start hostmed again", b.info.Name)
+		}
 		n, _ := b.piece(r, at)
 		var c passthru
 		b.command(&c, r, at, n)
