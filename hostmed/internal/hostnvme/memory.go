@@ -39,6 +39,8 @@ type Memory struct {
 	known   map[block]*mapping
 	jobs    []*mapping    // to be mapped or unmapped, in order
 	running chan struct{} // there is a goroutine that does the jobs; closed when it has
+	warned  time.Time     // when somebody was told last of memory that is not reached
+	untold  int           // and how often since that nobody was
 }
 
 // block is memory by its address in this process.
@@ -148,15 +150,28 @@ func (m *Memory) run() {
 	m.running = nil
 }
 
+// warnEvery is how often the log has a line about memory that is not reached: a client could write as many as it likes by mapping and unmapping.
+const warnEvery = 10 * time.Second
+
+// warn tells of memory that the device does not reach. mu is held.
+func (m *Memory) warn(msg string, args ...any) {
+	if now := time.Now(); now.Sub(m.warned) >= warnEvery {
+		m.log.Warn(msg, append(args, "left_out", m.untold)...)
+		m.warned, m.untold = now, 0
+		return
+	}
+	m.untold++
+}
+
 func (m *Memory) mapOne(x *mapping) {
 	if m.overlaps(x) { // a snapshot could not be searched
 		x.failed = true
-		m.log.Warn("memory overlaps other memory of the device: its data is copied", "bytes", x.size)
+		m.warn("memory overlaps other memory of the device: its data is copied", "bytes", x.size)
 		return
 	}
 	if pinned := m.pinned(); x.size > m.most-min(pinned, m.most) {
 		x.failed = true
-		m.log.Warn("guests may have three quarters of this machine's memory pinned, and this would be more: its data is copied", "bytes", x.size, "pinned", pinned)
+		m.warn("guests may have three quarters of this machine's memory pinned, and this would be more: its data is copied", "bytes", x.size, "pinned", pinned)
 		return
 	}
 	m.mu.Unlock()
@@ -164,7 +179,7 @@ func (m *Memory) mapOne(x *mapping) {
 	m.mu.Lock()
 	if err != nil {
 		x.failed = true
-		m.log.Warn("the device cannot reach a guest's memory: its data is copied", "bytes", x.size, "error", err)
+		m.warn("the device cannot reach a guest's memory: its data is copied", "bytes", x.size, "error", err)
 		return
 	}
 	x.at, x.mapped = at, true

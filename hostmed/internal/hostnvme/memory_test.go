@@ -1,8 +1,10 @@
 package hostnvme
 
 import (
+	"bytes"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -111,6 +113,26 @@ func TestMemoryThatCannotBeMapped(t *testing.T) {
 	m.Settle(patience)
 	if s := m.State(); s != (MemoryState{}) {
 		t.Fatalf("%+v", s)
+	}
+}
+
+// TestMemoryDoesNotFloodTheLog: a client that maps and unmaps all the time what cannot be pinned is told of now and then.
+func TestMemoryDoesNotFloodTheLog(t *testing.T) {
+	var log bytes.Buffer
+	m := NewMemory(&scattered{place: func([]byte) (uint64, error) { return 0, errors.New("no") }}, hclog.New(&hclog.LoggerOptions{Output: &log}))
+	mem := heap(t, page)
+	for range 50 {
+		m.add(mem)
+		m.Settle(patience)
+		m.remove(mem)
+	}
+	m.mu.Lock()
+	m.warned = m.warned.Add(-warnEvery)
+	m.mu.Unlock()
+	m.add(mem)
+	m.Settle(patience)
+	if n := strings.Count(log.String(), "its data is copied"); n != 2 || !strings.Contains(log.String(), "left_out=49") {
+		t.Errorf("%d lines:\n%s", n, log.String())
 	}
 }
 
