@@ -185,9 +185,14 @@ func (a *Admin) readEventLog(ctx context.Context, page nvme.LogPage) {
 		}
 		return
 	}
-	if page == nvme.LogError {
+	switch page {
+	case nvme.LogError:
 		var entry nvme.ErrorLogEntry
 		copy(entry.Bytes()[:], data)
 		a.log.Warn("controller error log", "status", entry.Status(), "sqid", entry.SQID, "cid", entry.CID, "nsid", entry.NSID, "lba", entry.LBA)
+	case nvme.LogChangedNamespaces:
+		var list nvme.ChangedNamespaceList
+		copy(list.Bytes()[:], data)
+		a.log.Warn("controller has changed namespaces", "nsids", list.ID[:list.Len()])
 	}
 }
