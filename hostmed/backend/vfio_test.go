@@ -1,13 +1,16 @@
 package backend
 
 import (
+	"bytes"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed/internal/hostnvme"
 	"github.com/shadowbell/shadowbell/shared/driver/nvmetest"
+	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
 // TestVFIOOperations: an Op is converted by its number.
@@ -96,5 +99,60 @@ func TestVFIOTells(t *testing.T) {
 	}
 	if got := out.String(); err != nil || !strings.Contains(got, "vfio: device opened") || !strings.Contains(got, "vfio: namespace closed") {
 		t.Errorf("%v; the log says: %s", err, got)
+	}
+}
+
+// TestVFIOGrows: the device says by an event that its namespace has grown. A slice that goes to the end hears of it and has the new blocks, which are
+// read and written; those that another namespace has it does not take.
+func TestVFIOGrows(t *testing.T) {
+	const was, is = 1 << 20, 2 << 20
+	r, err := vfioOver(t, Spec{NSID: 1, Offset: was / 2}, nvmetest.Config{Namespaces: []nvmetest.Namespace{{Blocks: was / 512, LBADS: 9}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened(t)(r, err)
+	events := make(chan Event, 4)
+	r.Watch(func(e Event) { events <- e })
+	r.model.SetNamespaces(nvmetest.Namespace{Blocks: is / 512, LBADS: 9})
+	notice := nvme.MakeAsyncEvent(nvme.EventNotice, nvme.EventNoticeNamespace, nvme.LogChangedNamespaces)
+	for deadline := time.Now().Add(time.Minute); !r.model.Event(notice); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("hostmed does not ask for events")
+		}
+	}
+	select {
+	case e := <-events:
+		if e != EventChanged {
+			t.Errorf("event %v", e)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("nobody was told")
+	}
+	if !r.Resized() {
+		t.Error("it does not say so")
+	}
+	way, err := vfioSlices.take(r.key(), is-4096, is, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Resize(); err == nil || r.Info().Size() != was/2 {
+		t.Errorf("it has taken another's blocks: %d bytes, %v", r.Info().Size(), err)
+	}
+	way.release()
+	if err := r.Resize(); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Info().Size(); got != is-was/2 || r.Resized() {
+		t.Errorf("%d bytes, want %d", got, is-was/2)
+	}
+	q, data, back := newQueue(t, r), guestMemory(t, 4096), guestMemory(t, 4096)
+	copy(data, "behind the old end")
+	for _, req := range []*Request{write(is-was/2-4096, data), read(is-was/2-4096, back)} {
+		if run(t, q, req); !req.Status.OK() {
+			t.Fatal(req.Status)
+		}
+	}
+	if !bytes.Equal(data, back) {
+		t.Error("what is read is not what was written")
 	}
 }
