@@ -132,13 +132,35 @@ func (vm *VM) StartUnplug(ctx context.Context, d Disk) (unplugged func(context.C
 	}, nil
 }
 
+// The bits of Slot Control, in octal bytes (PCI Express Base 5.0, 7.5.3.10): power controller and indicator, and which events interrupt. A slot without power
+// whose presence detection interrupts tells the kernel when it is empty; the one that tells of nothing is silent.
+const (
+	slotOn     = `\300\003`
+	slotSilent = `\300\007`
+	slotTells  = `\371\027`
+)
+
 // SlotPower switches the power of a slot off and on. Off is a surprise removal: the device answers nothing any more, writes nowhere, and nobody has been
 // asked or told. Before the power is on again, and the device is as after a reset, the guest should have let go of it: Forget.
 func (vm *VM) SlotPower(ctx context.Context, d Disk, on bool) error {
-	control := `\300\007` // Slot Control (PCI Express Base 5.0, 7.5.3.10): power controller and indicators off
 	if on {
-		control = `\300\003`
+		return vm.slotControl(ctx, d, slotOn)
 	}
+	return vm.slotControl(ctx, d, slotSilent)
+}
+
+// PullOut takes a device out of the machine as a hand does: it answers nothing any more, nobody has been asked, and then the slot tells the kernel that it is
+// empty. Its port is free afterwards.
+func (vm *VM) PullOut(ctx context.Context, d Disk) error {
+	// What is in a slot without power QEMU takes out at once, and sets Presence Detect Changed.
+	if err := vm.slotControl(ctx, d, slotTells); err != nil {
+		return err
+	}
+	return vm.Unplug(ctx, d)
+}
+
+// slotControl writes the Slot Control register of a port, each byte by itself: written at once, QEMU would take the device out.
+func (vm *VM) slotControl(ctx context.Context, d Disk, control string) error {
 	var n int
 	if _, err := fmt.Sscanf(d.Port, "port%d", &n); err != nil {
 		return fmt.Errorf("%s is in no root port: %w", d.PCI, err)
