@@ -88,6 +88,32 @@ func (d *disk) out(t *testing.T) {
 	}
 }
 
+// twins are arguments for two controllers of one subsystem that share namespaces 1 and 2, of 32 MiB each. They are in the machine from its start: QEMU plugs
+// no namespace in later.
+func twins(t *testing.T, dir string) (args []string) {
+	t.Helper()
+	add := func(device string) { args = append(args, "-device", device) }
+	add("nvme-subsys,id=twins")
+	for i := range 2 {
+		add(fmt.Sprintf("nvme,id=twin%d,subsys=twins,serial=twin,max_ioqpairs=4,addr=%#x", i, 2+i))
+	}
+	for nsid := 1; nsid <= 2; nsid++ {
+		image := filepath.Join(dir, fmt.Sprintf("twins%d", nsid))
+		if err := os.WriteFile(image, make([]byte, 32<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, "-drive", fmt.Sprintf("file=%s,if=none,id=twins%d,format=raw,cache=unsafe", image, nsid))
+		add(fmt.Sprintf("nvme-ns,bus=twin0,drive=twins%d,nsid=%[1]d,shared=on", nsid))
+	}
+	return args
+}
+
+// twins returns them.
+func (h *host) twins(t *testing.T) (a, b *disk) {
+	t.Helper()
+	return &disk{h: h, Disk: h.Disk(t, 0)}, &disk{h: h, Disk: h.Disk(t, 1)}
+}
+
 // partition writes a GPT.
 func partition(t *testing.T, image string, partitions []int) {
 	t.Helper()
@@ -221,6 +247,15 @@ func (d *disk) vanish(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.away = true
+}
+
+// pullOut takes the disk out of its slot without having asked anybody; the slot tells the kernel that it is empty.
+func (d *disk) pullOut(t *testing.T) {
+	t.Helper()
+	if err := d.h.PullOut(t.Context(), d.Disk); err != nil {
+		t.Fatal(err)
+	}
+	d.gone = true
 }
 
 // forget tells the kernel that a disk that has vanished is away, as a machine does whose slots say so. Where vfio-pci has it, it ends when

@@ -13,7 +13,8 @@
 //
 // What else there is: h.start runs a command, h.startVerify a checked load, in the background; h.mount makes a file system; h.vfio gives a disk to vfio-pci, and back at the end; h.mediate takes
 // a whole configuration; m.kill is SIGKILL, m.start starts hostmed again, m.says waits for a line of its log; d.unplug is QMP's
-// device_del, d.vanish a surprise removal and d.forget the kernel's being told of it; h.traced returns what QEMU traced while something ran, such as the addresses of pci_nvme_map_addr.
+// device_del, d.pullOut a surprise removal of which the slot tells the kernel, d.vanish one of which it does not, and d.forget the kernel's being told all the same; h.spectate is a guest
+// that says what it hears of its namespaces; h.traced returns what QEMU traced while something ran, such as the addresses of pci_nvme_map_addr.
 // The kernel runs with nvme.poll_queues=1, and with iommu=pt: what it does itself has physical addresses as IOVAs, what VFIO does has its own.
 //
 // One test is run by

@@ -103,27 +103,3 @@ func TestReset(t *testing.T) {
 		})
 	}
 }
-
-// TestVFIORemoved: a device of hostmed's is unplugged under load, as an operator does it. Commands fail, the namespace goes, and hostmed goes on with what
-// else it has. (One that is pulled out of its slot without a word fails at once too, but the kernel resets what is not there for 70 s before it
-// lets go; a slot that tells the kernel spares it that, and QEMU's do not.)
-func TestVFIORemoved(t *testing.T) {
-	h := open(t)
-	s := h.subject(t, "vfio")
-	s.m.stop(t)
-	s.m = h.serve(t, s.spec(""), "mem:size=32MiB")
-	load := h.start(t, "guestdrv bench "+s.m.device(0)+" --json --rw randrw --bs 4k,64k --qd 32 --span 16MiB --runtime 60s --timeout 20s")
-	s.busy(t, load)
-	s.d.unplug(t)
-	s.m.says(t, "namespace removed: its medium is gone.*"+s.d.PCI)
-	if r := load.result(); r.Exit == 0 {
-		t.Errorf("a load without its disk ended well: %s", r.Stdout)
-	}
-	if !s.m.running(t) {
-		t.Fatal("hostmed is gone")
-	}
-	h.verify(t, s.m.device(1), "--span 16MiB --bs 4k,64k --qd 16 --jobs 1 --runtime 1s")
-	if r := h.Try(t, "guestdrv read "+s.m.device(0)+" --offset 0 --length 4096 >/dev/null"); r.Exit == 0 {
-		t.Error("the namespace is still there")
-	}
-}

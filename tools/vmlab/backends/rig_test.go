@@ -80,7 +80,7 @@ func open(t *testing.T) *host {
 		vm, err := lab.Start(context.WithoutCancel(t.Context()), vmlab.Config{
 			MemoryMiB: 1536, VIOMMU: true, Ports: 12, Programs: []string{"hostmed", "guestdrv", guestProgram, "conformance"},
 			Append: "intel_iommu=on iommu=pt nvme.poll_queues=1",
-			Args:   []string{"-D", filepath.Join(shared.dir, traceFile)},
+			Args:   append([]string{"-D", filepath.Join(shared.dir, traceFile)}, twins(t, shared.dir)...),
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -4,6 +4,7 @@
 //	guest smart DEVICE     prints what the health log says of the device
 //	guest warned DEVICE    waits for an event of the SMART log, and prints it and the critical warnings
 //	guest trim DEVICE      deallocates blocks 8192 to 24575, and zeroes the 1024 behind them
+//	guest watch DEVICE     uses all namespaces until SIGTERM, and prints what it is told of them: see spectator
 //	guest dma DEVICE       writes and reads, and prints the physical addresses of its memory
 //	guest beside DEVICE    writes, one block after the other, behind reads in the same queue, and prints how many of each were done in how many seconds
 package main
@@ -34,7 +35,10 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("usage: guest outside|smart|warned|trim|dma|beside DEVICE")
+		return errors.New("usage: guest outside|smart|warned|trim|dma|beside|watch DEVICE")
+	}
+	if args[0] == "watch" {
+		return spectate(args[1])
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -70,7 +74,7 @@ func run(args []string) error {
 	case "beside":
 		out, err = g.beside()
 	default:
-		err = fmt.Errorf("%q is neither outside nor smart nor warned nor trim nor dma nor beside", args[0])
+		err = fmt.Errorf("%q is none of outside, smart, warned, trim, dma, beside and watch", args[0])
 	}
 	if err != nil {
 		return err
@@ -312,7 +316,7 @@ func (g *guest) dma() (pages []uint64, err error) {
 			}
 		}
 		if !bytes.Equal(g.buf.Bytes(), pattern) {
-			return nil, errors.New("what is read is not what was written")
+			return nil, errWrong
 		}
 	}
 	now, err := physical(g.buf.Bytes())
