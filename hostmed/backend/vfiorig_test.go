@@ -19,11 +19,11 @@ import (
 )
 
 // oneFunction is a machine with one function, which is a controller model on the heap.
-type oneFunction struct{ *nvmetest.Guests }
+type oneFunction struct{ fn hostnvme.Function }
 
 func (oneFunction) Lookup(address string) (string, error) { return address, nil }
 
-func (m oneFunction) Open(string, hostnvme.Hooks) (hostnvme.Function, error) { return m.Guests, nil }
+func (m oneFunction) Open(string, hostnvme.Hooks) (hostnvme.Function, error) { return m.fn, nil }
 
 // vfioRig is a backend vfio: over such a machine.
 type vfioRig struct {
@@ -35,7 +35,7 @@ type vfioRig struct {
 // vfioRigs counts them: each has an address of its own.
 var vfioRigs atomic.Uint32
 
-// vfioOver opens s over a controller that is made of cfg.
+// vfioOver opens s over a controller that is made of cfg. One without interrupts is as by sysfs without an IOMMU: it finds each page elsewhere.
 func vfioOver(t testing.TB, s Spec, cfg nvmetest.Config) (*vfioRig, error) {
 	t.Helper()
 	return vfioTelling(t, s, cfg, hclog.NewNullLogger())
@@ -48,7 +48,11 @@ func vfioTelling(t testing.TB, s Spec, cfg nvmetest.Config, log hclog.Logger) (*
 	t.Cleanup(model.Close)
 	guests := model.ForGuests()
 	s.Kind, s.Path = KindVFIO, fmt.Sprintf("%s.%d", t.Name(), vfioRigs.Add(1))
-	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{guests}, s.Path, hostnvme.Options{Timeout: time.Minute, Logger: log.Named("vfio")})
+	fn := hostnvme.Function(guests)
+	if cfg.Vectors < 0 {
+		fn = guests.Scattered(1)
+	}
+	dev, err := hostnvme.OpenOn(context.Background(), oneFunction{fn}, s.Path, hostnvme.Options{Timeout: time.Minute, Logger: log.Named("vfio")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,11 +82,16 @@ func (r *vfioRig) again(s Spec) (*vfioRig, error) {
 
 // vfioOf is vfioOver for a namespace with size bytes in blocks of lba, and what lies before and behind s of as much again.
 func vfioOf(t testing.TB, s Spec, size uint64, lba uint32) (*vfioRig, error) {
+	return vfioWith(t, s, size, lba, 0)
+}
+
+// vfioWith is vfioOf over a controller with so many interrupt vectors; 0: some, -1: none.
+func vfioWith(t testing.TB, s Spec, size uint64, lba uint32, vectors int) (*vfioRig, error) {
 	ns := nvmetest.Namespace{Blocks: size / uint64(lba), LBADS: uint8(bits.TrailingZeros32(lba))}
 	if s.Size != 0 {
 		ns.Blocks = (s.Offset + s.Size + size) / uint64(lba)
 	}
-	return vfioOver(t, s, nvmetest.Config{Namespaces: []nvmetest.Namespace{ns}, SGLS: nvme.SGLSByteAligned})
+	return vfioOver(t, s, nvmetest.Config{Namespaces: []nvmetest.Namespace{ns}, SGLS: nvme.SGLSByteAligned, Vectors: vectors})
 }
 
 // pinned tells the device of all the memory of guests that there is.
@@ -127,6 +136,8 @@ type pinnedQueue struct {
 	told int
 }
 
+func (q *pinnedQueue) Polled() bool { return q.Queue.(Poller).Polled() }
+
 func (q *pinnedQueue) Submit(reqs, done []*Request) int {
 	m := q.p.memory
 	m.mu.Lock()
@@ -146,6 +157,11 @@ var ownDevices = []flavour{
 	}},
 	{"vfio pinned", func(t testing.TB, size uint64, lba uint32) Backend {
 		r, err := vfioOf(t, Spec{}, size, lba)
+		opened(t)(r, err)
+		return withMemory(t, r)
+	}},
+	{"vfio scattered", func(t testing.TB, size uint64, lba uint32) Backend {
+		r, err := vfioWith(t, Spec{}, size, lba, -1)
 		opened(t)(r, err)
 		return withMemory(t, r)
 	}},
