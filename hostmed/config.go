@@ -51,7 +51,8 @@ type Config struct {
 	Poll        time.Duration      // how long a worker polls an empty queue at the most, 10 us to 100 ms; 0: 250 us
 	State       string             // directory of what has to outlive hostmed; empty: nothing does
 	NoSockets   bool               // no socket is made: ControllerConfig.Socket is but the name that Attach takes
-	// UnsafeNoIOMMU lets namespaces vfio: be on devices that no IOMMU keeps from all memory of the machine. They are refused otherwise.
+	// UnsafeNoIOMMU lets namespaces vfio: be on devices that no IOMMU keeps from all memory of the machine. They are refused otherwise. For each the program is started
+	// once more, as what stops the device if this process is killed; that never gets to main.
 	UnsafeNoIOMMU bool
 	LogLevel      string // what Logger should say at least; empty: left alone
 	Logger        hclog.Logger

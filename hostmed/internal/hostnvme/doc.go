@@ -5,7 +5,8 @@
 //
 //	Queue      a worker's way to a slice of a namespace               queue.go, request.go
 //	pointers   PRPs or an SGL towards the device, or none: a copy     prp.go, bounce.go
-//	Memory     guest memory that the device reaches, and where        memory.go
+//	Memory     guest memory that the device reaches, and where        memory.go, pages.go
+//	exposed    a function that no IOMMU stands before                 exposed.go
 //	mux        commands of many queues on one pair of the device      mux.go, user.go
 //	Pairs      which queue is on which pair                           pairs.go
 //	Ask        admin commands of guests                               ask.go

@@ -3,7 +3,7 @@
 //
 // There is no IOMMU between the function and the machine's memory, so a mistake here is one anywhere: this is for guests without one, whose
 // only disk the function is, for experiments and for test machines. If the process is killed with reads under way, the function may still write to
-// the pages that it had. It needs a function that no kernel driver has, root's files, and CAP_SYS_ADMIN.
+// the pages that it had, unless package dmaguard or another process stops it. It needs a function that no kernel driver has, root's files, and CAP_SYS_ADMIN.
 package sysfspci
 
 import (

@@ -45,14 +45,18 @@ func (h *host) mediate(t *testing.T, config string) *mediator {
 // serve is mediate with a subsystem of one controller for each of controllers, whose namespaces are the specs in it, one a line.
 func (h *host) serve(t *testing.T, controllers ...string) *mediator {
 	t.Helper()
-	config := ""
+	return h.mediate(t, subsystems(controllers...))
+}
+
+// subsystems is the configuration of serve.
+func subsystems(controllers ...string) (config string) {
 	for i, specs := range controllers {
 		config += fmt.Sprintf("[[subsystem]]\n[[subsystem.controller]]\nsocket = \"SOCKET%d\"\n", i)
 		for spec := range strings.Lines(specs) {
 			config += fmt.Sprintf("[[subsystem.namespace]]\nspec = %q\n", strings.TrimSpace(spec))
 		}
 	}
-	return h.mediate(t, config)
+	return config
 }
 
 // device is how guestdrv names controller i.

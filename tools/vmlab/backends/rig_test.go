@@ -90,6 +90,12 @@ func open(t *testing.T) *host {
 	}
 	h := &host{VM: shared.vm, dir: shared.dir}
 	h.Run(t, "dmesg -c >/dev/null") // what earlier tests did to the kernel is theirs to look at
+	h.tellIfFailed(t)
+	return h
+}
+
+// tellIfFailed shows what the host said at the end of a test that has failed.
+func (h *host) tellIfFailed(t *testing.T) {
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("end of the console:\n%s", tail(h.Console(), 60))
@@ -100,7 +106,6 @@ func open(t *testing.T) *host {
 			}
 		}
 	})
-	return h
 }
 
 func tmpfs() string {

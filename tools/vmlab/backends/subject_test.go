@@ -175,43 +175,13 @@ func TestNoCopy(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			s := h.subject(t, kind)
 			before := s.m.counters(t)
-			var pages []uint64
-			lines := h.traced(t, "pci_nvme_map_addr vtd_dmar_translate", func() {
-				if err := json.Unmarshal([]byte(h.Run(t, guestCommand+" dma "+s.m.device(0))), &pages); err != nil {
-					t.Fatal(err)
-				}
-			})
-			var translated []translation
-			var targets []uint64
-			for _, l := range lines {
-				if _, rest, ok := strings.Cut(l, "vtd_dmar_translate "); ok {
-					var tr translation
-					_, rest, _ = strings.Cut(rest, "iova ")
-					if n, _ := fmt.Sscanf(rest, "0x%x -> gpa 0x%x mask 0x%x", &tr.iova, &tr.gpa, &tr.mask); n == 3 {
-						translated = append(translated, tr)
-					}
-				}
-				if _, rest, ok := strings.Cut(l, "pci_nvme_map_addr addr "); ok {
-					var iova, size uint64
-					if n, _ := fmt.Sscanf(rest, "0x%x len %d", &iova, &size); n == 2 {
-						for end := iova + size; iova < end; iova += 4096 - iova%4096 {
-							targets = append(targets, iova&^4095)
-						}
-					}
-				}
-			}
-			// The last write and the last read, and nothing behind them: what a device of hostmed's does first, it may have done with copies.
-			if len(targets) < 2*len(pages) {
-				t.Fatalf("the device was given %d pages for data", len(targets))
-			}
-			last := targets[len(targets)-2*len(pages):]
+			pages, last, translated := h.dma(t, s.m.device(0))
 			if kind == "vfio" {
 				last = physical(t, last, translated)
 			}
 			if want := append(slices.Clone(pages), pages...); !slices.Equal(last, want) {
 				t.Errorf("the device's DMA targets are %#x, and the guest's pages %#x", last, pages)
 			}
-			t.Logf("the device was given %d pages for data, the last %d of them the guest's", len(targets), len(last))
 			s.notCopied(t, before)
 		})
 	}
@@ -248,6 +218,41 @@ func (s *subject) notCopied(t *testing.T, before map[string]uint64) {
 		t.Errorf("%d commands were copied, %d before a point in the load, %d before all this", after["copied"], busy["copied"], before["copied"])
 	}
 	t.Logf("%d commands of the guest's; hostmed: %v", commands, after)
+}
+
+// dma has a guest write and read, and returns the pages of its memory, those that the device was given for the last write and the last read, and what
+// an IOMMU translated meanwhile.
+func (h *host) dma(t *testing.T, device string) (pages, last []uint64, translated []translation) {
+	t.Helper()
+	lines := h.traced(t, "pci_nvme_map_addr vtd_dmar_translate", func() {
+		if err := json.Unmarshal([]byte(h.Run(t, guestCommand+" dma "+device)), &pages); err != nil {
+			t.Fatal(err)
+		}
+	})
+	var targets []uint64
+	for _, l := range lines {
+		if _, rest, ok := strings.Cut(l, "vtd_dmar_translate "); ok {
+			var tr translation
+			_, rest, _ = strings.Cut(rest, "iova ")
+			if n, _ := fmt.Sscanf(rest, "0x%x -> gpa 0x%x mask 0x%x", &tr.iova, &tr.gpa, &tr.mask); n == 3 {
+				translated = append(translated, tr)
+			}
+		}
+		if _, rest, ok := strings.Cut(l, "pci_nvme_map_addr addr "); ok {
+			var iova, size uint64
+			if n, _ := fmt.Sscanf(rest, "0x%x len %d", &iova, &size); n == 2 {
+				for end := iova + size; iova < end; iova += 4096 - iova%4096 {
+					targets = append(targets, iova&^4095)
+				}
+			}
+		}
+	}
+	// The last write and the last read, and nothing behind them: what a device of hostmed's does first, it may have done with copies.
+	if len(targets) < 2*len(pages) {
+		t.Fatalf("the device was given %d pages for data", len(targets))
+	}
+	t.Logf("the device was given %d pages for data", len(targets))
+	return pages, targets[len(targets)-2*len(pages):], translated
 }
 
 // translation is what the IOMMU made of an address: mask is the size of the page less one.
