@@ -57,10 +57,13 @@ func program(root, name string, args ...string) *exec.Cmd {
 	}
 	lib := filepath.Join(root, libDir)
 	libs := strings.Join([]string{lib, lib + "/systemd", lib + "/ceph"}, ":")
-	return exec.Command(filepath.Join(lib, "ld-linux-x86-64.so.2"), append([]string{"--library-path", libs, "--argv0", name, path}, args...)...)
+	return exec.Command(filepath.Join(lib, loader), append([]string{"--library-path", libs, "--argv0", name, path}, args...)...)
 }
 
-const libDir = "usr/lib/x86_64-linux-gnu"
+const (
+	libDir = "usr/lib/x86_64-linux-gnu"
+	loader = "ld-linux-x86-64.so.2"
+)
 
 // output runs a program of the unpacked packages to its end.
 func output(ctx context.Context, root, name string, args ...string) (string, error) {

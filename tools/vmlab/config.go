@@ -64,6 +64,8 @@ type Config struct {
 	Ports int
 	// VIOMMU gives the machine an Intel IOMMU, which its kernel uses; q35 only.
 	VIOMMU bool
+	// Nested gives the machine's CPUs what KVM needs, so that it can have guests of its own: Lab.NestedImage.
+	Nested bool
 	// Backend is the rest of the memory's -object, after memory-backend-: "memfd,share=on" if empty. "ram" hands out no descriptors: DMA
 	// by messages.
 	Backend string
@@ -209,9 +211,12 @@ func (c *Config) arguments(l *Lab, accel, dir string) ([]string, error) {
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-smp", fmt.Sprintf("cpus=%d,maxcpus=%d", c.CPUs, max(c.CPUs, minMaxCPUs)), "-m", fmt.Sprint(c.MemoryMiB), "-object", memory, "-machine", machine,
 	}
-	if accel == "kvm" {
+	switch {
+	case accel == kvm:
 		args = append(args, "-accel", "kvm", "-cpu", "host")
-	} else {
+	case c.Nested: // QEMU emulates AMD's
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand,+svm,+npt")
+	default:
 		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand")
 	}
 	if !c.Reboot {

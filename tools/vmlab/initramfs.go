@@ -174,44 +174,53 @@ func (b *build) initramfs() error {
 	return f.Close()
 }
 
+// closure is programs of the unpacked packages with the libraries that they need, each once.
+type closure struct {
+	root string
+	file func(name, from string) error
+	link func(name, target string) error
+	have map[string]bool
+}
+
+func (c *closure) add(name string) error {
+	if c.have[name] {
+		return nil
+	}
+	c.have[name] = true
+	from := filepath.Join(c.root, name)
+	if _, err := os.Lstat(from); err != nil {
+		// Some libraries have a directory of their own, which whoever needs them knows. In the guest they do without.
+		if found, _ := filepath.Glob(filepath.Join(c.root, path.Dir(name), "*", path.Base(name))); len(found) == 1 {
+			from = found[0]
+		}
+	}
+	if target, err := os.Readlink(from); err == nil {
+		if err := c.link(name, target); err != nil {
+			return err
+		}
+		return c.add(path.Join(path.Dir(name), target))
+	}
+	if err := c.file(name, from); err != nil {
+		return err
+	}
+	libraries, err := needed(from)
+	if err != nil {
+		return err
+	}
+	for _, l := range libraries {
+		if err := c.add(path.Join(libDir, l)); err != nil {
+			return fmt.Errorf("%w (for %s)", err, name)
+		}
+	}
+	return nil
+}
+
 // guestFiles adds guestPrograms, their libraries, and a link for each command of busybox that is no program of its own.
 func (b *build) guestFiles(a *archive) error {
 	have := map[string]bool{}
-	var add func(name string) error
-	add = func(name string) error {
-		if have[name] {
-			return nil
-		}
-		have[name] = true
-		from := filepath.Join(b.root, name)
-		if _, err := os.Lstat(from); err != nil {
-			// Some libraries have a directory of their own, which whoever needs them knows. In the guest they do without.
-			if found, _ := filepath.Glob(filepath.Join(b.root, path.Dir(name), "*", path.Base(name))); len(found) == 1 {
-				from = found[0]
-			}
-		}
-		if target, err := os.Readlink(from); err == nil {
-			if err := a.link(name, target); err != nil {
-				return err
-			}
-			return add(path.Join(path.Dir(name), target))
-		}
-		if err := a.file(name, from); err != nil {
-			return err
-		}
-		libraries, err := needed(from)
-		if err != nil {
-			return err
-		}
-		for _, l := range libraries {
-			if err := add(path.Join(libDir, l)); err != nil {
-				return fmt.Errorf("%w (for %s)", err, name)
-			}
-		}
-		return nil
-	}
+	all := closure{b.root, a.file, a.link, have}
 	for _, p := range guestPrograms {
-		if err := add(p); err != nil {
+		if err := all.add(p); err != nil {
 			return err
 		}
 	}

@@ -41,7 +41,7 @@ var guestPrograms = []string{
 // virtio-console are built into the kernel.
 var guestModules = []string{
 	"vfio", "vfio_iommu_type1", "vfio-pci", "virtio_blk", "virtio_mmio", "configfs", "null_blk", "loop", "nvme-fabrics", "nvme-tcp",
-	"nvmet", "nvmet-tcp", "nvme-loop", "ublk_drv", "nbd", "vfat", "nls_cp437", "nls_iso8859-1", "efivarfs", "xfs",
+	"nvmet", "nvmet-tcp", "nvme-loop", "ublk_drv", "nbd", "kvm-amd", "kvm-intel", "vfat", "nls_cp437", "nls_iso8859-1", "efivarfs", "xfs",
 }
 
 // newerModules are those of the kernel from backports.
