@@ -179,6 +179,17 @@ func (d *Device) dead() error {
 	}
 }
 
+// meanwhile returns what the driver gets for err, by which the device ended something: this Device may have been ended or unplugged since it began.
+func (d *Device) meanwhile(err error) error {
+	if err == nil || d.unplugged() {
+		return nil
+	}
+	if end := d.dead(); end != nil {
+		return end
+	}
+	return err
+}
+
 // Read32 reads a register of 4 bytes.
 func (d *Device) Read32(off uint32) (uint32, error) {
 	v, err := d.read(off, 1<<32-1, func() (uint64, error) {
@@ -202,7 +213,7 @@ func (d *Device) read(off uint32, ones uint64, get func() (uint64, error)) (uint
 	}
 	v, err := get()
 	if err != nil {
-		if d.unplugged() { // meanwhile
+		if err = d.meanwhile(err); err == nil {
 			return ones, nil
 		}
 		return 0, err
@@ -254,10 +265,7 @@ func (d *Device) write(off uint32, v uint64, put func() error) error {
 	d.mu.Lock()
 	d.queues.register(off, v)
 	d.mu.Unlock()
-	if err := put(); err != nil && !d.unplugged() {
-		return err
-	}
-	return nil
+	return d.meanwhile(put())
 }
 
 // RegisterSpace is the device's.
@@ -291,7 +299,7 @@ func (d *Device) Reset() error {
 	if d.unplugged() {
 		return nil
 	}
-	if err := d.dev.Reset(); err != nil && !d.unplugged() {
+	if err := d.meanwhile(d.dev.Reset()); err != nil {
 		return err
 	}
 	d.mu.Lock()

@@ -140,6 +140,36 @@ func TestEnd(t *testing.T) {
 	}
 }
 
+// under is a device on which a write is under way when the cable is pulled.
+type under struct {
+	device.Device
+	pull func()
+}
+
+func (u under) Write32(uint32, uint32) error {
+	u.pull()
+	return errors.New("the connection is closed")
+}
+
+// TestMeanwhile: what was under way when the device ended fails as everything does afterwards.
+func TestMeanwhile(t *testing.T) {
+	why := errors.New("somebody stumbled over the cable")
+	for name, strike := range map[string]func(f *faulty.Device){
+		"ended":     func(f *faulty.Device) { f.End(why) },
+		"unplugged": (*faulty.Device).Unplug,
+	} {
+		dev := nvmetest.New(nvmetest.Config{})
+		t.Cleanup(dev.Close)
+		var f *faulty.Device
+		f = faulty.Wrap(under{dev.InProc(), func() { strike(f) }})
+		t.Cleanup(func() { f.Close() })
+		err := f.Write32(nvme.RegAQA, 1)
+		if ended := name == "ended"; errors.Is(err, why) != ended || errors.Is(err, device.ErrGone) != ended || !ended && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // TestHooks has each hook see what it is for.
 func TestHooks(t *testing.T) {
 	f, c, _ := open(t, guestdrv.Options{})

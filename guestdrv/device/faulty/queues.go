@@ -68,10 +68,7 @@ func (d *Device) Doorbell(off uint32) device.Doorbell {
 		if h := d.hook().Ring; h != nil && !h(off, v) {
 			return nil
 		}
-		if err := bell.Ring(v); err != nil && !d.unplugged() {
-			return err
-		}
-		return nil
+		return d.meanwhile(bell.Ring(v))
 	}}
 }
 
