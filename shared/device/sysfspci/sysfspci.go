@@ -56,7 +56,7 @@ func open(root, bdf string) (_ *Device, err error) {
 		return nil, err
 	}
 	d := &Device{dir: filepath.Join(root, bdf), gone: pci.NewEnding()}
-	d.Registers.Gone = d.gone
+	d.Registers.Gone, d.Registers.Answers = d.gone, d.answers
 	defer func() {
 		if err != nil {
 			d.Close()
@@ -242,6 +242,25 @@ func (d *Device) limit() time.Duration {
 	return max(nvme.CAP(v).Timeout(), time.Second)
 }
 
+// readCommand reads the function's command register.
+func (d *Device) readCommand() (uint16, error) {
+	var b [2]byte
+	if _, err := d.config.ReadAt(b[:], pci.RegCommand); err != nil {
+		return 0, fmt.Errorf("PCI command register: %w", err)
+	}
+	v := binary.LittleEndian.Uint16(b[:])
+	if v == 0xffff {
+		return 0, fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
+	}
+	return v, nil
+}
+
+// answers is [pci.Registers].Answers.
+func (d *Device) answers() error {
+	_, err := d.readCommand()
+	return err
+}
+
 // command sets and clears bits of the function's command register. Once the function was severed it gets no right back.
 func (d *Device) command(set, clear uint16) error {
 	d.mu.Lock()
@@ -249,14 +268,11 @@ func (d *Device) command(set, clear uint16) error {
 	if d.severed {
 		set &^= pci.CommandBusMaster
 	}
+	v, err := d.readCommand()
+	if err != nil {
+		return err
+	}
 	var b [2]byte
-	if _, err := d.config.ReadAt(b[:], pci.RegCommand); err != nil {
-		return fmt.Errorf("PCI command register: %w", err)
-	}
-	v := binary.LittleEndian.Uint16(b[:])
-	if v == 0xffff {
-		return fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
-	}
 	binary.LittleEndian.PutUint16(b[:], v&^clear|set)
 	if _, err := d.config.WriteAt(b[:], pci.RegCommand); err != nil {
 		return explain("PCI command register", err)

@@ -201,7 +201,7 @@ func TestAllOnesMeanThatItIsGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Unmap()
-	if err := d.Write32(nvme.RegCSTS, ^uint32(0)); err != nil {
+	if err := errors.Join(d.Write32(nvme.RegVS, 0x10400), d.Write32(nvme.RegCSTS, ^uint32(0))); err != nil {
 		t.Fatal(err)
 	}
 	if v, err := d.Read32(nvme.RegCSTS); err != nil || v != ^uint32(0) {

@@ -39,7 +39,8 @@ type fakeKernel struct {
 	resets   int
 	again    int // resets that are refused first
 	onReset  func()
-	readOnly bool // this process may only read the memory that is to be mapped
+	onRead   func() // before the device is read by a system call
+	readOnly bool   // this process may only read the memory that is to be mapped
 	eventFDs map[uint32][]int32
 	maps     map[uint64]uint64 // IOVA to size
 	ioas     uint64            // what iommufd chooses next
@@ -325,6 +326,9 @@ func (k *fakeKernel) event(index uint32) {
 func (k *fakeKernel) pread(fd int, p []byte, off int64) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.onRead != nil {
+		k.onRead()
+	}
 	return k.access(fd, off, func(mem []byte) { copy(p, mem) })
 }
 

@@ -79,7 +79,7 @@ func open(k kernel, p paths, bdf string, o Options) (*Device, error) {
 		return nil, fmt.Errorf("%s: %w", bdf, err)
 	}
 	d := &Device{k: k, gone: pci.NewEnding(), faulted: o.Faulted, wanted: o.Wanted}
-	d.Registers.Gone = d.gone
+	d.Registers.Gone, d.Registers.Answers = d.gone, d.answers
 	if d.fd, d.space, err = attach(k, p, bdf, o); err != nil {
 		return nil, fmt.Errorf("%s: %w", bdf, err)
 	}
@@ -176,16 +176,34 @@ func (d *Device) withSpace(f func() error) error {
 	})
 }
 
-// command sets and clears bits of the function's command register. A descriptor must be open.
-func (d *Device) command(set, clear uint16) error {
+// readCommand reads the function's command register. A descriptor must be open.
+func (d *Device) readCommand() (uint16, error) {
 	var b [2]byte
 	if err := d.k.pread(d.fd, b[:], d.config+pci.RegCommand); err != nil {
-		return fmt.Errorf("PCI command register: %w", err)
+		return 0, fmt.Errorf("PCI command register: %w", err)
 	}
 	v := binary.LittleEndian.Uint16(b[:])
 	if v == 0xffff {
-		return fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
+		return 0, fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
 	}
+	return v, nil
+}
+
+// answers is [pci.Registers].Answers.
+func (d *Device) answers() error {
+	return d.with(func() error {
+		_, err := d.readCommand()
+		return err
+	})
+}
+
+// command sets and clears bits of the function's command register. A descriptor must be open.
+func (d *Device) command(set, clear uint16) error {
+	v, err := d.readCommand()
+	if err != nil {
+		return err
+	}
+	var b [2]byte
 	binary.LittleEndian.PutUint16(b[:], v&^clear|set)
 	if err := d.k.pwrite(d.fd, b[:], d.config+pci.RegCommand); err != nil {
 		return fmt.Errorf("PCI command register: %w", err)

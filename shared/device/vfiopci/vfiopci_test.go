@@ -141,6 +141,34 @@ func TestResetSetsTheCommandRegisterAgain(t *testing.T) {
 	}
 }
 
+// TestGoneOrReset: registers that read as all ones are of a function that has gone if its configuration space reads so too, or stays there without them.
+func TestGoneOrReset(t *testing.T) {
+	for name, c := range map[string]struct {
+		command byte
+		back    bool
+	}{"reset": {3, true}, "without registers": {3, false}, "pulled out": {0xff, false}} {
+		t.Run(name, func(t *testing.T) {
+			k := newFake(t)
+			d := opened(t, k, false)
+			check(t, errors.Join(d.Write32(nvme.RegCSTS, ^uint32(0)), d.Write32(nvme.RegVS, ^uint32(0))))
+			k.onRead = func() {
+				k.config[pci.RegCommand], k.config[pci.RegCommand+1] = c.command, c.command
+				if c.back {
+					check(t, errors.Join(d.Write32(nvme.RegCSTS, 1), d.Write32(nvme.RegVS, 0x10400)))
+				}
+			}
+			v, err := d.Read32(nvme.RegCSTS)
+			k.onRead = nil
+			if c.back && (err != nil || v != 1 || d.Err() != nil) {
+				t.Errorf("CSTS=%#x, %v", v, err)
+			}
+			if !c.back && (!errors.Is(err, device.ErrGone) || d.Err() == nil) {
+				t.Errorf("CSTS=%#x, %v", v, err)
+			}
+		})
+	}
+}
+
 func TestTheKernelWantsItBack(t *testing.T) {
 	for index, why := range endings {
 		k := newFake(t)

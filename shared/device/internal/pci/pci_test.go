@@ -1,6 +1,7 @@
 package pci
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"github.com/shadowbell/shadowbell/shared/device"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -140,4 +142,47 @@ func TestWhatIsNotMappedIsReachedOneByOne(t *testing.T) {
 		t.Error("a register across the edge of a mapping")
 	}
 	check(r.Unmap())
+}
+
+// TestNothingThere: registers of a function that somebody resets read as those of one that has gone. Configuration space tells which it is.
+func TestNothingThere(t *testing.T) {
+	for what, b := range map[string]byte{"all ones": 0xff, "zeroes": 0} {
+		for name, c := range map[string]struct {
+			there bool  // the registers are back when configuration space has answered
+			err   error // its answer
+			gone  bool
+		}{
+			"reset":                            {there: true},
+			"pulled out":                       {err: device.ErrGone, gone: true},
+			"its link is down, not the port's": {gone: true},
+		} {
+			t.Run(what+"/"+name, func(t *testing.T) {
+				m := &memory{b: bytes.Repeat([]byte{b}, 0x4000)}
+				r := &Registers{Size: 0x4000, Slow: m, Gone: NewEnding()}
+				asked := 0
+				r.Answers = func() error {
+					asked++
+					if c.there {
+						clear(m.b)
+						binary.LittleEndian.PutUint64(m.b[nvme.RegCAP:], 0x1234)
+						binary.LittleEndian.PutUint32(m.b[nvme.RegVS:], 0x10400)
+					}
+					return c.err
+				}
+				v, err := r.Read64(nvme.RegCAP)
+				if asked != 1 {
+					t.Errorf("configuration space was asked %d times", asked)
+				}
+				if !c.gone {
+					if err != nil || v != 0x1234 || r.Gone.Err() != nil {
+						t.Errorf("CAP=%#x, %v; ended: %v", v, err, r.Gone.Err())
+					}
+					return
+				}
+				if !errors.Is(err, device.ErrGone) || !strings.Contains(err.Error(), what) || r.Gone.Err() == nil {
+					t.Errorf("CAP=%#x, %v; ended: %v", v, err, r.Gone.Err())
+				}
+			})
+		}
+	}
 }

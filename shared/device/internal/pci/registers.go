@@ -29,6 +29,8 @@ type Registers struct {
 	Areas []Area
 	Slow  Access // nil: what no area covers cannot be reached
 	Gone  *Ending
+	// Answers reads configuration space, for which the kernel has one wait while it resets the function. An error says that the function is not there.
+	Answers func() error
 }
 
 // Ending says once that a function can no longer be reached, and why.
@@ -101,11 +103,13 @@ func (r *Registers) slow(off, n uint32) error {
 	return nil
 }
 
-// Read32 reads a register. All ones from a function that also has no version are no value: it is gone.
+// Read32 reads a register. All ones may be no value: see present.
 func (r *Registers) Read32(off uint32) (uint32, error) {
 	v, err := r.load32(off)
 	if err == nil && v == ^uint32(0) {
-		err = r.present()
+		if err = r.present(); err == nil {
+			v, err = r.load32(off)
+		}
 	}
 	if err != nil {
 		return 0, accessError(off, err)
@@ -113,11 +117,13 @@ func (r *Registers) Read32(off uint32) (uint32, error) {
 	return v, nil
 }
 
-// Read64 is Read32 for 64 bits.
+// Read64 is Read32 for 64 bits. No controller has a CAP of zero either.
 func (r *Registers) Read64(off uint32) (uint64, error) {
 	v, err := r.load64(off)
-	if err == nil && v == ^uint64(0) {
-		err = r.present()
+	if err == nil && (v == ^uint64(0) || v == 0 && off == nvme.RegCAP) {
+		if err = r.present(); err == nil {
+			v, err = r.load64(off)
+		}
 	}
 	if err != nil {
 		return 0, accessError(off, err)
@@ -125,15 +131,33 @@ func (r *Registers) Read64(off uint32) (uint64, error) {
 	return v, nil
 }
 
-// present returns an error if the function does not answer. No controller has a VS of all ones, but the bus says that for one that is
-// not there.
+// present returns an error if the function has gone. Of one that is not there the bus reads all ones, and some virtual machines zeroes; so it does while
+// somebody else resets the function, whose memory space is off then. Its configuration space tells the one from the other.
 func (r *Registers) present() error {
-	v, err := r.load32(nvme.RegVS)
-	if err != nil || v != ^uint32(0) {
+	what, err := r.nothing()
+	if what == "" || err != nil {
 		return err
 	}
-	r.Gone.End(fmt.Errorf("%w: its registers read as all ones: it was pulled out, or its link is down", device.ErrGone))
+	if r.Answers() == nil {
+		if what, err = r.nothing(); what == "" || err != nil {
+			return err
+		}
+	}
+	r.Gone.End(fmt.Errorf("%w: its registers read as %s: it was pulled out, or its link is down", device.ErrGone, what))
 	return r.Gone.Err()
+}
+
+// nothing says what registers read as where no controller is, and "" where one is. No controller has a VS of zero, nor of all ones.
+func (r *Registers) nothing() (string, error) {
+	switch v, err := r.load32(nvme.RegVS); {
+	case err != nil:
+		return "", err
+	case v == 0:
+		return "zeroes", nil
+	case v == ^uint32(0):
+		return "all ones", nil
+	}
+	return "", nil
 }
 
 func (r *Registers) load32(off uint32) (uint32, error) {
