@@ -180,6 +180,8 @@ type closure struct {
 	file func(name, from string) error
 	link func(name, target string) error
 	have map[string]bool
+
+	instead map[string]string // files that others take the place of
 }
 
 func (c *closure) add(name string) error {
@@ -188,6 +190,9 @@ func (c *closure) add(name string) error {
 	}
 	c.have[name] = true
 	from := filepath.Join(c.root, name)
+	if other := c.instead[name]; other != "" {
+		from = other
+	}
 	if _, err := os.Lstat(from); err != nil {
 		// Some libraries have a directory of their own, which whoever needs them knows. In the guest they do without.
 		if found, _ := filepath.Glob(filepath.Join(c.root, path.Dir(name), "*", path.Base(name))); len(found) == 1 {
@@ -218,11 +223,18 @@ func (c *closure) add(name string) error {
 // guestFiles adds guestPrograms, their libraries, and a link for each command of busybox that is no program of its own.
 func (b *build) guestFiles(a *archive) error {
 	have := map[string]bool{}
-	all := closure{b.root, a.file, a.link, have}
+	fio := filepath.Join(b.dir, "fio")
+	if err := slimFile(filepath.Join(b.root, guestFio), fio, guestFioWithout); err != nil {
+		return err
+	}
+	all := closure{root: b.root, file: a.file, link: a.link, have: have, instead: map[string]string{guestFio: fio}}
 	for _, p := range guestPrograms {
 		if err := all.add(p); err != nil {
 			return err
 		}
+	}
+	if err := os.Remove(fio); err != nil {
+		return err
 	}
 	// Programs name their dynamic linker by this path.
 	if err := a.link("usr/lib64/ld-linux-x86-64.so.2", "../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"); err != nil {
