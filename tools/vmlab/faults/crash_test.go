@@ -52,7 +52,7 @@ func TestKilledHostmedLosesNothing(t *testing.T) {
 			ns := vm.Disk(t, 0).Namespace(1)
 			l := startWriter(t, vm, ns, 0)
 			vm.Run(t, load(ns)+" >/dev/null 2>&1 &")
-			acks.more(t, 100+rand.IntN(200))
+			acks.more(t, 60+rand.IntN(120))
 
 			switch order {
 			case "hostmed first":

@@ -83,8 +83,14 @@ func eventually(t *testing.T, what string, done func() (bool, string)) {
 	}
 }
 
-// verified is fio that writes and verifies a little, on a device.
-const verified = "fio --name=v --filename=%s --rw=randwrite --bs=4k --size=1M --iodepth=16 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1"
+// verified is fio that writes and verifies a little, on devices, side by side.
+func verified(devices ...string) string {
+	command := "fio --name=global --rw=randwrite --bs=4k --size=1M --iodepth=16 --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1"
+	for i, d := range devices {
+		command += fmt.Sprintf(" --name=v%d --filename=%s", i, d)
+	}
+	return command
+}
 
 func checkFile(t *testing.T, path string, l journal.Layout, acks journal.Acks, least int) {
 	t.Helper()

@@ -8,6 +8,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/tools/vmlab"
+	"github.com/shadowbell/shadowbell/tools/vmlab/journal"
 )
 
 // resets are ways to reset a controller, as a shell command with the controller's name and its PCI address.
@@ -19,11 +20,11 @@ var resets = []struct{ name, command string }{
 	{"rescan", "nvme ns-rescan /dev/%[1]s && echo 1 >/sys/class/nvme/%[1]s/rescan_controller && echo 1 >/sys/bus/pci/rescan"},
 }
 
-// underFIO does a command four times while fio writes and verifies, again and again, and must end well.
+// underFIO does a command three times while fio writes and verifies, again and again, and must end well.
 const underFIO = `rm -f /tmp/enough
 (while [ ! -e /tmp/enough ]; do %s || exit 1; done) >/tmp/fio 2>&1 & pid=$!
 sleep 0.5
-for i in 1 2 3 4; do
+for i in 1 2 3; do
 	%s || exit 9
 	sleep 0.2
 done
@@ -36,50 +37,80 @@ var resetLines = []string{
 	`Shutdown timeout set to`,
 }
 
-// TestResetsUnderLoad resets the controllers of one guest while fio writes and verifies: in each doorbell mode, in each way. Then the driver is taken
-// from the disk, and the disk from the bus, while the journal's writers work.
-func TestResetsUnderLoad(t *testing.T) {
+// TestResets has one guest, whose controllers are reset in every way there is, then the whole machine, again and again.
+func TestResets(t *testing.T) {
 	lab := vmlab.Open(t)
-	var c vmlab.Config
-	var files []string
+	g := &guest{lab: lab}
+	c := vmlab.Config{Reboot: true, Files: map[string]string{"/boot/bzImage": filepath.Join(lab.Dir(), "bzImage")}, MemoryMiB: 1024, Append: "crashkernel=320M"}
 	for i, mode := range modes {
-		files = append(files, filepath.Join(t.TempDir(), fmt.Sprint(i)))
-		c.Devices = append(c.Devices, vmlab.Controller(t, mode, "file:"+files[i]+",size=128MiB"))
+		g.files = append(g.files, filepath.Join(t.TempDir(), fmt.Sprint(i)))
+		c.Devices = append(c.Devices, vmlab.Controller(t, mode, "file:"+g.files[i]+",size=192MiB"))
 	}
-	acks := withAcks(t, &c)
-	vm := lab.Boot(t, c)
+	g.hanging = hangingDisks(t)
+	for _, h := range g.hanging {
+		c.Devices = append(c.Devices, h.device)
+	}
+	g.acks = withAcks(t, &c)
+	g.VM = lab.Boot(t, c)
+	t.Run("under load", g.resetsUnderLoad)
+	t.Run("while the disk hangs", g.resetsWhileTheDiskHangs)
+	t.Run("restarts under load", g.restartsUnderLoad)
+	if err := g.Poweroff(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// guest is a machine with a controller for each of modes, then as many whose disks hang.
+type guest struct {
+	*vmlab.VM
+	lab     *vmlab.Lab
+	files   []string // behind the first disks
+	hanging []hangingDisk
+	acks    ackFile
+	runs    [3]int // of writers, by disk
+}
+
+// start starts the writers on disk i, which has a place for four runs.
+func (g *guest) start(t *testing.T, i int) journal.Layout {
+	t.Helper()
+	if err := os.Truncate(string(g.acks), 0); err != nil {
+		t.Fatal(err)
+	}
+	l := startWriter(t, g.VM, g.Disk(t, i).Namespace(1), g.runs[i])
+	g.runs[i]++
+	return l
+}
+
+// resetsUnderLoad resets the controllers while fio writes and verifies: in each doorbell mode, in each way. Then the driver is taken
+// from the disk, and the disk from the bus, while the journal's writers work.
+func (g *guest) resetsUnderLoad(t *testing.T) {
 	for i, mode := range modes {
 		t.Run(mode.String(), func(t *testing.T) {
-			disk := vm.Disk(t, i)
+			disk := g.Disk(t, i)
 			for _, r := range resets {
 				if r.name == "rescan" && mode != hostmed.Shadow {
 					continue // it concerns no doorbell
 				}
 				t.Run(r.name, func(t *testing.T) {
-					vm.Run(t, fmt.Sprintf(underFIO, fmt.Sprintf(verified, disk.Namespace(1)), fmt.Sprintf(r.command, disk.Name, disk.PCI)))
-					vm.CheckDmesg(t, resetLines...)
+					g.Run(t, fmt.Sprintf(underFIO, verified(disk.Namespace(1)), fmt.Sprintf(r.command, disk.Name, disk.PCI)))
+					g.CheckDmesg(t, resetLines...)
 				})
 			}
-			for run, gone := range []struct{ name, command string }{
+			for _, gone := range []struct{ name, command string }{
 				{"unbind", "echo %[1]s >/sys/bus/pci/drivers/nvme/unbind && echo %[1]s >/sys/bus/pci/drivers/nvme/bind"},
 				{"remove", "echo 1 >/sys/bus/pci/devices/%[1]s/remove && echo 1 >/sys/bus/pci/rescan"},
 			} {
 				t.Run(gone.name, func(t *testing.T) {
-					if err := os.Truncate(string(acks), 0); err != nil {
-						t.Fatal(err)
-					}
-					l := startWriter(t, vm, vm.Disk(t, i).Namespace(1), run)
-					acks.more(t, 20)
-					vm.Run(t, fmt.Sprintf(gone.command, disk.PCI)+"; while pidof "+writer+" >/dev/null; do sleep 0.05; done")
-					checkFile(t, files[i], l, acks.read(t), 10)
-					vm.Run(t, fmt.Sprintf(verified, vm.Disk(t, i).Namespace(1)))
+					l := g.start(t, i)
+					g.acks.more(t, 20)
+					g.Run(t, fmt.Sprintf(gone.command, disk.PCI)+"; while pidof "+writer+" >/dev/null; do sleep 0.05; done")
+					checkFile(t, g.files[i], l, g.acks.read(t), 10)
+					g.Run(t, verified(g.Disk(t, i).Namespace(1)))
 				})
 			}
 		})
 	}
 	// Of a disk that goes away under a writer the block layer may say that it has an end now.
-	vm.CheckDmesg(t, append(resetLines, `attempt to access beyond end of device`)...)
-	if err := vm.Poweroff(t.Context()); err != nil {
-		t.Error(err)
-	}
+	g.CheckDmesg(t, append(resetLines, `attempt to access beyond end of device`)...)
+	g.Run(t, "dmesg -c >/dev/null")
 }
