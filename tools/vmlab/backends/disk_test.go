@@ -144,14 +144,28 @@ func (d *disk) block() string     { return d.Namespace(1) }
 func (d *disk) char() string      { return strings.Replace(d.Namespace(1), "/dev/nvme", "/dev/ng", 1) }
 func (d *disk) part(i int) string { return fmt.Sprintf("%sp%d", d.Namespace(1), i) }
 
-// partAt is where partition i begins, in bytes.
-func (d *disk) partAt(t *testing.T, i int) (offset int) {
+// place is where partition i is, in bytes.
+func (d *disk) place(t *testing.T, i int) (offset, length int) {
 	t.Helper()
-	out := d.h.Run(t, "cat /sys/class/block/"+filepath.Base(d.part(i))+"/start")
-	if _, err := fmt.Sscan(out, &offset); err != nil {
+	out := d.h.Run(t, "cd /sys/class/block/"+filepath.Base(d.part(i))+" && cat start size")
+	if _, err := fmt.Sscan(out, &offset, &length); err != nil {
 		t.Fatal(err)
 	}
-	return offset * 512
+	return offset * 512, length * 512
+}
+
+// partAt is where partition i begins, in bytes.
+func (d *disk) partAt(t *testing.T, i int) int {
+	t.Helper()
+	offset, _ := d.place(t, i)
+	return offset
+}
+
+// sumPart is a checksum of partition i as it is behind the device.
+func (d *disk) sumPart(t *testing.T, i int) string {
+	t.Helper()
+	offset, length := d.place(t, i)
+	return digest(d.read(t, offset, length))
 }
 
 // read returns a range of the medium as it is behind the device.

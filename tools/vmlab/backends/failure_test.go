@@ -29,7 +29,7 @@ func TestKilled(t *testing.T) {
 				}
 				s.m.start(t)
 				h.Run(t, fmt.Sprintf("guestdrv read %s --offset %d --length %d | cmp - %s", s.m.device(0), subjectSize-piece, piece, file))
-				h.verify(t, s.m.device(0), "--span 16MiB --bs 512,64k --qd 16 --jobs 2 --runtime 1s")
+				h.verify(t, s.m.device(0), "--span 4MiB --bs 512,64k --qd 16 --jobs 2 --runtime 1s")
 			}
 			s.m.kill(t)
 			if kind == "vfio" {
@@ -38,11 +38,11 @@ func TestKilled(t *testing.T) {
 			if h.sum(t, s.d.block(), subjectAt+subjectSize-piece, piece) != sum {
 				t.Error("the host does not read what the guest wrote")
 			}
-			h.Run(t, fmt.Sprintf("fio --name=host --filename=%s --size=16M --rw=randwrite --bs=4k --ioengine=io_uring --iodepth=8 --direct=1 --verify=crc32c --do_verify=1", s.d.part(1)))
+			h.Run(t, fmt.Sprintf("fio --name=host --filename=%s --size=4M --rw=randwrite --bs=4k --ioengine=io_uring --iodepth=8 --direct=1 --verify=crc32c --do_verify=1", s.d.part(1)))
 			if kind == "vfio" {
 				s.d.vfio(t)
 				s.m.start(t)
-				h.verify(t, s.m.device(0), "--span 16MiB --qd 16 --jobs 1 --runtime 1s")
+				h.verify(t, s.m.device(0), "--span 4MiB --qd 16 --jobs 1 --runtime 1s")
 				s.m.stop(t)
 				s.d.kernel(t)
 			}
@@ -93,12 +93,12 @@ func TestReset(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind, func(t *testing.T) {
 			s := h.subject(t, kind)
-			load := h.startVerify(t, s.m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --jobs 2 --runtime 3s")
+			load := h.startVerify(t, s.m.device(0), "--span 8MiB --bs 4k,64k --qd 32 --jobs 2 --runtime 3s")
 			s.busy(t, load)
 			s.reset(t)
 			f := load.verified()
 			t.Logf("%.0f IOPS; the longest command took %.0f ms", f.IOPS, f.Latency.Max/1e6)
-			h.verify(t, s.m.device(0), "--span 16MiB --bs 512,64k --qd 16 --jobs 1 --runtime 1s")
+			h.verify(t, s.m.device(0), "--span 4MiB --bs 512,64k --qd 16 --jobs 1 --runtime 1s")
 			h.CheckDmesg(t, "Ignoring bogus Namespace Identifiers")
 		})
 	}

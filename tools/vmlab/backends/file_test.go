@@ -11,9 +11,9 @@ func TestFileOnDisk(t *testing.T) {
 	h := open(t)
 	d := h.disk(t, diskConfig{partitions: []int{16, 128}})
 	image := h.mount(t, d.part(2)) + "/guest.img"
-	neighbour := h.sum(t, d.part(1), 0, 16<<20)
+	neighbour := d.sumPart(t, 1)
 	m := h.serve(t, "file:"+image+",size=64MiB")
-	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --jobs 2 --runtime 1s")
+	h.verify(t, m.device(0), "--span 4MiB --bs 4k,64k --qd 16 --jobs 2 --runtime 1s")
 
 	file, sum := h.random(t, 1<<20)
 	h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %d", m.device(0), file, 3<<20))
@@ -22,7 +22,7 @@ func TestFileOnDisk(t *testing.T) {
 	}
 	file, _ = h.random(t, 1<<20)
 	h.Run(t, fmt.Sprintf("dd if=%s of=%s bs=64k seek=%d conv=notrunc oflag=direct && guestdrv read %s --offset %d --length %d | cmp - %s", file, image, 5<<20>>16, m.device(0), 5<<20, 1<<20, file))
-	if h.sum(t, d.part(1), 0, 16<<20) != neighbour {
+	if d.sumPart(t, 1) != neighbour {
 		t.Error("the partition beside it has changed")
 	}
 }

@@ -104,7 +104,7 @@ func TestWithoutIOMMU(t *testing.T) {
 		m.says(t, d.PCI+": whoever drove it is gone, and it reaches no memory any more")
 		m.start(t)
 		h.Run(t, fmt.Sprintf("guestdrv read %s --offset %d --length %d | cmp - %s", m.device(0), 31<<20, piece, file))
-		h.verify(t, m.device(1), "--span 16MiB --bs 512,64k --qd 16 --jobs 2 --runtime 1s")
+		h.verify(t, m.device(1), "--span 4MiB --bs 512,64k --qd 16 --jobs 2 --runtime 1s")
 	}
 	m.stop(t)
 	d.busMaster(t, false)

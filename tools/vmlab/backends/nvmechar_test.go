@@ -2,7 +2,6 @@ package backends
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -20,15 +19,15 @@ func TestNVMeSlices(t *testing.T) {
 	d := h.disk(t, diskConfig{partitions: []int{64, 48, 64, 16}})
 	h.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mkdir -p /mnt/a && mount %s /mnt/a && head -c 3000000 /dev/urandom > /mnt/a/data && sync", d.part(2), d.part(2)))
 	h.atEnd(t, "umount /mnt/a")
-	neighbour := h.sum(t, d.part(4), 0, 16<<20)
+	neighbour := d.sumPart(t, 4)
 	file := strings.Fields(h.Run(t, "sha256sum /mnt/a/data"))[0]
 	m := h.serve(t, d.slice(t, 1, 64), d.slice(t, 3, 64)+",poll")
 	// QEMU's device has 323 kelvin; hostmed of its own has 313.
 	if out := h.Run(t, guestCommand+" smart "+m.device(0)); !strings.Contains(out, `"temperature":323`) {
 		t.Errorf("the device's health: %s", out)
 	}
-	first := h.startVerify(t, m.device(0), "--span 32MiB --bs 4k,64k,1m --qd 16 --jobs 2 --runtime 3s")
-	second := h.startVerify(t, m.device(1), "--span 32MiB --bs 512,4k,32k --qd 16 --jobs 2 --runtime 3s")
+	first := h.startVerify(t, m.device(0), "--span 8MiB --bs 4k,64k,1m --qd 16 --jobs 2 --runtime 2s")
+	second := h.startVerify(t, m.device(1), "--span 8MiB --bs 512,4k,32k --qd 16 --jobs 2 --runtime 2s")
 	h.Run(t, "for i in 1 2 3 4; do cp /mnt/a/data /mnt/a/copy$i && sync; done; sha256sum /mnt/a/copy* | grep -vc "+file+" | grep -q '^0$'")
 	first.verified()
 	second.verified()
@@ -45,7 +44,7 @@ func TestNVMeSlices(t *testing.T) {
 			h.Run(t, fmt.Sprintf("dd if=%s of=%s bs=1M seek=%d oflag=direct conv=notrunc && guestdrv read %s --offset %d --length %d | cmp - %s", name, d.part(part), at>>20, m.device(i), at, 1<<20, name))
 		}
 	}
-	if h.sum(t, d.part(4), 0, 16<<20) != neighbour || strings.Fields(h.Run(t, "echo 3 > /proc/sys/vm/drop_caches; sha256sum /mnt/a/data"))[0] != file {
+	if d.sumPart(t, 4) != neighbour || strings.Fields(h.Run(t, "echo 3 > /proc/sys/vm/drop_caches; sha256sum /mnt/a/data"))[0] != file {
 		t.Error("a neighbour's bytes have changed")
 	}
 }
@@ -55,27 +54,11 @@ func TestNVMeSlices(t *testing.T) {
 func TestNVMeConformance(t *testing.T) {
 	h := open(t)
 	d := h.disk(t, diskConfig{})
-	for _, at := range []int{0, 96} {
-		h.Run(t, fmt.Sprintf("dd if=/dev/urandom of=%s bs=1M count=64 seek=%d oflag=direct", d.block(), at))
-	}
+	fill(t, d)
 	before := append(d.read(t, 0, 64<<20), d.read(t, 96<<20, 64<<20)...)
 	m := h.serve(t, "nvme:"+d.char()+",offset=64MiB,size=32MiB")
-	var out struct {
-		Passed, Failed, Skipped int
-		Cases                   []struct{ ID, Result, Seen string }
-	}
-	r := h.Try(t, "conformance run "+m.device(0)+" --json --nsid 1 --destructive")
-	if err := json.Unmarshal([]byte(r.Stdout), &out); err != nil {
-		t.Fatalf("%v: exit %d\n%s\n%s", err, r.Exit, r.Stdout, r.Stderr)
-	}
-	t.Logf("%d passed, %d failed, %d skipped", out.Passed, out.Failed, out.Skipped)
-	for _, c := range out.Cases {
-		if c.Result == "fail" {
-			t.Errorf("%s: %s", c.ID, c.Seen)
-		}
-	}
-	if out.Passed < 200 {
-		t.Errorf("exit %d: %s", r.Exit, r.Stderr)
+	if passed := h.conformance(t, m.device(0), "--destructive"); passed < 200 {
+		t.Errorf("%d cases passed", passed)
 	}
 	if !bytes.Equal(before, append(d.read(t, 0, 64<<20), d.read(t, 96<<20, 64<<20)...)) {
 		t.Error("bytes outside the slice have changed")
@@ -119,14 +102,14 @@ func TestNVMeClaims(t *testing.T) {
 		h.Run(t, "umount /mnt/a")
 	}
 	beside := h.serve(t, fmt.Sprintf("nvme:%s,offset=%d,size=24MiB", d.char(), d.partAt(t, 2)+24<<20), d.slice(t, 3, 32))
-	load := h.startVerify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 32 --runtime 3s")
-	h.verify(t, beside.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	load := h.startVerify(t, m.device(0), "--span 8MiB --bs 4k,64k --qd 32 --runtime 3s")
+	h.verify(t, beside.device(0), "--span 4MiB --bs 4k,64k --qd 16 --runtime 1s")
 	m.kill(t)
 	if r := load.result(); r.Exit == 0 {
 		t.Error("the load has not seen the end of its device")
 	}
 	m.start(t)
-	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	h.verify(t, m.device(0), "--span 4MiB --bs 4k,64k --qd 16 --runtime 1s")
 	m.stop(t)
 	beside.stop(t)
 	h.Run(t, fmt.Sprintf("mkfs.ext4 -q -F %s && mount %s /mnt/a && umount /mnt/a", d.part(2), d.part(2)))
@@ -137,7 +120,7 @@ func TestNVMeFormatted(t *testing.T) {
 	h := open(t)
 	d := h.disk(t, diskConfig{})
 	m := h.serve(t, "nvme:"+d.char())
-	h.verify(t, m.device(0), "--span 16MiB --qd 16 --runtime 1s")
+	h.verify(t, m.device(0), "--span 4MiB --qd 16 --runtime 1s")
 	at := fmt.Sprint(64 << 20)
 	file, _ := h.random(t, 4096)
 	h.Run(t, fmt.Sprintf("guestdrv write %s --file %s --offset %s", m.device(0), file, at))
@@ -147,7 +130,7 @@ func TestNVMeFormatted(t *testing.T) {
 	h.until(t, "a guest still writes", fmt.Sprintf("! guestdrv write %s --file %s --offset %s 2>/dev/null", m.device(0), file, at))
 	m.stop(t)
 	m.start(t)
-	h.verify(t, m.device(0), "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	h.verify(t, m.device(0), "--span 4MiB --bs 4k,64k --qd 16 --runtime 1s")
 }
 
 // TestNVMeRemoved: the disk is pulled out under load. Commands fail, the namespace goes, the guest is told, and hostmed goes on with what else it has. The slot
@@ -163,7 +146,7 @@ func TestNVMeRemoved(t *testing.T) {
 			d := h.disk(t, diskConfig{})
 			m := h.serve(t, "nvme:"+d.char()+"\nnvme:"+other.char()+",size=32MiB", "nvme:"+other.char()+",offset=32MiB,size=32MiB")
 			s := h.spectate(t, m.device(0), 2)
-			beside := h.startVerify(t, m.device(1), "--span 16MiB --bs 4k,64k --qd 4 --runtime 4s")
+			beside := h.startVerify(t, m.device(1), "--span 4MiB --bs 4k,64k --qd 4 --runtime 4s")
 			m.says(t, "client connected: socket="+m.sockets[1])
 			removed(d, t)
 			m.says(t, "namespace removed: its medium is gone.*"+d.char())
@@ -208,7 +191,7 @@ func TestNVMeUnprivileged(t *testing.T) {
 	}
 	h.atEnd(t, fmt.Sprintf("kill -TERM $(cat %[1]s/pid); while kill -0 $(cat %[1]s/pid) 2>/dev/null; do sleep 0.05; done; rm -rf %[1]s", dir))
 	h.Run(t, "grep -q 'without CAP_SYS_ADMIN' "+dir+"/log")
-	h.verify(t, "vfio-user:"+dir+"/s", "--span 16MiB --bs 4k,64k --qd 16 --runtime 1s")
+	h.verify(t, "vfio-user:"+dir+"/s", "--span 4MiB --bs 4k,64k --qd 16 --runtime 1s")
 }
 
 // TestNVMePolled: a device that is polled is reset under load, and then pulled out, while nothing but the queue's own looks tell of anything.

@@ -157,6 +157,30 @@ func (h *host) until(t *testing.T, what, condition string) {
 	}
 }
 
+// conformance asks a controller for what the specification demands, with flags that choose cases, and returns how many passed. It takes a minute on a slow machine.
+func (h *host) conformance(t *testing.T, device, flags string) (passed int) {
+	t.Helper()
+	var out struct {
+		Passed, Failed, Skipped int
+		Cases                   []struct{ ID, Result, Seen string }
+	}
+	command := "conformance run " + device + " --json --nsid 1 " + flags
+	r := h.start(t, command).result()
+	if err := json.Unmarshal([]byte(r.Stdout), &out); err != nil {
+		t.Fatalf("%s: %v: exit %d\n%s\n%s", command, err, r.Exit, r.Stdout, r.Stderr)
+	}
+	t.Logf("%s: %d passed, %d failed, %d skipped", command, out.Passed, out.Failed, out.Skipped)
+	for _, c := range out.Cases {
+		if c.Result == "fail" {
+			t.Errorf("%s: %s: %s", command, c.ID, c.Seen)
+		}
+	}
+	if (r.Exit == 0) != (out.Failed == 0) {
+		t.Errorf("%s: exit %d: %s", command, r.Exit, r.Stderr)
+	}
+	return out.Passed
+}
+
 // job is a command that runs in the background.
 type job struct {
 	t       *testing.T

@@ -20,7 +20,7 @@ func TestVFIOSlices(t *testing.T) {
 	m := h.serve(t, slice(0, ""), slice(32, ",queues=1"), slice(64, ",poll"), slice(96, ",readonly"))
 	var loads []*job
 	for i, sizes := range []string{"4k,64k", "512,4k,1m", "4k,32k"} {
-		loads = append(loads, h.startVerify(t, m.device(i), "--span 24MiB --qd 16 --jobs 2 --runtime 3s --bs "+sizes))
+		loads = append(loads, h.startVerify(t, m.device(i), "--span 8MiB --qd 16 --jobs 2 --runtime 2s --bs "+sizes))
 	}
 	for _, l := range loads {
 		f := l.verified()
@@ -81,7 +81,7 @@ func (h *host) removal(t *testing.T) *removal {
 	r.m = h.serve(t, r.spec("")+"\nmem:size=1MiB")
 	r.another = h.serve(t, "vfio:"+other.PCI)
 	r.guest = h.spectate(t, r.m.device(0), 2)
-	r.load = h.startVerify(t, r.another.device(0), "--span 16MiB --bs 4k,64k --qd 4 --runtime 4s")
+	r.load = h.startVerify(t, r.another.device(0), "--span 4MiB --bs 4k,64k --qd 4 --runtime 4s")
 	r.another.says(t, "client connected")
 	return r
 }
