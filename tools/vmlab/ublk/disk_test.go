@@ -11,6 +11,11 @@ import (
 	"github.com/shadowbell/shadowbell/tools/vmlab"
 )
 
+// tree makes what is copied to each disk and compared: large files, many small ones, directories and links.
+const tree = `mkdir -p /tmp/tree/programs /tmp/tree/small/deep
+cp /usr/bin/busybox /usr/bin/fio /usr/bin/guestdrv /tmp/tree/programs && cp -r /etc /tmp/tree && ln -s programs /tmp/tree/link
+for i in $(seq 150); do echo file $i > /tmp/tree/small/$i; ln -s ../$i /tmp/tree/small/deep/$i; done`
+
 // TestBlockDevice is what programs make of /dev/ublkbN, on hostmed's disks and on QEMU's own.
 func TestBlockDevice(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
@@ -24,7 +29,10 @@ func TestBlockDevice(t *testing.T) {
 		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB"),
 		vmlab.Controller(t, hostmed.Shadow, "mem:size=96MiB,lba=4096"),
 		vmlab.QEMUNVMe(image, "qemu"),
-		vmlab.VFIOUser(vmlab.Hostmed(t, hostmed.Config{Controllers: []hostmed.ControllerConfig{{Namespaces: []string{"mem:size=96MiB"}, Queues: 1}}})[0]))
+		vmlab.VFIOUser(vmlab.Hostmed(t, hostmed.Config{Controllers: []hostmed.ControllerConfig{{Namespaces: []string{"mem:size=96MiB"}, Queues: 1}}})[0]),
+		vmlab.Controller(t, hostmed.Shadow, faulty))
+	t.Run("reset leaves a pause and no error", g.resetUnderLoad)
+	g.Run(t, tree)
 	for i, c := range []struct {
 		name  string
 		block int
@@ -40,7 +48,7 @@ func TestBlockDevice(t *testing.T) {
 			if r.Exit != 0 {
 				t.Fatalf("fio: exit %d\n%s%s", r.Exit, r.Stdout, r.Stderr)
 			}
-			g.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mount %s /mnt && cp -r /usr/bin /mnt/ && sync && umount /mnt && e2fsck -fn %s && mount %s /mnt && diff -r /usr/bin /mnt/bin && umount /mnt", disk, disk, disk, disk))
+			g.Run(t, fmt.Sprintf("mkfs.ext4 -q %s && mount %s /mnt && cp -r /tmp/tree /mnt/ && sync && umount /mnt && e2fsck -fn %s && mount %s /mnt && diff -r /tmp/tree /mnt/tree && umount /mnt", disk, disk, disk, disk))
 			// mkfs has zeroed blocks by Write Zeroes, where there is one.
 			g.Run(t, fmt.Sprintf("q=/sys/block/%s/queue; [ $(cat $q/write_zeroes_max_bytes) -gt 0 ] && [ $(cat $q/discard_max_bytes) -gt 0 ]", filepath.Base(disk)))
 			g.Run(t, fmt.Sprintf("dd if=/dev/urandom of=%s bs=1M count=8 oflag=direct && blkdiscard -o 4194304 -l 4194304 %s && { ! %v || dd if=%s bs=1M skip=4 count=4 iflag=direct | cmp -n 4194304 - /dev/zero; } && ! dd if=%s bs=1M count=4 iflag=direct | cmp -s -n 4194304 - /dev/zero",

@@ -133,7 +133,6 @@ func TestMicroVM(t *testing.T) {
 		})
 	}
 	t.Run("failures", func(t *testing.T) {
-		disk := image(t, lab)
 		for name, c := range map[string]struct{ line, want string }{
 			"driver in the way": {"shadowbell.device=sysfs:0000:00:02.0 -- /bin/true", "nvme"},
 			"no device":         {"shadowbell.device=sysfs:0000:00:09.0 -- /bin/true", "0000:00:09.0"},
@@ -141,6 +140,8 @@ func TestMicroVM(t *testing.T) {
 			"no arguments":      {"", "guestdrv init --help"},
 		} {
 			t.Run(name, func(t *testing.T) {
+				t.Parallel() // machines of one CPU, that mostly boot
+				disk := image(t, lab)
 				vm := lab.Boot(t, vmlab.Config{
 					Machine: vmlab.Microvm, CPUs: 1, MemoryMiB: 256, Devices: []vmlab.Device{vmlab.QEMUNVMe(disk, "qemu")},
 					Initramfs: &vmlab.Initramfs{
@@ -154,8 +155,8 @@ func TestMicroVM(t *testing.T) {
 				if console := vm.Console(); !strings.Contains(console, c.want) || strings.Contains(console, "Kernel panic") {
 					t.Errorf("the console does not say %q, or the kernel died:\n%s", c.want, console)
 				}
+				run(t, lab, "usr/sbin/e2fsck", "-fn", disk)
 			})
 		}
-		run(t, lab, "usr/sbin/e2fsck", "-fn", disk)
 	})
 }
