@@ -23,7 +23,7 @@ func (d *doorbellsCmd) Run(ctx context.Context, out *cli.Output) error {
 		return err
 	}
 	line := text.NewLine(out.Stderr, 0)
-	rows, err := doorbells.Measure(ctx, lab, d.Runtime, line.Set)
+	rows, err := doorbells.Measure(ctx, lab, doorbells.Depths, d.Runtime, line.Set)
 	line.Clear()
 	if err != nil {
 		return err

@@ -43,18 +43,19 @@ type rig struct {
 	trap    string // sockets
 	shadow  string
 	trace   string // QEMU's log
+	depths  []int
 	runtime time.Duration
 }
 
 // Measure boots a guest of one CPU with the three disks, each a file on tmpfs where the machine has one, and runs fio on each: 4 KiB random reads, for
-// runtime at each of Depths. say is told what is being done.
-func Measure(ctx context.Context, lab *vmlab.Lab, runtime time.Duration, say func(string)) (_ []Row, err error) {
+// runtime at each of depths. say is told what is being done.
+func Measure(ctx context.Context, lab *vmlab.Lab, depths []int, runtime time.Duration, say func(string)) (_ []Row, err error) {
 	dir, err := os.MkdirTemp(tmpfs(), "doorbells-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	r := &rig{trap: filepath.Join(dir, "trap"), shadow: filepath.Join(dir, "shadow"), trace: filepath.Join(dir, "trace"), runtime: runtime}
+	r := &rig{trap: filepath.Join(dir, "trap"), shadow: filepath.Join(dir, "shadow"), trace: filepath.Join(dir, "trace"), depths: depths, runtime: runtime}
 	image := filepath.Join(dir, "qemu.img")
 	if err := os.WriteFile(image, make([]byte, diskBytes), 0o600); err != nil {
 		return nil, err
@@ -123,7 +124,7 @@ func (r *rig) measure(ctx context.Context, say func(string)) ([]Row, error) {
 		}
 	}
 	var rows []Row
-	for _, depth := range Depths {
+	for _, depth := range r.depths {
 		row := Row{Depth: depth}
 		for i, x := range []struct {
 			name string
