@@ -30,6 +30,12 @@ func TestLimitsUnderStress(t *testing.T) {
 			delete(out[i], e.CID())
 		}
 	}
+	// What was rung is posted to the workers, and must not arrive after its queue has gone.
+	heard := func() {
+		for _, w := range l.workers {
+			w.Call(func() {})
+		}
+	}
 	a, b := fused(8, 1, dataOff, dataOff)
 	copies := []nvme.Command{aRead, aWrite, aRead, inNS(2, aRead), inNS(2, aWrite), {Opcode: nvme.IOFlush, NSID: 1}, rw(nvme.IOCompare, 0, 1, base+dataOff), rw(nvme.IOVerify, 0, 100, 0), inNS(3, aRead)}
 	for range 3000 {
@@ -83,9 +89,11 @@ func TestLimitsUnderStress(t *testing.T) {
 			}
 		case 11:
 			if rnd.IntN(10) == 0 {
+				heard()
 				l.ctl.DeleteSQ(p.qid)
 				took(i, p.reap(l.ready(p)))
 				clear(out[i]) // those that were not fetched
+				heard()
 				l.ctl.DeleteCQ(p.qid)
 				if l.next > guestSize/4 {
 					l.next = 0x10000 + 0x20000
