@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// Parallel tests are those that wait for deadlines to pass: that takes no cores.
-	_ = flag.Set("test.parallel", "12")
+	_ = flag.Set("test.parallel", "24")
 	goleak.VerifyTestMain(m)
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -22,7 +23,11 @@ import (
 	"github.com/shadowbell/shadowbell/tools/testrig"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// Parallel tests are those that wait for commands which hang: that takes no cores.
+	_ = flag.Set("test.parallel", "8")
+	goleak.VerifyTestMain(m)
+}
 
 // start serves c until the test ends, and returns how to end it earlier.
 func start(t testing.TB, c Config) (stop func() error) {
