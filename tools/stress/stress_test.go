@@ -48,8 +48,8 @@ func TestNoWakeUpIsLost(t *testing.T) {
 		args        []string
 		short, long string
 	}{
-		{"threads", nil, "2", "20"},
-		{"processes", []string{"--processes"}, "1.5", "8"},
+		{"threads", nil, "2", "10"},
+		{"processes", []string{"--processes"}, "1.5", "5"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			seconds := x.long
