@@ -65,11 +65,12 @@ test: deps race lab ## all tests: with the race detector, then as shipped, virtu
 	@# One at a time: two cores are one for the guest and one for hostmed.
 	$(GO) test -timeout 20m -p 1 ./tools/vmlab/...
 
+# Short: the detector sees a race in few rounds as in many. No test of RACE_PACKAGES may skip for it; `make test` runs them all in full without the detector.
 .PHONY: race
 race: # with cgo and gcc; without gcc a failure in CI, elsewhere a line that says so
 	@if command -v gcc >/dev/null; then \
 		echo "go test -race (packages that run on heap memory)"; \
-		CGO_ENABLED=1 $(GO) test -race -timeout 8m $(RACE_PACKAGES); \
+		CGO_ENABLED=1 $(GO) test -race -short -timeout 8m $(RACE_PACKAGES); \
 	elif [ "$${CI:-}" = true ]; then \
 		echo "race: gcc is missing and CI must not skip" >&2; exit 1; \
 	else \

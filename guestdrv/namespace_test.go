@@ -22,6 +22,9 @@ func TestReadBackWhatWasWritten(t *testing.T) {
 		}
 		ns := namespace(t, c, 1)
 		for _, n := range []int{512, 4096, 8192, 12288, 128 << 10, 128<<10 + 512, 1<<20 + 4096, 5 << 20} {
+			if testing.Short() && n > 2<<20 && v.name != variants[0].name {
+				continue
+			}
 			data := randomBytes(n)
 			off := int64(512 * (n % 7))
 			if n, err := ns.WriteAt(data, off); n != len(data) || err != nil {
@@ -173,13 +176,17 @@ func TestManyGoroutines(t *testing.T) {
 		c := v.open(t, cfg, o)
 		ns := namespace(t, c, 1)
 		const part = 192 << 10
+		rounds := 4
+		if testing.Short() {
+			rounds = 1
+		}
 		var wg sync.WaitGroup
 		for g := range 24 {
 			wg.Go(func() {
 				data, got := randomBytes(part), make([]byte, part)
 				data[0] = byte(g)
 				off := int64(g) * part
-				for range 4 {
+				for range rounds {
 					if _, err := ns.WriteAt(data, off); err != nil {
 						t.Error(err)
 						return

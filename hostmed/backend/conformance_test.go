@@ -217,21 +217,24 @@ func flushes(t *testing.T, b Backend) {
 func flood(t *testing.T, b Backend) {
 	q := newQueue(t, b)
 	lba := b.Info().LBASize()
-	n := int(testSize / lba)
+	n, all := int(testSize/lba), 3000
+	if testing.Short() {
+		all = cqEntries + cqEntries/2
+	}
 	mem := pattern(guestMemory(t, testSize), 10)
 	got := guestMemory(t, testSize)
 	var w, r []*Request
-	for i := range 3000 {
+	for i := range all {
 		off := uint64(i%n) * lba
 		w = append(w, write(off, mem[off:][:lba]))
 		r = append(r, read(off, got[off:][:lba]))
 	}
 	mustRun(t, q, w...)
 	mustRun(t, q, r...)
-	m := min(3000, n) * int(lba)
+	m := min(all, n) * int(lba)
 	expect(t, got[:m], mem[:m], "flood")
 	var z []*Request
-	for i := range 1500 {
+	for i := range all / 2 {
 		z = append(z, &Request{Op: OpWriteZeroes, Off: uint64(i%n) * lba, Len: lba})
 	}
 	if b.Info().LBAShift == 12 { // fallocate is slow

@@ -116,12 +116,15 @@ func TestNamespacesChange(t *testing.T) {
 
 // TestResetsUnderLoad loses commands by chance, each of which costs a reset: whatever happens to whom, what is read is what was written.
 func TestResetsUnderLoad(t *testing.T) {
-	const resets = 6
+	resets, rate := uint64(6), "1/400"
+	if testing.Short() {
+		resets, rate = 3, "1/100"
+	}
 	for _, mode := range []hostmed.DoorbellMode{hostmed.Shadow, hostmed.Trap, hostmed.Mmap} {
 		for _, on := range []guestdrv.ResetMode{guestdrv.ResetFail, guestdrv.ResetReplay} {
 			t.Run(mode.String()+", "+on.String(), func(t *testing.T) {
 				t.Parallel()
-				m := serve(t, one(hostmed.ControllerConfig{Doorbells: mode, Namespaces: []string{"fault:drop@rate=1/400,over=mem:size=64MiB"}}))
+				m := serve(t, one(hostmed.ControllerConfig{Doorbells: mode, Namespaces: []string{"fault:drop@rate=" + rate + ",over=mem:size=64MiB"}}))
 				o := faultOptions()
 				o.Timeout, o.OnReset = 1500*time.Millisecond, on
 				c := open(t, m, name, o)

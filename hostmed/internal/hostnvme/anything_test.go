@@ -129,6 +129,10 @@ func anything(t *testing.T, seed uint64) {
 			}
 		}
 	})
+	batches := 60
+	if testing.Short() {
+		batches = 20
+	}
 	var all []*anyGuest
 	for i := range guests {
 		s := Slice{
@@ -147,7 +151,7 @@ func anything(t *testing.T, seed uint64) {
 		}
 		g.disk = bytes.Clone(g.disk)
 		all = append(all, g)
-		work.Go(func() { g.live(60) })
+		work.Go(func() { g.live(batches) })
 	}
 	work.Wait()
 	close(stop)
