@@ -22,12 +22,12 @@ func TestKilledServerLeavesAPauseAndNoError(t *testing.T) {
 	if disk != "/dev/ublkb3" {
 		t.Fatalf("serves %s", disk)
 	}
-	g.Run(t, fmt.Sprintf(`(fio --name=v --filename=%s --rw=randwrite --bs=4k --size=12M --numjobs=2 --offset_increment=64M --iodepth=32 --ioengine=libaio \
+	g.Run(t, fmt.Sprintf(`(fio --name=v --filename=%s --rw=randwrite --bs=4k --size=16M --numjobs=2 --offset_increment=64M --iodepth=32 --ioengine=libaio \
 		--direct=1 --verify=crc32c --verify_fatal=1 --rate_iops=250,250 --group_reporting > /tmp/fio 2>&1; echo "fio ended: $?" >> /tmp/fio) < /dev/null > /dev/null 2>&1 &`, disk))
 	const kills = 4
 	stat := fmt.Sprintf("awk '{ print $1 + $5 }' /sys/block/%s/stat", filepath.Base(disk)) // reads and writes that have completed
 	for n := range kills {
-		// A thirtieth of all, so that the load is on to the last.
+		// A fortieth of all, so that the load is on to the last.
 		g.Run(t, fmt.Sprintf("from=$(%[1]s); until [ $(($(%[1]s) - from)) -ge 400 ]; do sleep 0.05; done", stat))
 		g.Run(t, "kill -9 $(pidof guestdrv); for n in $(seq 100); do pidof guestdrv > /dev/null || exit 0; sleep 0.05; done; exit 1")
 		if n == 0 {
