@@ -62,9 +62,9 @@ func startGuest(t *testing.T, socket string, depth int) *guest {
 // counts.
 func TestLimitsOfThreeGuests(t *testing.T) {
 	if testing.Short() && os.Getenv("CI") != "true" {
-		t.Skip("takes windows of 2 s")
+		t.Skip("takes windows of 5 s")
 	}
-	const window, depth = 2 * time.Second, 16
+	const window, depth = 5 * time.Second, 16
 	dir := t.TempDir()
 	file := filepath.Join(dir, "hostmed.toml")
 	write := func(limits ...string) {
