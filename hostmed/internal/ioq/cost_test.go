@@ -16,8 +16,8 @@ func (w *Worker) sampleAll() {
 	w.Call(func() { w.cost.every, w.cost.left, w.cost.back = 1, 1, 1 })
 }
 
-// near says that n commands were measured, but for a few during which the thread was away.
-func near(p Phase, n uint64) bool { return p.Commands <= n && p.Commands >= n/2 && p.Time > 0 }
+// near says that n commands were measured, but for those during which the thread was away: many, on a busy machine under the race detector.
+func near(p Phase, n uint64) bool { return p.Commands <= n && p.Commands >= n/8 && p.Time > 0 }
 
 // TestCosts measures every batch and finds every command in each phase.
 func TestCosts(t *testing.T) {

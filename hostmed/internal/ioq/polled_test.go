@@ -111,19 +111,24 @@ func TestPolledInVain(t *testing.T) {
 				p.publish()
 				r.eventually("the medium has it", func() bool { return s.held() == 1 })
 				r.eventually("it is polled", func() bool { return s.looks.Load() > before+100 })
-				// In a second there may be so many looks, and those of vainFor, which are no more than a worker can make.
-				rare := func() bool {
+				// window returns how many looks there are in 40 ms, and how many there may be: one a millisecond, and the 18 of the way from firstLook to
+				// lastLook, for a worker that was kept from its core meanwhile.
+				window := func() (looks, most int64) {
 					begin, from := time.Now(), s.looks.Load()
 					time.Sleep(40 * time.Millisecond)
-					looks := s.looks.Load() - from
-					return looks > 0 && looks <= time.Since(begin).Milliseconds()+10
+					return s.looks.Load() - from, time.Since(begin).Milliseconds() + 20
 				}
-				r.eventually("looks become rare", rare)
+				r.eventually("looks become rare", func() bool {
+					looks, most := window()
+					return looks > 0 && looks <= most
+				})
 				for range 5 {
-					if !rare() {
-						t.Error("it is polled again, and has nothing new to do")
+					if looks, most := window(); looks > most {
+						t.Errorf("it is polled again, and has nothing new to do: %d looks, %d at most", looks, most)
 					}
 				}
+				still := s.looks.Load()
+				r.eventually("it is looked at all the same", func() bool { return s.looks.Load() > still })
 				s.finish(1)
 				p.reap(1)
 			}
