@@ -244,15 +244,10 @@ func (d *Device) limit() time.Duration {
 
 // readCommand reads the function's command register.
 func (d *Device) readCommand() (uint16, error) {
-	var b [2]byte
-	if _, err := d.config.ReadAt(b[:], pci.RegCommand); err != nil {
-		return 0, fmt.Errorf("PCI command register: %w", err)
-	}
-	v := binary.LittleEndian.Uint16(b[:])
-	if v == 0xffff {
-		return 0, fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
-	}
-	return v, nil
+	return pci.ReadCommand(func(p []byte, off int64) error {
+		_, err := d.config.ReadAt(p, off)
+		return err
+	})
 }
 
 // answers is [pci.Registers].Answers.

@@ -178,15 +178,7 @@ func (d *Device) withSpace(f func() error) error {
 
 // readCommand reads the function's command register. A descriptor must be open.
 func (d *Device) readCommand() (uint16, error) {
-	var b [2]byte
-	if err := d.k.pread(d.fd, b[:], d.config+pci.RegCommand); err != nil {
-		return 0, fmt.Errorf("PCI command register: %w", err)
-	}
-	v := binary.LittleEndian.Uint16(b[:])
-	if v == 0xffff {
-		return 0, fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
-	}
-	return v, nil
+	return pci.ReadCommand(func(p []byte, off int64) error { return d.k.pread(d.fd, p, d.config+off) })
 }
 
 // answers is [pci.Registers].Answers.

@@ -103,6 +103,19 @@ func (r *Registers) slow(off, n uint32) error {
 	return nil
 }
 
+// ReadCommand reads the command register by read, which is of configuration space. The error wraps [device.ErrGone] if the function is not there.
+func ReadCommand(read func(p []byte, off int64) error) (uint16, error) {
+	var b [2]byte
+	if err := read(b[:], RegCommand); err != nil {
+		return 0, fmt.Errorf("PCI command register: %w", err)
+	}
+	v := binary.LittleEndian.Uint16(b[:])
+	if v == 0xffff {
+		return 0, fmt.Errorf("PCI command register: %w: it reads as all ones", device.ErrGone)
+	}
+	return v, nil
+}
+
 // Read32 reads a register. All ones may be no value: see present.
 func (r *Registers) Read32(off uint32) (uint32, error) {
 	v, err := r.load32(off)
