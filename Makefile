@@ -66,7 +66,7 @@ test: deps race lab ## all tests: with the race detector, then as shipped, virtu
 	@# One at a time: two cores are one for the guest and one for hostmed.
 	$(GO) test -timeout 20m -p 1 ./tools/vmlab/...
 
-# Short: the detector sees a race in few rounds as in many. No test of RACE_PACKAGES may skip for it; `make test` runs them all in full without the detector.
+# Short: the detector sees a race in few rounds as in many. No test of RACE_PACKAGES may skip for it (tools/lint); `make test` runs them all in full without the detector.
 .PHONY: race
 race: # with cgo and gcc; without gcc a failure in CI, elsewhere a line that says so
 	@if command -v gcc >/dev/null; then \

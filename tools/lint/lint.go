@@ -296,3 +296,41 @@ func DocTests(files []File) (problems []string) {
 	}
 	return problems
 }
+
+// raced are the folders whose tests the race stage of the Makefile runs, with -short, and in them those whose it does not.
+var (
+	raced    = []string{"shared/", "guestdrv/", "hostmed/", "tools/inproc/"}
+	notRaced = "shared/dbbuf/model/"
+)
+
+// ShortSkips checks that no test of the race stage skips because it is to be short: the race detector would never see it.
+func ShortSkips(files []File) (problems []string) {
+	for _, f := range files {
+		if f.AST == nil || !f.isTest() || strings.HasPrefix(f.Path, notRaced) || !slices.ContainsFunc(raced, func(r string) bool { return strings.HasPrefix(f.Path, r) }) {
+			continue
+		}
+		ast.Inspect(f.AST, func(n ast.Node) bool {
+			branch, ok := n.(*ast.IfStmt)
+			if !ok || !calls(branch.Cond, "Short") {
+				return true
+			}
+			if calls(branch.Body, "Skip") || calls(branch.Body, "Skipf") || calls(branch.Body, "SkipNow") {
+				problems = append(problems, f.at(branch)+": skips with -short, with which the race stage runs")
+			}
+			return true
+		})
+	}
+	return problems
+}
+
+// calls says whether there is a call of a method or function of that name in n.
+func calls(n ast.Node, name string) (found bool) {
+	ast.Inspect(n, func(n ast.Node) bool {
+		if c, ok := n.(*ast.CallExpr); ok {
+			s, ok := c.Fun.(*ast.SelectorExpr)
+			found = found || ok && s.Sel.Name == name
+		}
+		return !found
+	})
+	return found
+}

@@ -22,6 +22,7 @@ func TestFileLengths(t *testing.T)     { report(t, FileLengths(tree(t))) }
 func TestLocalPaths(t *testing.T)      { report(t, LocalPaths(tree(t))) }
 func TestInterrupts(t *testing.T)      { report(t, Interrupts(tree(t))) }
 func TestDocTests(t *testing.T)        { report(t, DocTests(tree(t))) }
+func TestShortSkips(t *testing.T)      { report(t, ShortSkips(tree(t))) }
 
 //go:generate go test -run ^TestRuleTable$ -update .
 
@@ -169,6 +170,13 @@ func TestChecksBite(t *testing.T) {
 		{"unsafe, named", Unsafe, "shared/a/a_unsafe.go", `package a; import "unsafe"`, ""},
 		{"unsafe test, named", Unsafe, "shared/a/a_unsafe_test.go", `package a; import "unsafe"`, ""},
 		{"cgo", Unsafe, "shared/a/a_unsafe.go", `package a; import "C"`, "cgo"},
+
+		{"short skips", ShortSkips, "shared/a/a_test.go", `package a; func TestX(t *testing.T) { if testing.Short() { t.Skip("x") } }`, "skips with -short"},
+		{"short and more skips", ShortSkips, "tools/inproc/a_test.go", `package a; func TestX(t *testing.T) { if slow && testing.Short() { if x { t.Skipf("x") } } }`, "skips with -short"},
+		{"short is less", ShortSkips, "shared/a/a_test.go", `package a; func TestX(t *testing.T) { if testing.Short() { n = 1 } }`, ""},
+		{"skips for something else", ShortSkips, "guestdrv/a_test.go", `package a; func TestX(t *testing.T) { if !there { t.Skip("x") } }`, ""},
+		{"short skips where nothing races", ShortSkips, "tools/demo/a_test.go", `package a; func TestX(t *testing.T) { if testing.Short() { t.Skip("x") } }`, ""},
+		{"short skips in the models", ShortSkips, "shared/dbbuf/model/a_test.go", `package a; func TestX(t *testing.T) { if testing.Short() { t.Skip("x") } }`, ""},
 
 		{"package util", PackageNames, "shared/a/a.go", "package util", "package util"},
 		{"folder common", PackageNames, "shared/common/a.go", "package a", "package common"},
