@@ -1,0 +1,117 @@
+// Package trace shows what the NVMe queues of this machine's kernel do, by BPF programs on its tracepoints: counts and
+// latencies per device, queue, opcode and size, aggregated in the kernel, and, where asked for, each command as an event.
+package trace
+
+import (
+	"time"
+
+	"github.com/shadowbell/shadowbell/shared/latency"
+)
+
+// Key says of which commands a Cell is.
+type Key struct {
+	Device    uint16 // instance: 0 for nvme0
+	QID       uint16 // 0: the admin queue
+	Opcode    uint8
+	SizeClass uint8 // see SizeClassOf
+}
+
+// Cell is what the kernel has counted for one Key since Open. Latencies are from nvme_setup_cmd, the command being written for the
+// queue, to nvme_complete_rq, the request's end.
+type Cell struct {
+	Key
+	Count   uint64 // completed
+	Errors  uint64 // of them, with a status that is not 0
+	Retries uint64 // of them, of commands that were tried before
+	Bytes   uint64 // of data, by the command's own length field
+	Latency *latency.Histogram
+}
+
+// Queue is what the kernel has counted for one real queue.
+type Queue struct {
+	Device   uint16
+	QID      uint16
+	Started  uint64 // nvme_setup_cmd
+	Ended    uint64 // nvme_complete_rq that found its start
+	Orphans  uint64 // nvme_complete_rq of commands that began before Open
+	Depth    int64  // outstanding now
+	DepthMax int64
+	SQHead   uint32 // as nvme_sq last showed it; the driver's view
+	SQTail   uint32
+	Timeouts uint64
+	Resets   uint64 // of the device; counted on queue 0
+	AERs     uint64 // asynchronous events; counted on queue 0
+}
+
+// Losses are what was not counted. Nothing is lost silently.
+type Losses struct {
+	Ring      uint64 // events that found no room in the ring buffer
+	Map       uint64 // commands that found no room in a map
+	Recursion uint64 // programs that the kernel did not run because they were running (recursion_misses)
+}
+
+// Snapshot is all that was counted since Open.
+type Snapshot struct {
+	At     time.Time
+	Since  time.Duration // since Open
+	Cells  []Cell
+	Queues []Queue
+	Block  []BlockCell
+	KVM    []ExitCell
+	Losses Losses
+}
+
+// BlockCell is the block layer's view of one disk: from block_rq_insert or, without a scheduler, block_rq_issue to block_rq_complete.
+type BlockCell struct {
+	Disk     string
+	Op       byte // R, W, F (flush) or D (discard)
+	Count    uint64
+	Bytes    uint64
+	Queued   *latency.Histogram // insert to issue
+	InDevice *latency.Histogram // issue to complete
+}
+
+// ExitCell counts exits of one virtual machine (kvm_exit), and of them those for MMIO.
+type ExitCell struct {
+	PID      uint32 // of the process that runs it
+	Exits    uint64
+	MMIO     uint64 // kvm_mmio writes
+	FastMMIO uint64 // kvm_fast_mmio: an ioeventfd was signalled
+	Reasons  map[uint32]uint64
+}
+
+// Kind is what an Event is about.
+type Kind uint8
+
+// The kinds of Event.
+const (
+	Start Kind = iota + 1 // nvme_setup_cmd
+	End                   // nvme_complete_rq
+	AsyncEvent
+	Timeout
+	Reset
+	Doorbell // nvme_sq: SQ head and tail after a completion
+)
+
+// Event is one event of a real queue. An End carries what its Start had.
+type Event struct {
+	Kind    Kind
+	Time    int64 // ns of CLOCK_MONOTONIC
+	Device  uint16
+	QID     uint16
+	CID     uint16 // as the driver numbers requests (request tag and generation)
+	Opcode  uint8
+	Status  uint16 // End: CQE status without the phase bit
+	Retries uint8
+	NSID    uint32
+	SLBA    uint64 // of I/O commands that have one
+	Blocks  uint32 // number of logical blocks, one-based; 0: the command has none
+	Bytes   uint32
+	Latency int64  // ns; End only
+	TID     uint32 // thread that started the command
+	Comm    string
+	Disk    string // "" for admin commands
+	CDW10   [6]uint32
+	SQHead  uint32 // Doorbell
+	SQTail  uint32
+}
