@@ -1,0 +1,22 @@
+// Command nvmetrace shows what the real NVMe queues of this machine do, and the shared doorbells of hostmed's above them. Package ebpf/trace
+// counts in the kernel, hostmed's control socket tells of the doorbells; this program reads the command line, subtracts and prints.
+//
+// Each command is a file of its own.
+package main
+
+import (
+	"os"
+
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
+)
+
+const description = `nvmetrace shows what NVMe queues do: those of this machine's kernel, by eBPF, and those of hostmed's guests, by its control socket.`
+
+type grammar struct {
+	Version cli.VersionCommand `cmd:"" help:"Print the version."`
+}
+
+func main() {
+	p := cli.Program{Name: "nvmetrace", Description: description, Grammar: &grammar{}, Commands: true}
+	os.Exit(p.Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr}))
+}
