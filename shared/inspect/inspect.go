@@ -37,6 +37,10 @@ type Controller struct {
 	Enables      uint64 `json:"enables"`
 	ConfigEnable uint64 `json:"config_enable"`
 
+	Coalesced bool `json:"coalesced"` // interrupts may come late (feature 08h)
+	// Stalled says that a message of the client is being handled: doorbell messages behind it have not been read.
+	Stalled bool `json:"stalled"`
+
 	// Busy names workers that did not answer in time; the queues that they own are missing.
 	Busy   []int   `json:"busy_workers,omitempty"`
 	Queues []Queue `json:"queues"`
@@ -98,7 +102,12 @@ type Queue struct {
 	VectorFD     bool   `json:"vector_fd"`    // the client has given the vector an eventfd
 	VectorMasked bool   `json:"vector_masked"`
 	VectorLatch  bool   `json:"vector_pending"` // an interrupt waits for that
-	Fresh        bool   `json:"fresh"`          // created while the doorbell pages were away
+	// Unraised is how many completions were posted since the CQ raised an interrupt or found its driver polling (the quiet bit): 0, unless interrupts
+	// are off or Coalesced.
+	Unraised uint32 `json:"unraised"`
+	// ResumedAt is when fetching went on after the queue was draining or parked (R27); 0: it never was.
+	ResumedAt int64 `json:"resumed_at_ns"`
+	Fresh     bool  `json:"fresh"` // created while the doorbell pages were away
 
 	SQMemory Memory `json:"sq_memory"`
 	CQMemory Memory `json:"cq_memory"`
@@ -110,6 +119,9 @@ type Bell struct {
 	Register uint32 `json:"register"` // the last value of an MMIO write that counted, or what is in the mapped page
 	Page     uint32 `json:"page"`     // the slot of the doorbell page, with the quiet bit
 	Event    uint32 `json:"event"`    // the slot of the event-index page
+	Asked    uint32 `json:"asked"`    // what the mediator stored there last; Event is another: somebody else wrote to it
+	Rung     uint32 `json:"rung"`     // value of the last doorbell message, whether it counted or not
+	Born     uint32 `json:"born"`     // what was found in the slot or register when the queue was there, after it was zeroed (R22)
 	// Slot and EventSlot are where these two are in memory; Size is 0 where doorbells are not shared.
 	Slot      Memory `json:"slot"`
 	EventSlot Memory `json:"event_slot"`
