@@ -62,7 +62,15 @@ func isHugetlb(fd int) bool {
 // NewMemfd returns size bytes, rounded up to pages, of zeroed memory in a memfd that can be passed to a
 // peer. It is sealed against shrinking and growing, so that neither side can take
 // it from the other (R36).
-func NewMemfd(name string, size uint64) (*Region, error) {
+func NewMemfd(name string, size uint64) (*Region, error) { return newMemfd(name, size, 0) }
+
+// NewMemfdForReaders is NewMemfd for memory that a peer may read: only this process's mapping, which exists already, can be written through.
+func NewMemfdForReaders(name string, size uint64) (*Region, error) {
+	return newMemfd(name, size, unix.F_SEAL_FUTURE_WRITE)
+}
+
+// newMemfd adds the seals in more once the memory is mapped.
+func newMemfd(name string, size uint64, more int) (*Region, error) {
 	size = (size + PageSize - 1) &^ (PageSize - 1)
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -72,17 +80,16 @@ func NewMemfd(name string, size uint64) (*Region, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("memfd %q of %#x bytes: %w", name, size, err)
 	}
-	const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("sealing memfd %q: %w", name, err)
-	}
 	r, err := Map(fd, 0, size, true)
 	if err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
 	r.mapping.fd = fd
+	seals := unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL | more
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
+		return nil, errors.Join(fmt.Errorf("sealing memfd %q: %w", name, err), r.Close())
+	}
 	return r, nil
 }
 

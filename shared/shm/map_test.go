@@ -351,3 +351,34 @@ func reserveHugePages(t *testing.T, n int) {
 		without(t, "the kernel found only %d of %d huge pages", count("free_hugepages"), n)
 	}
 }
+
+// Who is given the descriptor reads, and whoever made it goes on writing.
+func TestMemfdForReaders(t *testing.T) {
+	notHeldMore(t)
+	r, err := shm.NewMemfdForReaders("shm-test", 4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if m, err := shm.Map(r.FD(), 0, 4096, true); !errors.Is(err, unix.EPERM) {
+		t.Errorf("mapped for writing: %v, %v", m, err)
+	}
+	if _, err := unix.Pwrite(r.FD(), []byte("x"), 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("written: %v", err)
+	}
+	m, err := shm.Map(r.FD(), 0, 4096, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := r.Write(100, []byte("seen")); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 4)
+	if err := m.Read(100, got); err != nil || string(got) != "seen" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if shm.CanShrink(r.FD()) {
+		t.Error("it can shrink")
+	}
+}
