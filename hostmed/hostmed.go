@@ -54,6 +54,8 @@ type Mediator struct {
 	closed     bool
 	accepting  sync.WaitGroup
 
+	registry registry // of ports, for those who only look
+
 	following sync.WaitGroup // events of media that are being dealt with
 
 	closeOnce sync.Once

@@ -34,6 +34,7 @@ type port struct {
 	home     *ioq.Worker
 	listener *net.UnixListener // nil: none, see Config.NoSockets
 	inode    uint64
+	trace    uint16 // in event records and snapshots; the registry's
 
 	mu      sync.Mutex
 	session *session // nil: no client
@@ -61,6 +62,7 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 	p.self = s.AddController(c.ID)
 	p.self.Manages = c.Management
 	p.self.Limiter().Set(c.Limits, ioq.Now())
+	s.m.registry.add(p)
 	return p, nil
 }
 
@@ -217,6 +219,7 @@ func refuse(conn *net.UnixConn) {
 
 // close ends the session, if there is one, and removes the socket.
 func (p *port) close() error {
+	p.m.registry.remove(p)
 	var err error
 	if p.listener != nil {
 		err = p.listener.Close()

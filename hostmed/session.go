@@ -15,6 +15,7 @@ import (
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 	"github.com/shadowbell/shadowbell/hostmed/internal/pci"
+	"github.com/shadowbell/shadowbell/shared/inspect"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
@@ -53,6 +54,9 @@ type session struct {
 	advised uint32       // causes that were told, the goroutine's (advice.go)
 	retired []gmem.Range // unmapped, but a medium still moves data there; the goroutine's
 
+	errors     []inspect.QueueError // of queues; the goroutine's
+	inspecting chan struct{}        // has room while no snapshot is being taken
+
 	// The home worker's:
 	recv *vfiouser.Receiver
 	busy bool // a message is with the goroutine
@@ -62,6 +66,7 @@ type session struct {
 	// From workers to the goroutine:
 	signal  chan struct{} // capacity 1
 	kicked  atomic.Bool   // queue 0's doorbell has moved
+	stalled atomic.Bool   // busy, for those who only look
 	unmask  atomic.Bool   // the client has unmasked INTx by its eventfd
 	ended   atomic.Bool   // media have ended what a reset or an unmap did not wait for
 	overdue atomic.Uint64 // overdueBit and what PinOverdue is to be called with; 0: it is not
@@ -81,7 +86,7 @@ type session struct {
 func (p *port) newSession(fd int) (_ *session, err error) {
 	s := &session{
 		p: p, log: p.log, fd: fd, home: p.home, mem: gmem.New(),
-		signal: make(chan struct{}, 1), done: make(chan struct{}), unmaskFD: -1,
+		signal: make(chan struct{}, 1), done: make(chan struct{}), unmaskFD: -1, inspecting: make(chan struct{}, 1),
 	}
 	defer func() {
 		if err != nil && fd >= 0 {
@@ -184,6 +189,7 @@ func (s *session) take() bool {
 			}
 		}
 		s.busy = true
+		s.stalled.Store(true)
 		s.home.Modify(s.fd, false)
 		s.mu.Lock()
 		s.msg, s.have = m, true
@@ -267,6 +273,7 @@ func (s *session) wake() {
 
 // fault takes note of a failed queue. It is called on a worker's thread.
 func (s *session) fault(e ioq.QueueError) {
+	e.At = inspect.Now()
 	s.mu.Lock()
 	if len(s.faults) < maxFaults {
 		s.faults = append(s.faults, e)
@@ -338,6 +345,7 @@ func (s *session) release() {
 }
 
 func (s *session) queueFailed(f ioq.QueueError) {
+	s.failed(f)
 	s.log.Debug("queue failed", "queue", f.QID, "kind", f.Kind.String(), "error", f.Err)
 	switch f.Kind {
 	case ioq.BadSQTail, ioq.BadCQHead:
@@ -365,6 +373,7 @@ func (s *session) handle(m vfiouser.Message) {
 	open := s.disp.Negotiated()
 	s.home.Post(func() {
 		s.busy, s.open = false, open
+		s.stalled.Store(false)
 		s.home.Modify(s.fd, true)
 		s.Ready(0)
 	})

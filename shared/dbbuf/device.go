@@ -10,11 +10,14 @@ type Poller struct {
 	size uint32         // entries of the ring
 	lap  uint32         // consumed index at which ei was last published
 	seen uint32         // doorbell as last loaded
+	put  uint32         // ei as last stored
 
 	fence atomic.Uint32 // private: an operation on it is a full barrier
 
 	// Armed counts Arm calls that said yes, and Lost those that said no.
 	Armed, Lost uint64
+	// Index is what the last Arm stored, and Saw the doorbell that it loaded then.
+	Index, Saw uint32
 }
 
 // NewPoller returns a Poller of a ring of size entries over a doorbell word and, where the
@@ -28,6 +31,21 @@ func (p *Poller) Load() uint32 {
 	p.seen = p.word.Load()
 	return p.seen
 }
+
+// Peek is Load for somebody who only looks.
+func (p *Poller) Peek() uint32 { return p.word.Load() }
+
+// Move returns a Poller of the same ring over other words, which keeps the counts.
+func (p *Poller) Move(word, ei *atomic.Uint32) *Poller {
+	n := &Poller{word: word, ei: ei, size: p.size, Armed: p.Armed, Lost: p.Lost, Index: p.Index, Saw: p.Saw}
+	if ei != nil {
+		n.put = ei.Load()
+	}
+	return n
+}
+
+// Put returns what was last stored as event index, or, since Move, found as one.
+func (p *Poller) Put() uint32 { return p.put }
 
 // Asked returns the index for which the driver was last asked to ring, and false where there is no event index. It is for diagnosis.
 func (p *Poller) Asked() (uint32, bool) {
@@ -66,6 +84,7 @@ func (p *Poller) BehindNow(consumed uint32) {
 	if consumed == 0 {
 		behind = p.size - 1
 	}
+	p.put = behind
 	p.ei.Store(behind)
 }
 
@@ -74,9 +93,11 @@ func (p *Poller) BehindNow(consumed uint32) {
 // pairs with Publish in driver.go.
 func (p *Poller) Arm(consumed uint32) bool {
 	if p.ei != nil {
+		p.put = consumed
 		p.ei.Swap(consumed)
 	}
-	if p.word.Load()&^QuietBit == consumed {
+	p.Index, p.Saw = consumed, p.word.Load()&^QuietBit
+	if p.Saw == consumed {
 		p.Armed++
 		return true
 	}

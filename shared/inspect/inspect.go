@@ -3,6 +3,8 @@
 // nvmetrace doctor judges it. These are plain values; the package reads and writes no memory.
 package inspect
 
+import "errors"
+
 // Version is the layout of Snapshot. A reader refuses another.
 const Version = 1
 
@@ -41,6 +43,8 @@ type Controller struct {
 	// Stalled says that a message of the client is being handled: doorbell messages behind it have not been read.
 	Stalled bool `json:"stalled"`
 
+	// Silent says that the controller's session did not answer in time: nothing else but its names is filled in.
+	Silent bool `json:"silent,omitempty"`
 	// Busy names workers that did not answer in time; the queues that they own are missing.
 	Busy   []int   `json:"busy_workers,omitempty"`
 	Queues []Queue `json:"queues"`
@@ -60,7 +64,7 @@ type QueueError struct {
 }
 
 // Queue is one submission queue with the completion queue that it feeds. Queue 0 is the admin queue, whose commands a goroutine runs: of
-// its fields those about polling and arming are zero.
+// its fields those about polling and arming are zero, and its Worker is -1.
 type Queue struct {
 	QID    uint16 `json:"qid"`
 	CQID   uint16 `json:"cqid"`
@@ -111,6 +115,36 @@ type Queue struct {
 
 	SQMemory Memory `json:"sq_memory"`
 	CQMemory Memory `json:"cq_memory"`
+}
+
+// MaxFiles is how many files go with a snapshot.
+const MaxFiles = 128
+
+// Why a controller or a queue cannot be asked.
+var (
+	ErrNoController = errors.New("no such controller")
+	ErrNoClient     = errors.New("it has no client")
+	ErrNoQueue      = errors.New("no such queue")
+	ErrBusy         = errors.New("its thread does not answer: it waits for a medium, or for a core")
+)
+
+// Listed is a controller that is served.
+type Listed struct {
+	Socket string `json:"socket"`
+	NQN    string `json:"nqn"`
+	CNTLID uint16 `json:"cntlid"`
+	Trace  uint16 `json:"trace"`
+	Mode   string `json:"doorbells"` // shadow, trap or mmap
+	Client bool   `json:"client"`    // it has one
+}
+
+// Kick is what became of a queue that was kicked by hand.
+type Kick struct {
+	QID   uint16 `json:"qid"`
+	State string `json:"state"` // in which it was found, as in Queue
+	Woken bool   `json:"woken"` // it slept, and is polled now
+	Awake bool   `json:"awake"` // it was polled already
+	Found uint32 `json:"found"` // commands that it had not fetched yet
 }
 
 // Bell is one doorbell of a queue: what the mediator has taken, and what stands where the driver writes.

@@ -36,6 +36,8 @@ type adminQueue struct {
 	waiting []ring.Entry // completions without room in the CQ, oldest first; at most aerLimit+asyncLimit+2
 	posted  bool         // an interrupt is due
 	cmd     nvme.Command // being run
+
+	counts adminCounts
 }
 
 // AdminKick serves the admin queue: one of its doorbells has moved, or may have. It reports
@@ -77,6 +79,7 @@ func (c *Controller) serveAdmin() (more bool) {
 		c.takeHead(a.head.load(cqHead))
 		for n := c.takeTail(a.tail.load(sqTail)); n > 0 && budget > 0 && a.room() && c.async.running < asyncLimit; n-- {
 			a.sq.Fetch(&a.cmd)
+			a.counts.fetch()
 			c.run(&a.cmd)
 			budget--
 		}
@@ -148,6 +151,7 @@ func (c *Controller) postWaiting() {
 		return
 	}
 	a.cq.Post(a.waiting[:n])
+	a.counts.post(n)
 	a.waiting = append(a.waiting[:0], a.waiting[n:]...)
 	a.posted = true
 }
@@ -157,6 +161,7 @@ func (c *Controller) postWaiting() {
 func (c *Controller) interrupt() {
 	if c.admin.posted {
 		c.admin.posted = false
+		c.admin.counts.interrupts++
 		c.dp.Interrupt(0)
 	}
 }

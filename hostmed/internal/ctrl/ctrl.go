@@ -223,6 +223,7 @@ type Controller struct {
 
 	shutdownDone chan error // of the flush of a shutdown that is going on; nil: none
 	flush        flusher
+	history      history
 	async        async
 }
 

@@ -29,6 +29,7 @@ type adminDoorbell struct {
 	value    uint32 // as last taken
 	register uint32 // as last seen
 	slot, ei *atomic.Uint32
+	asked    uint32 // what ei was last set to
 	mirrored uint32 // what the slot held when last seen or written
 	owned    bool   // the driver writes the slot
 }
@@ -59,6 +60,7 @@ func (d *adminDoorbell) load(register *atomic.Uint32) uint32 {
 func (d *adminDoorbell) arm(register *atomic.Uint32) bool {
 	taken := d.value
 	if d.ei != nil {
+		d.asked = taken
 		d.ei.Store(taken)
 	}
 	return d.load(register) == taken
@@ -67,7 +69,7 @@ func (d *adminDoorbell) arm(register *atomic.Uint32) bool {
 // attach puts the doorbell on a slot and seeds it (R23).
 func (d *adminDoorbell) attach(slot, ei *atomic.Uint32) {
 	d.slot, d.ei = slot, ei
-	d.mirrored, d.owned = d.value, false
+	d.mirrored, d.owned, d.asked = d.value, false, d.value
 	slot.Store(d.value)
 	ei.Store(d.value)
 }
@@ -135,6 +137,8 @@ func (c *Controller) doorbellBufferConfig(cmd *nvme.Command) result {
 	}
 	c.pages.release()
 	c.pages = n
+	c.history.configs++
+	c.history.configEnable = c.history.enables
 	if again {
 		c.admin.tail.reattach(shadowSQ, eiSQ)
 		c.admin.head.reattach(shadowCQ, eiCQ)

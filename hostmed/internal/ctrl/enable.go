@@ -40,6 +40,7 @@ func (c *Controller) writeCC(v nvme.CC) {
 	c.regs.cc = v
 	switch {
 	case v.EN() && !old.EN():
+		c.history.enables++
 		if !c.settling { // otherwise when that is over
 			c.enable()
 		}

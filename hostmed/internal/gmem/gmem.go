@@ -53,6 +53,7 @@ type file struct {
 	mem   *shm.Region
 	huge  bool // of huge pages
 	refs  int
+	fd    int // -1: not kept, see handover.go
 }
 
 func (f *file) holds(offset, size uint64) bool {
@@ -88,6 +89,7 @@ type Memory struct {
 	mu     sync.Mutex          // guards files and orders writers of table
 	files  map[fileKey][]*file // more than one if it grew, or is larger than MaxWhole
 	mapped uint64              // bytes of all files
+	kept   int                 // descriptors
 	table  atomic.Pointer[Table]
 }
 
@@ -183,7 +185,7 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 			return f, nil
 		}
 	}
-	f := &file{key: key, begin: offset, huge: huge, refs: 1}
+	f := &file{key: key, begin: offset, huge: huge, refs: 1, fd: -1}
 	if whole := uint64(st.Size); whole >= offset+size && whole <= MaxWhole {
 		f.begin, size = 0, whole
 	}
@@ -195,6 +197,7 @@ func (m *Memory) open(fd int, offset, size uint64, writable bool) (*file, error)
 		return nil, fmt.Errorf("DMA memory: %w", err)
 	}
 	m.mapped += f.mem.Len()
+	m.keep(f, fd)
 	if m.Opened != nil {
 		m.Opened(f.bytes())
 	}
@@ -216,6 +219,7 @@ func (m *Memory) put(f *file) error {
 		m.Closing(f.bytes())
 	}
 	m.mapped -= f.mem.Len()
+	m.unkeep(f)
 	return f.mem.Close()
 }
 

@@ -86,6 +86,7 @@ func (w *Worker) fireDue() {
 		case d.g.vector.held.expire(d.wait):
 			if d.g.state != Absent { // deleted meanwhile: its counters are
 				d.g.stats.Interrupts++
+				d.g.unraised = 0
 			}
 			if c := d.g.ctl; !d.g.vector.fire() && c.pin.on.Load() && c.cfg.OnPin != nil {
 				c.cfg.OnPin(c.pin.rung.Load(), 0) // the completions may be another worker's

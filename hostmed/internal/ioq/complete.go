@@ -53,6 +53,9 @@ func (w *Worker) postGroup(g *group) {
 	w.current = g
 	n := uint32(len(g.staged))
 	g.prod.Post(g.staged)
+	g.posted += uint64(n)
+	g.postedAt = w.now
+	g.unraised += n
 	g.staged = g.staged[:0]
 	if w.cost.on {
 		w.cost.charge(&g.stats.Costs.Complete, 0)
@@ -69,12 +72,14 @@ func (w *Worker) postGroup(g *group) {
 // interrupt raises the interrupt for n completions of g, or finds that it need not be.
 func (w *Worker) interrupt(g *group, n uint32) {
 	if g.ctl.quiet.Load() && g.head.Quiet() {
+		g.unraised = 0
 		return
 	}
 	if entries, delay := g.ctl.coalescing.get(); delay > 0 && !g.vector.direct.Load() && !w.gather(g, n, entries, delay) {
 		return
 	}
 	g.stats.Interrupts++
+	g.unraised = 0
 	if !g.vector.fire() {
 		w.raisePin(g)
 	}

@@ -82,7 +82,11 @@ type Controller struct {
 	busy     busyClock
 	failures failures
 
-	rung [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
+	rung       [2]atomic.Uint64 // doorbell messages for I/O queues: SQ tails, CQ heads
+	adminKicks [2]atomic.Uint64 // and for queue 0
+	adminRung  [2]atomic.Uint32 // and the last of those
+	owed       []atomic.Bool    // by worker: it has not answered the last snapshot yet
+	kicking    atomic.Int32     // kicks by hand that wait for a worker
 
 	quiet       atomic.Bool   // FeatureQuiet
 	through     atomic.Bool   // the write cache is off
@@ -101,6 +105,7 @@ func NewController(c Config) (*Controller, error) {
 		dulbe: map[uint32]bool{}, sqs: make([]atomic.Pointer[sq], c.MaxQueues+1), cqs: make([]atomic.Pointer[group], c.MaxQueues+1),
 	}
 	d.ns.Store(d.table(c.Namespaces))
+	d.owed = make([]atomic.Bool, len(c.Workers))
 	d.vectors = make([]Vector, c.Vectors)
 	for i := range d.vectors {
 		d.vectors[i].init()
@@ -185,7 +190,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 	g.budget.Most = w.budget.Most
 	g.onKick = func() {
 		g.kicked.Store(false)
-		w.wake(g)
+		w.rung(g)
 	}
 	_, head, _, headEI, err := c.words(c.shadow, c.ei, p.QID)
 	if err != nil {
@@ -198,6 +203,7 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 		}
 		w.current = g
 		zero(head, headEI)
+		g.born = head.Load()
 		g.arbiter = c.arbiterFor(w)
 		c.groups = append(c.groups, g) // the session waits for this
 		c.cqs[p.QID].Store(g)
@@ -235,6 +241,7 @@ func (c *Controller) CreateSQ(p ctrl.SQParams) error {
 		w := g.w
 		w.current = g
 		zero(tail, tailEI)
+		s.born = tail.Load()
 		g.sqs = append(g.sqs, s)
 		if g.arbiter != nil {
 			g.arbiter.add(s)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -40,7 +39,7 @@ func (c *Controller) moveDoorbells(shadow, ei *shm.Region, seed bool) error {
 				tail.Store(s.tail.Load())
 			}
 			s.fresh = false
-			s.tail = dbbuf.NewPoller(tail, tailEI, s.cons.Size())
+			s.tail = s.tail.Move(tail, tailEI)
 		}
 		_, head, _, headEI, err := c.words(shadow, ei, g.qid)
 		if err != nil {
@@ -51,7 +50,7 @@ func (c *Controller) moveDoorbells(shadow, ei *shm.Region, seed bool) error {
 			head.Store(g.head.Load())
 		}
 		g.fresh = false
-		g.head = dbbuf.NewPoller(head, headEI, g.prod.Size())
+		g.head = g.head.Move(head, headEI)
 		if g.state == Armed || g.state == Polling {
 			w.resume(g)
 		}
@@ -80,12 +79,15 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 		c.pin.rang()
 	}
 	if qid == 0 {
+		c.adminKicks[index].Add(1)
+		c.adminRung[index].Store(value)
 		c.admin[index].Store(value)
 		c.cfg.OnAdmin()
 		return
 	}
 	g := c.cqs[qid].Load()
-	if s := c.sqs[qid].Load(); !cq {
+	s := c.sqs[qid].Load()
+	if !cq {
 		if g = nil; s != nil {
 			g = s.g
 		}
@@ -105,8 +107,16 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 			x.Store(value)
 		}
 	}
+	if cq {
+		g.kicks.Add(1)
+		g.rung.Store(value)
+	} else {
+		s.kicks.Add(1)
+		s.rung.Store(value)
+		s.rang.Store(true)
+	}
 	if g.w == w {
-		w.wake(g)
+		w.rung(g)
 	} else {
 		g.kick()
 	}

@@ -22,11 +22,17 @@ func (k ErrorKind) String() string {
 	return [...]string{"invalid SQ tail", "invalid CQ head", "doorbell of no queue", "guest memory fault"}[k]
 }
 
+// Word is k in one word, as snapshots have it.
+func (k ErrorKind) Word() string {
+	return [...]string{"bad-sq-tail", "bad-cq-head", "no-queue", "memory-fault"}[k]
+}
+
 // QueueError is reported to the control side when a queue has failed.
 type QueueError struct {
 	QID  uint16
 	Kind ErrorKind
 	Err  error
+	At   int64 // CLOCK_MONOTONIC, of whom it is reported to
 }
 
 // maxFailures is how many failed commands are kept for the error log, which has as many entries.

@@ -65,6 +65,18 @@ type group struct {
 
 	stats Stats
 
+	// For snapshots (snapshot.go), in CLOCK_MONOTONIC less startedAt:
+	kicks     atomic.Uint64 // doorbell messages of the CQ head; the home worker's
+	rung      atomic.Uint32 // value of the last of them
+	kicksWas  uint64        // kicks when it was last armed
+	born      uint32        // what the head's doorbell held at first
+	sleeps    uint64
+	armedAt   int64
+	resumedAt int64
+	postedAt  int64
+	posted    uint64 // completions
+	unraised  uint32 // of those, without an interrupt
+
 	ien    bool
 	index  uint16 // of the vector
 	vector *Vector
@@ -89,6 +101,16 @@ type sq struct {
 	full     bool      // nothing is fetched until fewer wait
 	first    *request  // of a fused pair, held back until the second comes
 	aborts   []toAbort // of commands that are not fetched yet
+
+	// As in group:
+	kicks     atomic.Uint64
+	rung      atomic.Uint32
+	kicksWas  uint64
+	born      uint32
+	rang      atomic.Bool // a doorbell message has come that rung has not seen
+	spurious  uint64
+	fetched   uint64
+	fetchedAt int64
 }
 
 // poll fetches and starts what is in the group's SQs and returns how many commands.
@@ -171,6 +193,8 @@ func (g *group) headDoorbell() uint32 {
 
 // fetch takes n commands out of s.
 func (w *Worker) fetch(s *sq, n uint32) {
+	s.fetched += uint64(n)
+	s.fetchedAt = w.now
 	if n > 1 {
 		s.cons.Prefetch(n)
 	}
@@ -230,8 +254,10 @@ func (w *Worker) rest(g *group) bool {
 // being polled, which is the kick that R3 asks for.
 func (w *Worker) arm(g *group) bool {
 	w.current = g
+	g.kicksWas = g.kicks.Load()
 	ok := true
 	for _, s := range g.sqs {
+		s.kicksWas = s.kicks.Load()
 		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) && !s.tail.Arm(s.cons.Head()) {
 			ok = false
 		}
@@ -256,6 +282,8 @@ func (w *Worker) arm(g *group) bool {
 		w.mapped = append(w.mapped, g)
 		w.nap = firstNap
 	}
+	g.sleeps++
+	g.armedAt = w.now
 	w.leaveList(g)
 	return true
 }
@@ -279,6 +307,20 @@ func (w *Worker) behind(g *group) {
 	}
 }
 
+// rung is wake for doorbell messages. One that finds nothing new is spurious: the driver need not have sent it.
+func (w *Worker) rung(g *group) {
+	live := g.state == Armed || g.state == Polling // otherwise its doorbells may be gone
+	if live {
+		w.current = g
+	}
+	for _, s := range g.sqs {
+		if s.rang.Load() && s.rang.Swap(false) && live && s.tail.Peek() == s.cons.Head() {
+			s.spurious++
+		}
+	}
+	w.wake(g)
+}
+
 // wake puts g on the active list.
 func (w *Worker) wake(g *group) {
 	if g.state == Armed {
@@ -289,6 +331,9 @@ func (w *Worker) wake(g *group) {
 // resume makes g polled, whatever it was, and so probes all its queues (R27).
 func (w *Worker) resume(g *group) {
 	w.current = g
+	if g.state != Armed && g.state != Polling {
+		g.resumedAt = nanotime()
+	}
 	g.state, g.unseen = Polling, false
 	g.idleSince = 0
 	if !g.dozing {

@@ -33,6 +33,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
+	"github.com/shadowbell/shadowbell/shared/inspect"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/shm"
 	"github.com/shadowbell/shadowbell/shared/spin"
@@ -131,7 +132,10 @@ type wait struct {
 	then func()        // called in addition; nil: nothing is
 }
 
-var epoch = time.Now()
+var (
+	epoch     = time.Now()
+	startedAt = inspect.Now() // epoch by CLOCK_MONOTONIC
+)
 
 func nanotime() int64 { return int64(time.Since(epoch)) }
 
