@@ -55,6 +55,7 @@ type Mediator struct {
 	accepting  sync.WaitGroup
 
 	registry registry // of ports, for those who only look
+	tracing  tracing
 
 	following sync.WaitGroup // events of media that are being dealt with
 
@@ -189,6 +190,7 @@ func (m *Mediator) Close() error {
 		for _, s := range m.subsystems {
 			errs = append(errs, s.closePorts(), s.flush())
 		}
+		errs = append(errs, m.tracing.close(m.workers))
 		for _, w := range m.workers {
 			w.Stop()
 		}

@@ -102,7 +102,7 @@ func (p *port) newSession(fd int) (_ *session, err error) {
 	s.msix.Mask = func(v int, on bool) { s.data.MaskVectors(v, 1, ioq.MaskTable, on) }
 	s.data, err = ioq.NewController(ioq.Config{
 		Workers: p.m.workers, Home: p.home, Memory: s.mem, Namespaces: ns, Self: p.self, Mode: p.cfg.Doorbells, DSTRD: p.cfg.DSTRD,
-		MaxQueues: p.cfg.Queues, Vectors: vectors, MDTSBytes: uint32(p.cfg.MDTS),
+		MaxQueues: p.cfg.Queues, Vectors: vectors, MDTSBytes: uint32(p.cfg.MDTS), Trace: p.trace,
 		PageSize: func() uint32 { return s.ctl.PageSize() },
 		OnAdmin:  s.kickAdmin,
 		OnError:  s.fault,

@@ -58,6 +58,10 @@ type Request struct {
 	DW0    uint32      // OpCommand: Dword 0 of the completion
 	Owner  uint64      // the caller's; the backend leaves it alone
 	Priv   [2]uint64   // the backend's while the request is with it
+
+	// RealQID and RealCID are the last of the device's commands that the request became, where hostmed drives the device (vfio:); RealQID 0: none as
+	// yet. Other backends leave them alone.
+	RealQID, RealCID uint16
 }
 
 // Info describes a namespace's medium. It does not change while a queue is open; see Alterable.

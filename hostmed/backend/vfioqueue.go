@@ -33,6 +33,7 @@ func (q vfioQueue) Submit(reqs, done []*Request) int {
 		x.FUA, x.Dealloc = r.FUA, r.Dealloc && !r.Keep
 		x.Off, x.Len, x.Vec, x.Cmd, x.Owner = r.Off, r.Len, r.Vec, r.Cmd, r
 		q.Put(x)
+		r.RealQID, r.RealCID = x.RealQID, x.RealCID
 	}
 	q.Commit()
 	return q.give(q.Collect(len(done)), done)
@@ -56,7 +57,7 @@ func (q vfioQueue) Reap(done []*Request) int { return q.give(q.Queue.Reap(len(do
 func (q vfioQueue) give(from []*hostnvme.Request, done []*Request) int {
 	for i, x := range from {
 		r := x.Owner.(*Request)
-		r.Status = x.Status
+		r.Status, r.RealQID, r.RealCID = x.Status, x.RealQID, x.RealCID
 		if r.Op == OpCommand {
 			r.DW0 = x.DW0
 		}

@@ -47,6 +47,7 @@ func records() *rapid.Generator[Record] {
 			r.Status = u16.Draw(t, "status")
 		case Arm, ArmLost:
 			r.Consumed, r.Tail, r.Event = u32.Draw(t, "consumed"), u32.Draw(t, "tail"), u32.Draw(t, "event")
+			r.CQ = rapid.Bool().Draw(t, "cq")
 		case Kick:
 			r.Value, r.Consumed, r.CQ, r.Asleep = u32.Draw(t, "value"), u32.Draw(t, "consumed"), rapid.Bool().Draw(t, "cq"), rapid.Bool().Draw(t, "asleep")
 		case Sleep:

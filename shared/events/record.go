@@ -32,7 +32,7 @@ type Record struct {
 	Tail     uint32 // Arm, ArmLost: as loaded after the event index was stored
 	Event    uint32 // Arm, ArmLost: the event index that was stored
 	Value    uint32 // Kick: that was written
-	CQ       bool   // Kick: the CQ's doorbell
+	CQ       bool   // Kick, Arm, ArmLost: the CQ's doorbell; Consumed and Tail are heads then
 	Asleep   bool   // Kick: the queue was not being polled
 	Timeout  int64  // Sleep: ns at the most; -1: until something happens
 	Ready    uint32 // Wake of a thread: descriptors that were readable
@@ -47,7 +47,7 @@ type Record struct {
 //	complete         0                         status | QID<<48 | CID<<32
 //	post             CQID                      status
 //	reap             0                         status
-//	arm, arm-lost    consumed | tail<<32       event
+//	arm, arm-lost    consumed | tail<<32       event | CQ<<32
 //	kick             value | consumed<<32      CQ | asleep<<1
 //	sleep            timeout                   0
 //	wake             ready                     0
@@ -56,6 +56,7 @@ const (
 	blockMask = 1<<31 - 1
 	realBit   = 1 << 31
 	cqBit     = 1
+	armCQBit  = 1 << 32
 	asleepBit = 2
 )
 
@@ -90,7 +91,7 @@ func (r *Record) words() (w [4]uint64) {
 	case Reap:
 		w[3] = uint64(r.Status)
 	case Arm, ArmLost:
-		w[2], w[3] = uint64(r.Consumed)|uint64(r.Tail)<<32, uint64(r.Event)
+		w[2], w[3] = uint64(r.Consumed)|uint64(r.Tail)<<32, uint64(r.Event)|bit(r.CQ, armCQBit)
 	case Kick:
 		w[2], w[3] = uint64(r.Value)|uint64(r.Consumed)<<32, bit(r.CQ, cqBit)|bit(r.Asleep, asleepBit)
 	case Sleep:
@@ -123,7 +124,7 @@ func (r *Record) set(w *[4]uint64) {
 	case Reap:
 		r.Status = uint16(w[3])
 	case Arm, ArmLost:
-		r.Consumed, r.Tail, r.Event = uint32(w[2]), uint32(w[2]>>32), uint32(w[3])
+		r.Consumed, r.Tail, r.Event, r.CQ = uint32(w[2]), uint32(w[2]>>32), uint32(w[3]), w[3]&armCQBit != 0
 	case Kick:
 		r.Value, r.Consumed, r.CQ, r.Asleep = uint32(w[2]), uint32(w[2]>>32), w[3]&cqBit != 0, w[3]&asleepBit != 0
 	case Sleep:

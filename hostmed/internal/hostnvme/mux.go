@@ -175,6 +175,7 @@ func (p *mux) issue(r *Request) bool {
 		}
 		s.req, s.tries = r, 0
 		p.q.Push(i, &p.cmds[i])
+		r.RealQID, r.RealCID = p.hw.QID, p.cmds[i].CID
 		r.q.counts.Commands++
 		if r.Op == Command {
 			r.q.counts.Native++

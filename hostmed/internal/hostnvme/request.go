@@ -33,6 +33,9 @@ type Request struct {
 	Status nvme.Status
 	DW0    uint32
 
+	// The last of the device's commands that the request became. RealQID 0: none as yet.
+	RealQID, RealCID uint16
+
 	q     *Queue
 	at    position // in Vec, of what no device command has yet
 	left  uint64   // bytes that no device command has yet

@@ -86,6 +86,7 @@ func (p *mux) Resume() {
 				p.drop(s, nvme.StatusInternalError)
 			default:
 				p.q.Push(uint16(i), &p.cmds[i])
+				s.req.RealQID, s.req.RealCID = p.hw.QID, p.cmds[i].CID
 				s.req.q.counts.Reissued++
 				continue
 			}

@@ -94,8 +94,8 @@ func (a *arbiter) turn(w *Worker) int {
 	if work > 0 {
 		w.flushBatch()
 		w.postAll()
-		if w.cost.on {
-			w.endSample()
+		if w.extra {
+			w.endExtra()
 		}
 	}
 	return int(work)

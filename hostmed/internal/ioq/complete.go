@@ -7,8 +7,16 @@ import (
 	"github.com/shadowbell/shadowbell/shared/ring"
 )
 
-// complete stages the completion of r and gives r back.
+// complete ends r.
 func (w *Worker) complete(r *request, st nvme.Status) {
+	if w.trace != nil {
+		w.trace.completed(r, st)
+	}
+	w.stage(r, st)
+}
+
+// stage stages the completion of r and gives r back.
+func (w *Worker) stage(r *request, st nvme.Status) {
 	g := r.sq.g
 	dw0 := uint64(0)
 	if r.step == native {
@@ -52,14 +60,15 @@ func (w *Worker) postGroup(g *group) {
 	}
 	w.current = g
 	n := uint32(len(g.staged))
-	g.prod.Post(g.staged)
+	if w.extra {
+		w.postExtra(g)
+	} else {
+		g.prod.Post(g.staged)
+	}
 	g.posted += uint64(n)
 	g.postedAt = w.now
 	g.unraised += n
 	g.staged = g.staged[:0]
-	if w.cost.on {
-		w.cost.charge(&g.stats.Costs.Complete, 0)
-	}
 	if !g.ien {
 		return
 	}

@@ -31,6 +31,7 @@ type Config struct {
 	MaxQueues  uint16 // I/O queue pairs
 	Vectors    uint16
 	MDTSBytes  uint32
+	Trace      uint16        // the controller's number in event records
 	PageSize   func() uint32 // CC.MPS in bytes; called with a queue's creation
 
 	// HeapDoorbells keeps the registers of Mmap mode on the heap, for a client in this process.

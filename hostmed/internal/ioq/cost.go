@@ -118,11 +118,13 @@ func (s *sampler) next() uint32 {
 	return s.every/2 + s.seed%s.every + 1
 }
 
-// sample begins to measure what is fetched for g.
+// sample begins to measure what is fetched for g. What listening costs is no cost of commands: nothing is measured then.
 func (w *Worker) sample(g *group) {
 	s := &w.cost
-	s.left = s.next()
-	s.on, s.g = true, g
+	if s.left = s.next(); w.trace != nil {
+		return
+	}
+	s.on, s.g, w.extra = true, g, true
 	s.mark = nanotime()
 }
 
@@ -170,7 +172,7 @@ func (w *Worker) reapSampled(m *media) int {
 		groups[i] = w.reqs[b.Owner].sq.g
 	}
 	w.finish(w.finished[:n])
-	s.on, s.g = true, groups[0]
+	s.on, s.g, w.extra = true, groups[0], true
 	if took := s.lap(); took < longestLap {
 		for _, g := range groups {
 			g.stats.Costs.Complete.add(Phase{1, time.Duration(took / int64(n))})
@@ -188,4 +190,4 @@ func (s *sampler) came() {
 }
 
 // endSample is called when what was measured is posted.
-func (w *Worker) endSample() { w.cost.on, w.cost.g = false, nil }
+func (w *Worker) endSample() { w.cost.on, w.cost.g, w.extra = false, nil, w.trace != nil }

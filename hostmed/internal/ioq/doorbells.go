@@ -115,6 +115,9 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 		s.rung.Store(value)
 		s.rang.Store(true)
 	}
+	if w.trace != nil {
+		w.traceKick(g, uint16(qid), cq, value)
+	}
 	if g.w == w {
 		w.rung(g)
 	} else {

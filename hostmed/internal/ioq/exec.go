@@ -188,8 +188,8 @@ func (w *Worker) submit() {
 	m := w.batchOf
 	batch := w.batch
 	w.batch = w.batch[:0]
-	if w.cost.on {
-		w.submitSampled(m, batch)
+	if w.extra {
+		w.submitExtra(m, batch)
 		return
 	}
 	n := m.q.Submit(batch, w.finished[:])
@@ -226,7 +226,7 @@ func (w *Worker) reap() int {
 		if m == nil || m.q.Inflight() == 0 || w.now < m.next {
 			continue
 		}
-		if w.cost.wanted {
+		if w.cost.wanted && w.trace == nil {
 			work += w.reapSampled(m)
 			continue
 		}
@@ -246,9 +246,13 @@ func (w *Worker) reap() int {
 
 // finish takes requests that their backend has done with.
 func (w *Worker) finish(done []*backend.Request) {
+	if w.trace != nil {
+		w.finishTraced(done)
+		return
+	}
 	for _, b := range done {
 		if r := w.reqs[b.Owner]; r.step == oneStep {
-			w.complete(r, r.Status)
+			w.stage(r, r.Status)
 		} else {
 			w.finishStep(r)
 		}

@@ -160,8 +160,8 @@ func (w *Worker) poll(g *group) int {
 		g.worked = true
 		w.flushBatch()
 		w.postAll()
-		if w.cost.on {
-			w.endSample()
+		if w.extra {
+			w.endExtra()
 		}
 	}
 	return work
@@ -195,6 +195,10 @@ func (g *group) headDoorbell() uint32 {
 func (w *Worker) fetch(s *sq, n uint32) {
 	s.fetched += uint64(n)
 	s.fetchedAt = w.now
+	if w.trace != nil {
+		w.fetchTraced(s, n)
+		return
+	}
 	if n > 1 {
 		s.cons.Prefetch(n)
 	}
@@ -273,6 +277,9 @@ func (w *Worker) arm(g *group) bool {
 			ok = false
 		}
 	}
+	if w.trace != nil {
+		w.traceArm(g, ok)
+	}
 	if !ok {
 		w.behind(g)
 		return false
@@ -333,6 +340,9 @@ func (w *Worker) resume(g *group) {
 	w.current = g
 	if g.state != Armed && g.state != Polling {
 		g.resumedAt = nanotime()
+	}
+	if w.trace != nil && g.state == Armed {
+		w.traceWake(g)
 	}
 	g.state, g.unseen = Polling, false
 	g.idleSince = 0

@@ -27,6 +27,8 @@ type media struct {
 	vain int64 // since when it has had nothing; 0: it had, or nobody has looked
 	nap  int64 // ns from one look to the next
 	next int64 // when that is; 0: now
+
+	traced traced
 }
 
 // Ready is called when the backend's eventfd is readable: the loop reaps anyway, what is in flight here. Where there is nothing it may be about other

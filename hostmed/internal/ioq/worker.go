@@ -17,7 +17,8 @@
 // on the worker's thread between two rounds. It never touches what a worker owns.
 //
 // Files in the order of a command's way: worker.go (the loop), group.go (fetch), exec.go (decode, translate,
-// submit), gate.go and limits.go (what waits), complete.go (post, interrupt), control.go (what the admin side asks for).
+// submit), gate.go and limits.go (what waits), complete.go (post, interrupt), control.go (what the admin side asks for). cost.go and events.go tell what
+// becomes of commands.
 package ioq
 
 import (
@@ -68,6 +69,7 @@ type Worker struct {
 	sleeping atomic.Bool
 	wakeFD   int
 	done     chan struct{}
+	tid      int // of the thread; it does not change
 
 	// The rest is the worker's own.
 	ep      int
@@ -121,6 +123,8 @@ type Worker struct {
 	pairing     bool        // the namespace of one is asked for or held
 	pairScratch *shm.Region // for its Compare
 
+	extra    bool    // a sample is being taken, or somebody listens
+	trace    *tracer // nil: nobody listens, see events.go
 	cost     sampler
 	copyFrom copySources // of the Copy that is being decoded
 }
@@ -300,6 +304,7 @@ func (w *Worker) Remove(fd int) {
 
 func (w *Worker) run(cpu int, started chan<- error) {
 	runtime.LockOSThread() // never unlocked: the thread dies with the goroutine, and its affinity with it
+	w.tid = unix.Gettid()
 	defer close(w.done)
 	defer func() {
 		unix.Close(w.wakeFD)
@@ -339,8 +344,8 @@ func (w *Worker) loop() {
 		if len(w.touched) > 0 {
 			w.postAll()
 		}
-		if w.cost.on {
-			w.endSample()
+		if w.extra {
+			w.endExtra()
 		}
 		if len(w.waits) > 0 {
 			w.checkWaits()
@@ -458,7 +463,14 @@ func (w *Worker) idle() {
 
 // look handles what is readable, waiting for it for timeout ns; -1 waits for ever.
 func (w *Worker) look(timeout int64) int {
+	asleep := timeout != 0 && w.trace != nil
+	if asleep {
+		w.traceSleep(timeout)
+	}
 	n, err := epollWait(w.ep, w.events[:], timeout)
+	if asleep {
+		w.traceWoke(n)
+	}
 	w.now = nanotime()
 	w.sockets = w.now
 	if err != nil {
