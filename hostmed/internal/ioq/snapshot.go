@@ -127,13 +127,14 @@ func ask[T any](c *Controller, patience time.Duration, f func(*Worker, []*group)
 		v := &survey{w: w, got: make(chan T, 1)}
 		asked = append(asked, v)
 		w.post(func() {
-			defer owed.Store(false)
-			if v.late.Load() { // the groups may be gone
-				return
-			}
 			var answer T
-			defer func() { v.got <- answer }() // also if memory faults
-			answer = f(w, gs)
+			defer func() { // also if memory faults
+				owed.Store(false) // first: who has the answer may ask again
+				v.got <- answer
+			}()
+			if !v.late.Load() { // otherwise the groups may be gone
+				answer = f(w, gs)
+			}
 		})
 	}
 	timer := time.NewTimer(patience)
