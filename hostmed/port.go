@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -18,6 +16,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
+	"github.com/shadowbell/shadowbell/hostmed/internal/sock"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
 	"github.com/shadowbell/shadowbell/shared/vfiouser"
 )
@@ -51,7 +50,7 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 		return nil, err
 	}
 	if !s.m.cfg.NoSockets {
-		if p.listener, err = listen(c.Socket); err != nil {
+		if p.listener, err = sock.Listen(c.Socket, sock.Umask); err != nil {
 			return nil, err
 		}
 		var st unix.Stat_t
@@ -70,40 +69,6 @@ func (s *subsystem) listen(c ControllerConfig) (*port, error) {
 func stateKey(nqn string, cntlid uint16) string {
 	sum := sha256.Sum256([]byte(nqn))
 	return fmt.Sprintf("controller-%x-%d", sum[:8], cntlid)
-}
-
-// listen makes the socket. One that is there already is replaced if nobody listens on it: a mediator
-// that was killed could not remove it.
-func listen(path string) (*net.UnixListener, error) {
-	if path == "" {
-		return nil, errors.New("empty socket path: give --socket a path")
-	}
-	if len(path) > 107 {
-		return nil, fmt.Errorf("socket %s: the path has %d bytes, unix sockets allow 107; use a shorter one", path, len(path))
-	}
-	if st, err := os.Lstat(path); err == nil {
-		if st.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("socket %s: a file that is not a socket is in its place; remove it or choose another path", path)
-		}
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			c.Close()
-			return nil, fmt.Errorf("socket %s: in use by another process; stop it or choose another path", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("socket %s: stale, and cannot be removed: %w", path, err)
-		}
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("socket %s: the directory %s does not exist; create it", path, filepath.Dir(path))
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("socket %s: no permission to create it; choose a directory that user %d may write to", path, os.Getuid())
-	case err != nil:
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	l.SetUnlinkOnClose(false) // close does it, if the path is still ours
-	return l, nil
 }
 
 // accept serves clients one after the other until close.
