@@ -54,6 +54,7 @@ type Config struct {
 	// UnsafeNoIOMMU lets namespaces vfio: be on devices that no IOMMU keeps from all memory of the machine. They are refused otherwise. For each the program is started
 	// once more, as what stops the device if this process is killed; that never gets to main.
 	UnsafeNoIOMMU bool
+	Control       string // path of the control socket, empty: none. Package api serves it; here it only cannot change by Reload
 	LogLevel      string // what Logger should say at least; empty: left alone
 	Logger        hclog.Logger
 
@@ -126,7 +127,7 @@ func (c *Config) subsystems() ([]SubsystemConfig, error) {
 			return nil, err
 		}
 	}
-	return list, checkUnique(list)
+	return list, checkUnique(list, c.Control)
 }
 
 // grouped makes subsystems of controllers: those that name one SPEC share it, and so are in one. A SPEC that one controller names
@@ -333,7 +334,7 @@ func (s *SubsystemConfig) completeNamespace(i int, path string) error {
 }
 
 // checkUnique finds what only one subsystem may have: socket and NQN.
-func checkUnique(list []SubsystemConfig) error {
+func checkUnique(list []SubsystemConfig, control string) error {
 	sockets, nqns := map[string]bool{}, map[string]bool{}
 	for i, s := range list {
 		path := fmt.Sprintf("subsystem[%d]", i)
@@ -346,6 +347,9 @@ func checkUnique(list []SubsystemConfig) error {
 				return wrongField(fmt.Sprintf("%s.controller[%d].socket", path, j), "socket %s is given to two controllers: choose another path for one", c.Socket)
 			}
 			sockets[c.Socket] = true
+			if c.Socket == control {
+				return wrongField("control", "control: %s is the socket of a controller too: choose another path for one", control)
+			}
 		}
 	}
 	return nil

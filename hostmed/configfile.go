@@ -23,6 +23,7 @@ type configFile struct {
 	CPUs      []int             `toml:"cpus"`
 	Poll      string            `toml:"poll"`
 	Log       string            `toml:"log"`
+	Control   string            `toml:"control"`
 	Unsafe    bool              `toml:"unsafe_no_iommu"`
 	Subsystem []subsystemInFile `toml:"subsystem"`
 }
@@ -265,7 +266,7 @@ var doorbellModes = map[string]DoorbellMode{"": Shadow, "shadow": Shadow, "trap"
 // config turns the file into what New takes. What a zero would leave to chance is refused here: in the file a key that is
 // absent is the only way to ask for the default.
 func (f *configFile) config() (Config, error) {
-	c := Config{State: f.State, CPUs: f.CPUs, LogLevel: f.Log, UnsafeNoIOMMU: f.Unsafe}
+	c := Config{State: f.State, CPUs: f.CPUs, LogLevel: f.Log, Control: f.Control, UnsafeNoIOMMU: f.Unsafe}
 	for i, cpu := range f.CPUs {
 		if cpu < 0 || cpu >= 1024 {
 			return c, wrongField("cpus", "cpus: %d is not a CPU: they are 0 to 1023", cpu)

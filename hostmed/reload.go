@@ -125,6 +125,9 @@ func (m *Mediator) refuse(c Config, list []SubsystemConfig) error {
 	if c.State != m.cfg.State {
 		no("state")
 	}
+	if c.Control != m.cfg.Control {
+		no("control")
+	}
 	if c.UnsafeNoIOMMU != m.cfg.UnsafeNoIOMMU {
 		no("unsafe_no_iommu")
 	}

@@ -31,6 +31,9 @@ source is an example with every key. SIGHUP reads it again while clients work: c
 told. What cannot change is refused, and all stays as it was. SIGHUP also looks for files that have grown.
 SIGUSR1 writes the counters of every controller and namespace to the log.
 
+The control socket speaks HTTP with JSON: GET /v1/controllers, /v1/inspect and /v1/stats, and POST .../queues/QID/kick; nvmetrace doctor uses
+it (docs/control.md). Root and the user that hostmed runs as may connect. They can read the guests' rings and doorbells, and write nothing.
+
 Examples
 
   A disk in a file, made if it is missing, and one in memory, for the client vfio-user:/run/vm1.sock:
@@ -41,6 +44,10 @@ Examples
 
   A disk with at most 2000 commands and 100 MiB a second:
     hostmed serve --socket /run/vm1.sock --namespace file:/srv/vm1.img --limit iops=2000,bandwidth=100MiB
+
+  What its queues are doing:
+    hostmed serve --socket /run/vm1.sock --namespace mem:size=1GiB --control /run/hostmed.sock &
+    curl -s --unix-socket /run/hostmed.sock http://hostmed/v1/inspect
 
   What the doorbells cost by themselves:
     hostmed serve --socket /tmp/null.sock --namespace null:size=1TiB,lba=4096

@@ -11,12 +11,14 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/hostmed/api"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 	"github.com/shadowbell/shadowbell/tools/internal/cpus"
 )
@@ -39,6 +41,7 @@ type serveCmd struct {
 	Doorbells string        `default:"shadow" enum:"shadow,trap,mmap" placeholder:"MODE" help:"How clients ring: ${enum} (${default}). See above."`
 	Stride    int           `name:"doorbell-stride" default:"4" enum:"4,8,16,32,64" placeholder:"BYTES" help:"Bytes from one doorbell to the next: ${enum} (${default}). With 64 no two share a cache line; shadow then has room for 31 I/O queues."`
 	State     string        `placeholder:"DIR" help:"Directory of what has to outlive hostmed: counters, saved features. Default: nothing does."`
+	Control   string        `placeholder:"PATH" help:"Unix socket on which root and this user can look at controllers and kick their queues, as nvmetrace does. See above. Default: none."`
 	CPUs      cpus.List     `name:"cpus" placeholder:"LIST" help:"Cores to poll on, such as 1 or 2-3: one worker is pinned to each. Default: half as many workers as there are cores, not pinned."`
 	Poll      time.Duration `placeholder:"TIME" help:"How long a worker polls an empty queue at the most before it sleeps, 10us to 100ms. Default: 250us."`
 	NoIOMMU   bool          `name:"unsafe-no-iommu" help:"Take devices for vfio: namespaces that no IOMMU keeps from all memory of the machine. See above."`
@@ -121,6 +124,9 @@ func (s *serveCmd) config(stderr io.Writer) (c hostmed.Config, err error) {
 	if s.State != "" {
 		c.State = s.State
 	}
+	if s.Control != "" {
+		c.Control = s.Control
+	}
 	if s.Poll != 0 {
 		c.Poll = s.Poll
 	}
@@ -147,6 +153,19 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return cli.UsageError{Err: err}
 	}
+	var control sync.WaitGroup
+	if c.Control != "" {
+		l, err := api.Listen(c.Control, m, c.Logger)
+		if err != nil {
+			return cli.UsageError{Err: errors.Join(err, m.Close())}
+		}
+		control.Go(func() {
+			if err := l.Serve(ctx); err != nil {
+				c.Logger.Error("the control socket is not served any more", "error", cli.OneLine(err))
+			}
+		})
+	}
+	defer control.Wait()
 	go func() {
 		for {
 			select {
