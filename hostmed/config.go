@@ -347,7 +347,7 @@ func checkUnique(list []SubsystemConfig, control string) error {
 				return wrongField(fmt.Sprintf("%s.controller[%d].socket", path, j), "socket %s is given to two controllers: choose another path for one", c.Socket)
 			}
 			sockets[c.Socket] = true
-			if c.Socket == control {
+			if c.Socket == control && control != "" {
 				return wrongField("control", "control: %s is the socket of a controller too: choose another path for one", control)
 			}
 		}

@@ -77,6 +77,7 @@ spec = "mem:size=1MiB"
 		"cpu":                  {"cpus = [0, 4711]\n" + rest, []string{"f:1:1: cpus: 4711"}},
 		"poll":                 {"poll = \"1s\"\n" + rest, []string{"f:1:1: poll: 1s", "100ms"}},
 		"poll without unit":    {"poll = \"250\"\n" + rest, []string{"f:1:1: poll: ", "250us"}},
+		"control":              {"control = \"/s\"\n" + rest, []string{"f:1:1: control: /s", "another path"}},
 		"cpu twice":            {"cpus = [1, 1]\n" + rest, []string{"f:1:1: cpus: 1 is in it twice"}},
 		"log":                  {"log = \"loud\"\n" + rest, []string{"f:1:1: log: \"loud\"", "warn"}},
 		"no controller":        {"[[subsystem]]\nserial = \"1\"\n", []string{"f:1:3: the subsystem has no controller"}},
