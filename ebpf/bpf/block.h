@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /* The block layer above NVMe, or above any disk; and exits of virtual machines. */
 #pragma once
 

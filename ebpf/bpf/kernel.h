@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /* What of the kernel's types the programs read. Offsets come from the running kernel's BTF; only names count here. */
 #pragma once
 

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /* Maps, what is in them, and what userspace sets before the programs are loaded. */
 #pragma once
 

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /* Commands of the NVMe driver: from nvme_setup_cmd, when one is written, to nvme_complete_rq. */
 #pragma once
 

@@ -1,6 +1,6 @@
 //go:build ignore
 
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
  * What package ebpf/trace loads: of several programs for one hook, the one that the kernel can have. A program's name is what userspace knows
  * it by, its first hit counter what it is counted under.

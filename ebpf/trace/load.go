@@ -75,7 +75,7 @@ func (l *loader) loadMaps() error {
 		}
 		return fmt.Errorf("BPF maps: %w", err)
 	}
-	l.tracer.maps = c.Maps
+	l.tracer.maps, l.tracer.programs = c.Maps, map[string]*ebpf.Program{}
 	return nil
 }
 

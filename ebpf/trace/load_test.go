@@ -16,7 +16,12 @@ import (
 	"github.com/shadowbell/shadowbell/shared/latency"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if role := os.Getenv(envChild); role != "" {
+		child(role)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // needBPF skips where the process may load no programs, except in CI.
 func needBPF(t testing.TB) {
@@ -34,7 +39,7 @@ func bare(t testing.TB) *loader {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &loader{cache: btf.NewCache(), spec: spec, tracer: &Tracer{programs: map[string]*ebpf.Program{}}}
+	l := &loader{cache: btf.NewCache(), spec: spec, tracer: new(Tracer)}
 	if err := l.loadMaps(); err != nil {
 		t.Fatal(err)
 	}

@@ -94,7 +94,7 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 	if fsErr == nil {
 		defer fs.Close()
 	}
-	t := &Tracer{options: o, programs: map[string]*ebpf.Program{}, disks: newDiskNames(), opened: time.Now()}
+	t := &Tracer{options: o, disks: newDiskNames(), opened: time.Now()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.Close())
