@@ -11,6 +11,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
 	"github.com/shadowbell/shadowbell/hostmed/internal/qos"
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -83,19 +84,30 @@ func BenchmarkRead(b *testing.B) {
 func BenchmarkPoll(b *testing.B) {
 	for _, spec := range []string{"null:size=1GiB", "mem:size=16MiB"} {
 		for _, tc := range []struct {
-			op      uint8
-			qd      int
-			blocks  uint32
-			limited string // by more than it does
-		}{{nvme.IORead, 1, 8, ""}, {nvme.IORead, 16, 8, ""}, {nvme.IOWrite, 16, 8, ""}, {nvme.IORead, 16, 64, ""}, {nvme.IORead, 16, 8, "/limited"}} {
-			b.Run(fmt.Sprintf("%s/%s/qd=%d/%dk%s", spec, nvme.IOOpcodeName(tc.op), tc.qd, tc.blocks/2, tc.limited), func(b *testing.B) {
+			op     uint8
+			qd     int
+			blocks uint32
+			with   string // "/limited": by more than it does; "/listened": every command is recorded
+		}{
+			{nvme.IORead, 1, 8, ""}, {nvme.IORead, 16, 8, ""}, {nvme.IOWrite, 16, 8, ""}, {nvme.IORead, 16, 64, ""}, {nvme.IORead, 16, 8, "/limited"},
+			{nvme.IORead, 1, 8, "/listened"}, {nvme.IORead, 16, 8, "/listened"},
+		} {
+			b.Run(fmt.Sprintf("%s/%s/qd=%d/%dk%s", spec, nvme.IOOpcodeName(tc.op), tc.qd, tc.blocks/2, tc.with), func(b *testing.B) {
 				be, err := backend.Open(spec)
 				if err != nil {
 					b.Fatal(err)
 				}
 				b.Cleanup(func() { be.Close() })
 				r := newRig(b, rigConfig{backend: be, shadow: true})
-				if tc.limited != "" {
+				if tc.with == "/listened" {
+					ring, err := events.New(events.Config{})
+					if err != nil {
+						b.Fatal(err)
+					}
+					r.workers[0].Listen(NewTracing(), ring)
+					b.Cleanup(func() { ring.Close() })
+				}
+				if tc.with == "/limited" {
 					most := qos.Limit{Rate: 8 << 30, Burst: qos.MaxRate}
 					r.ctl.namespace(1).of.Limiter().Set(qos.Limits{IOPS: most, Bandwidth: most}, Now())
 					r.ctl.SetLimits()
