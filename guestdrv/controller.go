@@ -25,6 +25,7 @@ type Controller struct {
 	adm  *admin.Admin
 
 	// Fixed after Open.
+	number      uint16    // in event records
 	eventFDs    []int     // by vector
 	maxTransfer uint32    // bytes of one command
 	shared      bool      // it has the doorbell pages

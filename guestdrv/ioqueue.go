@@ -10,6 +10,7 @@ import (
 	"github.com/shadowbell/shadowbell/shared/driver/dma"
 	"github.com/shadowbell/shadowbell/shared/driver/lane"
 	"github.com/shadowbell/shadowbell/shared/driver/queue"
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -79,6 +80,7 @@ func (q *ioQueue) create(ctx context.Context, sqBytes, cqBytes uint64, cfg queue
 		return true, err
 	}
 	q.head = head
+	cfg.Events, cfg.Key = c.opts.Events, events.NewKey(c.number, q.qid)
 	cfg.QID, cfg.Size, cfg.SQ, cfg.CQ, cfg.Tail, cfg.Head = q.qid, q.size, sq, cq, tail, head
 	if q.q, err = queue.New(cfg); err != nil {
 		return true, err

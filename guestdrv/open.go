@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -40,6 +41,9 @@ func Open(ctx context.Context, name string, o Options) (*Controller, error) {
 	return OpenDevice(ctx, dev, o)
 }
 
+// numbers are those of controllers in event records.
+var numbers atomic.Uint32
+
 // OpenDevice is Open for a device of any kind, which becomes the controller's, also if it fails.
 func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller, error) {
 	o, err := o.withDefaults()
@@ -47,7 +51,7 @@ func OpenDevice(ctx context.Context, dev device.Device, o Options) (*Controller,
 		return nil, errors.Join(err, dev.Close(), dev.Unmap())
 	}
 	c := &Controller{
-		opts: o, log: o.Logger, dev: dev,
+		opts: o, log: o.Logger, dev: dev, number: uint16(numbers.Add(1)),
 		pairs: map[*QueuePair]struct{}{}, late: make(chan lateCommand, 64), slow: make(chan struct{}, 1), changed: make(chan struct{}, 1),
 	}
 	c.spaces.Store(&spaces{})

@@ -9,6 +9,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/shared/driver/lane"
 	"github.com/shadowbell/shadowbell/shared/driver/queue"
+	"github.com/shadowbell/shadowbell/shared/events"
 )
 
 // DoorbellMode says how the driver tells the controller of new commands.
@@ -165,6 +166,10 @@ type Options struct {
 	// OnChange is told of namespaces that appear, vanish or are resized after Open, by one goroutine, one after the other. It may do I/O and
 	// take its time, but Close waits for it, so it does not call Close itself. nil: nobody is told.
 	OnChange func(Change)
+
+	// Events is told of each I/O command that is published and reaped, and of sleep; nil: nobody. The ring behind it is made before a sandbox is shut. The
+	// controllers of a process have numbers in it, from 1, in the order of Open.
+	Events *events.Shared
 
 	// Logger is told of controller events and of what had to be done without; nil: nobody.
 	Logger hclog.Logger

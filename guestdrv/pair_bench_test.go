@@ -10,6 +10,7 @@ import (
 	"github.com/shadowbell/shadowbell/shared/driver/dma"
 	"github.com/shadowbell/shadowbell/shared/driver/queue"
 	"github.com/shadowbell/shadowbell/shared/driver/tally"
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/prp"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -26,7 +27,8 @@ type loopback struct {
 	es   []ring.Entry
 }
 
-func newLoopback(tb testing.TB, size uint32) *loopback {
+// newLoopback tells e, if that is not nil, of its commands.
+func newLoopback(tb testing.TB, size uint32, e *events.Shared) *loopback {
 	tb.Helper()
 	must := func(err error) {
 		if err != nil {
@@ -54,7 +56,7 @@ func newLoopback(tb testing.TB, size uint32) *loopback {
 	}
 	q, err := queue.New(queue.Config{
 		QID: 1, Size: size, SQ: sqMem, CQ: cqMem, Tail: dbbuf.NewShadow(tailWord, tailEI, never), Head: dbbuf.NewShadow(headWord, headEI, never),
-		EventFD: -1, Timeout: time.Minute,
+		EventFD: -1, Timeout: time.Minute, Events: e, Key: events.NewKey(1, 1),
 	})
 	must(err)
 	io := &ioQueue{c: c, q: q, qid: 1, vector: noVector, lists: make([]prp.ListPage, size-1), listSize: listSize(maxTransfer)}
@@ -97,15 +99,34 @@ func reads(n int, bytes uint32) []IO {
 	return ios
 }
 
+// recorder is a ring of events, if there is to be one.
+func recorder(tb testing.TB, on bool) *events.Shared {
+	tb.Helper()
+	if !on {
+		return nil
+	}
+	w, err := events.New(events.Config{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { w.Close() })
+	return events.NewShared(w)
+}
+
 // BenchmarkPair measures what Submit, Publish and Reap cost the driver for each I/O ("driver-ns/io"); the device's part
 // of the loop is not counted there.
 func BenchmarkPair(b *testing.B) {
 	for _, tc := range []struct {
-		qd    int
-		bytes uint32
-	}{{1, 4096}, {4, 4096}, {32, 4096}, {128, 4096}, {32, 128 << 10}} {
-		b.Run(fmt.Sprintf("qd%d/%dk", tc.qd, tc.bytes>>10), func(b *testing.B) {
-			l := newLoopback(b, 256)
+		qd       int
+		bytes    uint32
+		recorded bool
+	}{{1, 4096, false}, {4, 4096, false}, {32, 4096, false}, {128, 4096, false}, {32, 128 << 10, false}, {1, 4096, true}, {32, 4096, true}} {
+		name := fmt.Sprintf("qd%d/%dk", tc.qd, tc.bytes>>10)
+		if tc.recorded {
+			name += "/recorded"
+		}
+		b.Run(name, func(b *testing.B) {
+			l := newLoopback(b, 256, recorder(b, tc.recorded))
 			ios, out := reads(tc.qd, tc.bytes), make([]Result, tc.qd)
 			var spent time.Duration
 			total := 0
@@ -133,8 +154,8 @@ func BenchmarkPair(b *testing.B) {
 }
 
 func TestPairDoesNotAllocate(t *testing.T) {
-	for _, bytes := range []uint32{512, 4096, 8192, 64 << 10, 1 << 20} {
-		l := newLoopback(t, 64)
+	for i, bytes := range []uint32{512, 4096, 8192, 64 << 10, 1 << 20} {
+		l := newLoopback(t, 64, recorder(t, i%2 == 1))
 		ios, out := reads(32, bytes), make([]Result, 32)
 		round := func() {
 			if n, err := l.pair.Submit(ios); n != len(ios) || err != nil {

@@ -1,6 +1,10 @@
 package events
 
-import "math"
+import (
+	"math"
+
+	"github.com/shadowbell/shadowbell/shared/nvme"
+)
 
 // Record is one event. Fields that its Kind does not have are zero.
 type Record struct {
@@ -132,6 +136,17 @@ func (r *Record) set(w *[4]uint64) {
 	case Wake:
 		r.Ready = uint32(w[2])
 	}
+}
+
+// Blocks is Record.Blocks of a command.
+func Blocks(opcode uint8, cdw10, cdw12 uint32) uint32 {
+	switch opcode {
+	case nvme.IORead, nvme.IOWrite, nvme.IOCompare, nvme.IOWriteZeroes, nvme.IOVerify, nvme.IOWriteUncorrectable:
+		return cdw12&0xffff + 1
+	case nvme.IODSM:
+		return cdw10&0xff + 1
+	}
+	return 0
 }
 
 // saturate is n as a Record has room for it.

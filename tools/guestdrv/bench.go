@@ -20,6 +20,7 @@ import (
 
 type benchCmd struct {
 	deviceFlags `embed:""`
+	eventFlags  `embed:""`
 
 	NSID      uint32        `name:"nsid" default:"1" placeholder:"N" help:"Namespace (${default})."`
 	RW        string        `name:"rw" default:"randread" enum:"randread,randwrite,randrw,read,write" placeholder:"KIND" help:"${enum} (${default}). randrw reads and writes one half each. Everything that writes destroys what is there."`
@@ -147,7 +148,14 @@ func (b *benchCmd) Validate() error {
 func (b *benchCmd) Run(ctx context.Context, out *cli.Output) error {
 	b.separate(out)
 	c := b.config()
-	ctrl, err := b.open(ctx, out, b.options(c))
+	o := b.options(c)
+	recorded, end, err := b.record(b.Device)
+	if err != nil {
+		return err
+	}
+	defer end()
+	o.Events = recorded
+	ctrl, err := b.open(ctx, out, o)
 	if err != nil {
 		return err
 	}
@@ -162,26 +170,26 @@ func (b *benchCmd) Run(ctx context.Context, out *cli.Output) error {
 	defer l.Close()
 	b.warnPollers(out)
 
-	var o load.Observer
+	var watch load.Observer
 	if clock, err := process.OpenCPUClock(ctrl.PeerPID()); err == nil {
 		defer clock.Close()
-		o.HostCPU = clock.Read
+		watch.HostCPU = clock.Read
 	}
 	line := text.NewLine(out.Stderr, 0)
-	o.Progress = func(p load.Progress) { line.Set(benchProgress(p)) }
+	watch.Progress = func(p load.Progress) { line.Set(benchProgress(p)) }
 	if b.Every > 0 {
-		o.Every = b.Every
+		watch.Every = b.Every
 		lines := json.NewEncoder(out.Stdout)
-		o.Progress = func(p load.Progress) { _ = lines.Encode(p) } // whoever has stopped reading will be missed at the end
+		watch.Progress = func(p load.Progress) { _ = lines.Encode(p) } // whoever has stopped reading will be missed at the end
 	}
 	if err := b.lock(out, ctrl); err != nil {
 		return err
 	}
 
-	r, runErr := l.Run(ctx, o)
+	r, runErr := l.Run(ctx, watch)
 	if runErr == nil && b.Idle > 0 && !r.Interrupted {
 		line.Set(fmt.Sprintf("idle for %v", b.Idle))
-		r.Idle, runErr = l.Idle(ctx, b.Idle, o)
+		r.Idle, runErr = l.Idle(ctx, b.Idle, watch)
 	}
 	line.Clear()
 	if runErr == nil || r.IOs > 0 {

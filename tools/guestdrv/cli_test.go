@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/tools/internal/load"
 	"github.com/shadowbell/shadowbell/tools/internal/process"
 )
@@ -148,6 +149,50 @@ func TestBench(t *testing.T) {
 		if strings.Contains(c.flags, "idle") && (r.Idle == nil || r.Idle.Host == nil) {
 			t.Errorf("%s %s: nothing about idling: %s", c.mode, c.flags, stdout)
 		}
+	}
+}
+
+// TestBenchRecords: --events has what the sandboxed process did, command by command.
+func TestBenchRecords(t *testing.T) {
+	device, _ := serve(t)
+	path := filepath.Join(t.TempDir(), "events")
+	args := []string{"bench", device, "--json", "--runtime", "200ms", "--jobs", "1", "--rate", "2000", "--events", path, "--events-size", "4MiB"}
+	code, stdout, stderr := guest(t, nil, args...)
+	var result load.Result
+	if err := json.Unmarshal([]byte(stdout), &result); err != nil || code != 0 {
+		t.Fatalf("exit %d, %v: %s%s", code, err, stdout, stderr)
+	}
+	r, err := events.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if i := r.Info(); !strings.HasPrefix("guestdrv "+device, i.Name) || i.Records != 1<<17 {
+		t.Errorf("%+v", i)
+	}
+	var published, reaped uint64
+	out := make([]events.Record, 1000)
+	for n := 1; n > 0; {
+		if n, err = r.Read(out); err != nil || r.Lost() > 0 {
+			t.Fatalf("%d lost, %v", r.Lost(), err)
+		}
+		for _, x := range out[:n] {
+			switch x.Kind {
+			case events.Publish:
+				published++
+			case events.Reap:
+				reaped++
+			}
+			if x.Key.Controller() != 1 || x.Kind == events.Publish && (x.Blocks != 8 || x.NSID != 1) {
+				t.Errorf("%+v", x)
+			}
+		}
+	}
+	if published == 0 || published != reaped || float64(reaped) < result.IOPS*result.Seconds*0.9 {
+		t.Errorf("%d published, %d reaped, and %.0f by the table", published, reaped, result.IOPS*result.Seconds)
+	}
+	if code, _, stderr := guest(t, nil, args...); code != 2 || !strings.Contains(stderr, "it exists: remove it") {
+		t.Errorf("once more: exit %d: %s", code, stderr)
 	}
 }
 

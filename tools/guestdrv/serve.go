@@ -21,6 +21,7 @@ import (
 
 type serveCmd struct {
 	deviceFlags `embed:""`
+	eventFlags  `embed:""`
 	nbdFlags    `embed:""`
 	ublkFlags   `embed:""`
 
@@ -120,7 +121,14 @@ func (s *serveCmd) Run(ctx context.Context, out *cli.Output) (err error) {
 	s.privileged = s.Ublk
 	s.separateUntil(out, s.removeSocket)
 	changes := watcher{ctx: ctx, serve: s, ready: make(chan struct{})}
-	ctrl, err := s.open(ctx, out, s.options(changes.tell))
+	o := s.options(changes.tell)
+	recorded, end, err := s.record(s.Device)
+	if err != nil {
+		return err
+	}
+	defer end()
+	o.Events = recorded
+	ctrl, err := s.open(ctx, out, o)
 	if err != nil {
 		return err
 	}

@@ -113,7 +113,7 @@ func (w *Worker) fetchTraced(s *sq, n uint32) {
 		s.cons.Fetch(&r.cmd)
 		c := &r.cmd
 		r.RealQID, r.RealCID = 0, 0
-		t.ring.Fetch(t.now, key, c.CID, c.Opcode, c.NSID, c.SLBA(), blocksOf(c)) // a submit in this loop has stamped anew
+		t.ring.Fetch(t.now, key, c.CID, c.Opcode, c.NSID, c.SLBA(), events.Blocks(c.Opcode, c.CDW10, c.CDW12)) // a submit in this loop has stamped anew
 		if s.first != nil || len(s.aborts) > 0 {
 			w.startOdd(r)
 		} else {
@@ -121,17 +121,6 @@ func (w *Worker) fetchTraced(s *sq, n uint32) {
 		}
 	}
 	w.pending = nil
-}
-
-// blocksOf is Record.Blocks.
-func blocksOf(c *nvme.Command) uint32 {
-	switch c.Opcode {
-	case nvme.IORead, nvme.IOWrite, nvme.IOCompare, nvme.IOWriteZeroes, nvme.IOVerify, nvme.IOWriteUncorrectable:
-		return c.NLB().Count()
-	case nvme.IODSM:
-		return c.DSMRanges().Count()
-	}
-	return 0
 }
 
 // submitExtra is submit for a batch that is recorded or measured.

@@ -168,4 +168,7 @@ func (l *Lane) arm() {
 	}
 	l.head.SetQuiet(false)
 	l.reap()
+	if l.q.Outstanding() > 0 {
+		l.q.TraceSleep(-1)
+	}
 }

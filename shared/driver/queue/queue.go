@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
 	"github.com/shadowbell/shadowbell/shared/shm"
@@ -61,6 +62,10 @@ type Config struct {
 	// such command fails the queue.
 	Late  func(l Late, old bool) bool
 	Grace time.Duration
+	// Events, if not nil, is told of each command, and of sleep, under Key.
+	Events *events.Shared
+	Key    events.Key
+
 	// Slow is told, by the same goroutine and once a second, that a command has been outstanding for longer than that; nil: nobody is.
 	Slow func()
 }
@@ -118,6 +123,7 @@ type Queue struct {
 	poll    pollState
 
 	failed atomic.Pointer[error]
+	trace  *tracer // nil: nobody is told
 
 	// Wakeups counts sleeps on the interrupt that ended.
 	Wakeups uint64
@@ -156,7 +162,7 @@ func New(c Config) (*Queue, error) {
 		slots: make([]slot, n), free: make([]uint16, n),
 		slotMask: 1<<slotBits - 1, genUnit: 1 << slotBits, qid: c.QID,
 		size: c.Size, lazy: max(c.Size/4, 1),
-		timeout: int64(c.Timeout), grace: int64(c.Grace), late: c.Late, slow: c.Slow, noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
+		trace: newTracer(&c), timeout: int64(c.Timeout), grace: int64(c.Grace), late: c.Late, slow: c.Slow, noSpin: c.NoSpin, quiet: c.Quiet, eventFD: c.EventFD,
 	}
 	for i := range q.free {
 		// The stack's top is the lowest slot: a shallow load stays in few cache lines.
@@ -183,6 +189,9 @@ func (q *Queue) Renew(tail, head *dbbuf.Publisher) error {
 	q.rung = q.Rings()
 	q.sq, q.cq, q.tail, q.head = sq, cq, tail, head
 	q.unpublished, q.idle = 0, 0
+	if q.trace != nil {
+		q.trace.pushed = q.trace.pushed[:0]
+	}
 	q.failed.Store(nil)
 	return nil
 }
@@ -225,6 +234,9 @@ func (q *Queue) Take(tag uint64) (uint16, bool) {
 func (q *Queue) Push(slot uint16, cmd *nvme.Command) {
 	s := &q.slots[slot]
 	cmd.CID, s.opcode = s.cid, cmd.Opcode
+	if q.trace != nil {
+		q.trace.push(cmd)
+	}
 	q.sq.Push(cmd)
 }
 
@@ -251,7 +263,13 @@ func (q *Queue) Publish() error {
 			return err
 		}
 	}
-	if err := q.tail.Publish(q.sq.Tail()); err != nil {
+	var err error
+	if q.trace == nil {
+		err = q.tail.Publish(q.sq.Tail())
+	} else {
+		err = q.publishTraced()
+	}
+	if err != nil {
 		return q.Fail(fmt.Errorf("queue %d: ringing the SQ doorbell: %w", q.qid, err))
 	}
 	return nil

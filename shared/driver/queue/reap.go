@@ -44,6 +44,9 @@ func (q *Queue) Reap(out []Completion) (int, error) {
 	if n == 0 {
 		return 0, q.lookIdle()
 	}
+	if q.trace != nil {
+		q.traceReap(out[:n])
+	}
 	q.unpublished += uint32(n)
 	q.idle = 0
 	// With nothing left in flight no Publish may follow for long, and a device with a short

@@ -115,6 +115,7 @@ func (q *Queue) sleep() error {
 		return err
 	}
 	n, err := q.pollFD(nap)
+	q.TraceWake()
 	if n > 0 {
 		q.Wakeups++
 	}
@@ -162,5 +163,11 @@ func (q *Queue) Arm() (bool, error) {
 	if q.eventFD >= 0 {
 		q.drain()
 	}
-	return !q.cq.Ready() && q.failed.Load() == nil, nil
+	if q.cq.Ready() || q.failed.Load() != nil {
+		return false, nil
+	}
+	if q.trace != nil {
+		q.TraceSleep(int64(nap) * int64(time.Millisecond))
+	}
+	return true, nil
 }
