@@ -105,6 +105,25 @@ func TestOpcodeNames(t *testing.T) {
 	}
 }
 
+func TestNamedOpcodes(t *testing.T) {
+	last, n := -1, 0
+	for op, name := range IOOpcodes() {
+		if int(op) <= last || name != IOOpcodeName(op) || strings.Contains(name, "Opcode") {
+			t.Errorf("%#x: %q after %#x", op, name, last)
+		}
+		last, n = int(op), n+1
+	}
+	if n != 16 || last != IOZoneAppend {
+		t.Errorf("%d I/O opcodes have names, the last is %#x", n, last)
+	}
+	for op, name := range AdminOpcodes() {
+		if op != AdminDeleteSQ || name != "Delete I/O Submission Queue" {
+			t.Errorf("the first is %#x, %q", op, name)
+		}
+		break
+	}
+}
+
 // Every value has some name, and none that the reader must guess at.
 func TestEveryValuePrints(t *testing.T) {
 	for i := range 256 {

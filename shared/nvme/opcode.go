@@ -1,5 +1,7 @@
 package nvme
 
+import "iter"
+
 // Admin opcodes. NVMe Base 2.0c 5, figure 139.
 const (
 	AdminDeleteSQ             = 0x00
@@ -55,6 +57,13 @@ const (
 	IOCopy                = 0x19
 )
 
+// I/O opcodes of zoned namespaces. Zoned Namespace Command Set 1.1c 3.4.
+const (
+	IOZoneManagementSend    = 0x79
+	IOZoneManagementReceive = 0x7A
+	IOZoneAppend            = 0x7D
+)
+
 // PCIVendorGoogle is the PCI vendor id of the controllers whose 2014 doorbell
 // command drivers look for.
 const PCIVendorGoogle = 0x1AE0
@@ -107,6 +116,26 @@ var ioOpcodeNames = [256]string{
 	IOReservationAcquire:  "Reservation Acquire",
 	IOReservationRelease:  "Reservation Release",
 	IOCopy:                "Copy",
+
+	IOZoneManagementSend:    "Zone Management Send",
+	IOZoneManagementReceive: "Zone Management Receive",
+	IOZoneAppend:            "Zone Append",
+}
+
+// AdminOpcodes yields the admin opcodes that have a name, by rising opcode, with what AdminOpcodeName returns.
+func AdminOpcodes() iter.Seq2[uint8, string] { return named(&adminOpcodeNames) }
+
+// IOOpcodes is AdminOpcodes for I/O opcodes.
+func IOOpcodes() iter.Seq2[uint8, string] { return named(&ioOpcodeNames) }
+
+func named(names *[256]string) iter.Seq2[uint8, string] {
+	return func(yield func(uint8, string) bool) {
+		for op, name := range names {
+			if name != "" && !yield(uint8(op), name) {
+				return
+			}
+		}
+	}
 }
 
 // AdminOpcodeName returns the specification's name of an admin opcode, or, for
