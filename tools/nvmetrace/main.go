@@ -13,10 +13,15 @@ import (
 const description = `nvmetrace shows what NVMe queues do: those of this machine's kernel, by eBPF, and those of hostmed's guests, by its control socket.`
 
 type grammar struct {
+	Top     topCmd             `cmd:"" help:"A live table of devices and queues."`
+	Latency latencyCmd         `cmd:"" help:"How long commands take: percentiles, histograms, and a heat map."`
+	Snoop   snoopCmd           `cmd:"" help:"A line for each command, decoded; or a record of them."`
+	Replay  replayCmd          `cmd:"" help:"Print a record, or count it."`
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
-func main() {
-	p := cli.Program{Name: "nvmetrace", Description: description, Grammar: &grammar{}, Commands: true}
-	os.Exit(p.Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr}))
+func program() cli.Program {
+	return cli.Program{Name: "nvmetrace", Description: description, Grammar: &grammar{}, Commands: true}
 }
+
+func main() { os.Exit(program().Run(os.Args[1:], &cli.Output{Stdout: os.Stdout, Stderr: os.Stderr})) }

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/shadowbell/shadowbell/shared/inspect"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
+)
+
+// controlFlags name hostmed's control socket.
+type controlFlags struct {
+	Control string `placeholder:"PATH" help:"Control socket of hostmed (hostmed serve --control PATH)."`
+}
+
+const (
+	controlWithin = 10 * time.Second
+	maxInspect    = 64 << 20 // bytes of one answer
+)
+
+// control asks a running hostmed.
+type control struct {
+	path string
+	http *http.Client
+}
+
+// openControl returns a client that has been answered once. The error of a socket that nobody listens on has the remedy.
+func openControl(ctx context.Context, path string) (*control, error) {
+	c := &control{path: path, http: &http.Client{Timeout: controlWithin, Transport: &http.Transport{DialContext: dialUnix(path)}}}
+	if _, err := c.inspect(ctx); err != nil {
+		c.close()
+		return nil, cli.UsageError{Err: err}
+	}
+	return c, nil
+}
+
+func dialUnix(path string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+}
+
+func (c *control) close() { c.http.CloseIdleConnections() }
+
+// inspect returns the state of hostmed's queues.
+func (c *control) inspect(ctx context.Context) (*inspect.Snapshot, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hostmed/v1/inspect", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answers %s to /v1/inspect: is it the control socket of a hostmed of this version?", c.path, resp.Status)
+	}
+	var s inspect.Snapshot
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxInspect)).Decode(&s); err != nil {
+		return nil, fmt.Errorf("%s: what it answers is no snapshot: %w", c.path, err)
+	}
+	if s.Version != inspect.Version {
+		return nil, fmt.Errorf("%s: its snapshots have version %d and this program reads %d: use nvmetrace and hostmed of one version", c.path, s.Version, inspect.Version)
+	}
+	return &s, nil
+}
+
+func (c *control) explain(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return err
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("control socket %s: there is none; start hostmed with --control %s", c.path, c.path)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("control socket %s: nobody listens on it; start hostmed with --control %s", c.path, c.path)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("control socket %s: user %d may not connect; run as the user that hostmed runs as", c.path, os.Getuid())
+	}
+	return fmt.Errorf("control socket %s: %w", c.path, err)
+}
+
+// bells are what one queue of a controller of hostmed's has counted.
+type bells struct {
+	Commands, Completions uint64
+	Kicks, CQKicks        uint64 // doorbell messages: MMIO writes of the guest
+	KicksAsleep           uint64 // of Kicks
+	Armed, ArmLost        uint64
+	Spurious, Interrupts  uint64
+}
+
+// mmio is the guest's MMIO writes.
+func (b bells) mmio() uint64 { return b.Kicks + b.CQKicks }
+
+// perIO is n for each command, nil if there were none.
+func (b bells) perIO(n uint64) *float64 {
+	if b.Commands == 0 {
+		return nil
+	}
+	v := float64(n) / float64(b.Commands)
+	return &v
+}
+
+func (b *bells) add(o bells) {
+	b.Commands, b.Completions = b.Commands+o.Commands, b.Completions+o.Completions
+	b.Kicks, b.CQKicks, b.KicksAsleep = b.Kicks+o.Kicks, b.CQKicks+o.CQKicks, b.KicksAsleep+o.KicksAsleep
+	b.Armed, b.ArmLost = b.Armed+o.Armed, b.ArmLost+o.ArmLost
+	b.Spurious, b.Interrupts = b.Spurious+o.Spurious, b.Interrupts+o.Interrupts
+}
+
+func bellsOf(q *inspect.Queue) bells {
+	return bells{
+		Commands: q.Commands, Completions: q.Completions, Kicks: q.Kicks, CQKicks: q.CQKicks, KicksAsleep: q.KicksAsleep,
+		Armed: q.Armed, ArmLost: q.ArmLost, Spurious: q.Spurious, Interrupts: q.Interrupts,
+	}
+}
+
+// since is what came after before. Counters of a queue begin anew with it: one that has fewer than before is another queue, and all it has is new.
+func (b bells) since(before bells) bells {
+	if b.Commands < before.Commands || b.Kicks < before.Kicks || b.CQKicks < before.CQKicks || b.Completions < before.Completions ||
+		b.Armed < before.Armed || b.ArmLost < before.ArmLost || b.Spurious < before.Spurious || b.Interrupts < before.Interrupts || b.KicksAsleep < before.KicksAsleep {
+		return b
+	}
+	return bells{
+		Commands: b.Commands - before.Commands, Completions: b.Completions - before.Completions, Kicks: b.Kicks - before.Kicks, CQKicks: b.CQKicks - before.CQKicks,
+		KicksAsleep: b.KicksAsleep - before.KicksAsleep, Armed: b.Armed - before.Armed, ArmLost: b.ArmLost - before.ArmLost,
+		Spurious: b.Spurious - before.Spurious, Interrupts: b.Interrupts - before.Interrupts,
+	}
+}
+
+// state says what a queue's worker does about it: "polling", "asleep 4.2 s" and the others by their names.
+func state(q *inspect.Queue, taken int64) string {
+	if q.State == "armed" && q.ArmedAt > 0 && taken >= q.ArmedAt {
+		return fmt.Sprintf("asleep %s", ns(taken-q.ArmedAt))
+	}
+	return printable(q.State)
+}
+
+// queueBells is what a queue counted between two snapshots.
+type queueBells struct {
+	queue *inspect.Queue
+	bells
+}
+
+// between is what the queues of controller c, of the later snapshot, counted since before. Where before could not see the controller whole, what a queue had
+// until then is not known, and nothing is said of it.
+func between(before *inspect.Snapshot, c *inspect.Controller) (out []queueBells) {
+	old, whole := map[uint16]bells{}, true
+	if before != nil {
+		for i := range before.Controllers {
+			b := &before.Controllers[i]
+			if b.Socket != c.Socket {
+				continue
+			}
+			whole = !b.Silent && len(b.Busy) == 0
+			for j := range b.Queues {
+				old[b.Queues[j].QID] = bellsOf(&b.Queues[j])
+			}
+		}
+	}
+	for i := range c.Queues {
+		q := &c.Queues[i]
+		x := queueBells{queue: q}
+		if was, ok := old[q.QID]; ok || whole {
+			x.bells = bellsOf(q).since(was)
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+// missing says what a snapshot could not see.
+func missing(s *inspect.Snapshot) (notes []string) {
+	for i := range s.Controllers {
+		switch c := &s.Controllers[i]; {
+		case c.Silent:
+			notes = append(notes, fmt.Sprintf("%s did not answer in time: its queues are missing", printable(c.Socket)))
+		case len(c.Busy) > 0:
+			notes = append(notes, fmt.Sprintf("%s: workers %v did not answer in time: their queues are missing", printable(c.Socket), c.Busy))
+		}
+	}
+	return notes
+}
+
+// mediatorNodes are the controllers of hostmed, of what came between two snapshots.
+func mediatorNodes(before, now *inspect.Snapshot, seconds float64) []*node {
+	nodes := map[int]*node{}
+	for i := range now.Controllers {
+		c := &now.Controllers[i]
+		n := &node{Source: "hostmed", Name: printable(c.Socket), order: i, Depth: new(int64)}
+		nodes[i] = n
+		var sum bells
+		for _, x := range between(before, c) {
+			q := x.queue
+			depth := int64(q.Inflight)
+			*n.Depth += depth
+			n.Parts = append(n.Parts, &node{Source: "hostmed", Name: queueName(q.QID), QID: &q.QID, order: int(q.QID), State: state(q, now.Taken),
+				Commands: x.Commands, Depth: &depth, MMIO: x.perIO(x.mmio())})
+			sum.add(x.bells)
+		}
+		n.Commands, n.MMIO = sum.Commands, sum.perIO(sum.mmio())
+	}
+	return finish(nodes, seconds)
+}
