@@ -148,6 +148,7 @@ func (w *watch) missed(what string, b *inspect.Bell, size uint32) Finding {
 		where = w.full() + ": "
 	}
 	f := w.broken("R1", Driver, kick+remedyDriver, "%sthe driver stored its %s and did not ring although %d is in %s", where, what, b.Event, between(b.Private, now))
+	f.Doubt = "a VMM that loses the driver's write on its way"
 	if !slices.ContainsFunc(w.all, func(m moment) bool {
 		bell := &m.q.SQ
 		if b == &q.CQ {
@@ -155,7 +156,7 @@ func (w *watch) missed(what string, b *inspect.Bell, size uint32) Finding {
 		}
 		return m.q.ArmedAt == q.ArmedAt && told(m.c, &m.q, bell) == b.Private
 	}) {
-		f.Doubt = "R2 in the device, if the store came at the time of its arm: hostmed's is one exchange, which tests hold"
+		f.Doubt += "; or R2 in the device, if the store came at the time of its arm: hostmed's is one exchange, which tests hold"
 	}
 	return f
 }

@@ -17,6 +17,7 @@ type grammar struct {
 	Latency latencyCmd         `cmd:"" help:"How long commands take: percentiles, histograms, and a heat map."`
 	Snoop   snoopCmd           `cmd:"" help:"A line for each command, decoded; or a record of them."`
 	Replay  replayCmd          `cmd:"" help:"Print a record, or count it."`
+	Doctor  doctorCmd          `cmd:"" help:"Which queue of a guest hangs, which rule of the doorbells was broken, and by whom."`
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
