@@ -63,6 +63,7 @@ check: fmt vet ## quick, under 2 minutes: gofmt, vet, build, short tests
 .PHONY: test
 test: deps race lab ## all tests: with the race detector, then as shipped, virtual machines too (installs spin and gcc where it can)
 	$(GO) test -timeout 8m $$($(GO) list ./... | grep -v '/tools/vmlab')
+	$(GO) test -tags shadowbell_faults -timeout 8m -run 'TestBroken' ./hostmed
 	@# One at a time: two cores are one for the guest and one for hostmed.
 	$(GO) test -timeout 20m -p 1 ./tools/vmlab/...
 
@@ -89,6 +90,8 @@ fmt:
 .PHONY: vet
 vet:
 	$(GO) vet ./...
+	@# What breaks doorbell rules on purpose, for tests of what notices.
+	$(GO) vet -tags shadowbell_faults ./...
 
 .PHONY: staticcheck
 staticcheck:

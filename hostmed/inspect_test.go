@@ -313,6 +313,19 @@ func TestInspectBlocked(t *testing.T) {
 	q := &g.life.io[0]
 	head, err := g.life.shadow.Word32(3 * 4)
 	g.must(err)
+	g.fillCQ()
+	s := g.until("a blocked queue", 1, func(q inspect.Queue) bool { return q.Blocked && armed(q) })
+	if s.Room != 0 || s.CQ.Event != s.CQ.Private || s.CQ.Private != 0 || s.CQTail != bareEntries-1 || s.SQ.Private != bareEntries-1 || s.SQ.Page != 1 {
+		t.Errorf("%+v", s)
+	}
+	head.Store(q.cq.Head())
+	g.doorbell(nvme.CQHeadDoorbell(1, 0), 0)
+	g.wait(q, 2)
+}
+
+// fillCQ makes the CQ of queue 1 full, and has two commands more.
+func (g *inspected) fillCQ() {
+	q := &g.life.io[0]
 	fill := func(n int) {
 		for range n {
 			q.sq.Push(&nvme.Command{Opcode: nvme.IOFlush, NSID: 1})
@@ -333,13 +346,6 @@ func TestInspectBlocked(t *testing.T) {
 		})
 	}
 	fill(2)
-	s := g.until("a blocked queue", 1, func(q inspect.Queue) bool { return q.Blocked && armed(q) })
-	if s.Room != 0 || s.CQ.Event != s.CQ.Private || s.CQ.Private != 0 || s.CQTail != bareEntries-1 || s.SQ.Private != bareEntries-1 || s.SQ.Page != 1 {
-		t.Errorf("%+v", s)
-	}
-	head.Store(q.cq.Head())
-	g.doorbell(nvme.CQHeadDoorbell(1, 0), 0)
-	g.wait(q, 2)
 }
 
 // A worker that hangs is named, keeps nobody, and leaves nothing behind.

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/broken"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
 )
@@ -122,8 +123,10 @@ func (c *Controller) disable() {
 	c.ready = false
 	c.reporting = nil
 	c.settling = !c.dp.Stop(stopPatience)
-	c.pages.release()
-	c.pages = doorbellPages{}
+	if !broken.On(broken.KeepPages) {
+		c.pages.release()
+		c.pages = doorbellPages{}
+	}
 	c.dp.ZeroAdminDoorbells()
 	c.admin.release()
 	c.admin = adminQueue{}

@@ -3,6 +3,7 @@ package ioq
 import (
 	"slices"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/broken"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 )
 
@@ -150,5 +151,9 @@ func (w *Worker) fetchFrom(s *sq, n uint32) {
 	if w.cost.on {
 		w.cost.charge(&g.stats.Costs.Translate, int(n))
 	}
-	s.tail.Behind(s.cons.Head())
+	if broken.On(broken.Sentinel) {
+		s.tail.Ask(never)
+	} else {
+		s.tail.Behind(s.cons.Head())
+	}
 }

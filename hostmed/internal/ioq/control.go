@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/broken"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/hostmed/internal/subsys"
@@ -215,6 +216,9 @@ func (c *Controller) CreateCQ(p ctrl.CQParams) error {
 
 // zero clears the slots of a new queue, whatever an older one left in them (R22).
 func zero(words ...*atomic.Uint32) {
+	if broken.On(broken.StaleSlots) {
+		return
+	}
 	for _, x := range words {
 		if x != nil {
 			x.Store(0)
@@ -430,8 +434,11 @@ func (c *Controller) Stop(patience time.Duration) bool {
 			closeMemory(&s.mem)
 		}
 	})
-	_ = c.moveDoorbells(nil, nil, false) // the registers have room for all queues
-	c.shadow, c.ei, c.away, c.parked = nil, nil, false, false
+	if !broken.On(broken.KeepPages) {
+		_ = c.moveDoorbells(nil, nil, false) // the registers have room for all queues
+		c.shadow, c.ei = nil, nil
+	}
+	c.away, c.parked = false, false
 	ended, end := true, time.Now().Add(patience)
 	for _, w := range c.involved() {
 		of := func(r *request) bool { return r.sq.g.ctl == c }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/broken"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/shm"
 )
@@ -117,6 +118,9 @@ func (c *Controller) Doorbell(w *Worker, off uint64, value uint32) {
 	}
 	if w.trace != nil {
 		w.traceKick(g, uint16(qid), cq, value)
+	}
+	if !cq && broken.On(broken.DropKick) {
+		return
 	}
 	if g.w == w {
 		w.rung(g)

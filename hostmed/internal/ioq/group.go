@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/broken"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ctrl"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -118,6 +119,12 @@ func (w *Worker) poll(g *group) int {
 	if g.state != Polling {
 		return 0
 	}
+	if broken.On(broken.SleepAnyway) && g.idleSince != 0 {
+		if w.current = g; g.moved() {
+			w.arm(g)
+			return 0
+		}
+	}
 	if g.arbiter != nil {
 		return g.arbiter.turn(w)
 	}
@@ -153,7 +160,11 @@ func (w *Worker) poll(g *group) int {
 		if w.cost.on {
 			w.cost.charge(&g.stats.Costs.Translate, int(n))
 		}
-		s.tail.Behind(s.cons.Head())
+		if broken.On(broken.Sentinel) {
+			s.tail.Ask(never)
+		} else {
+			s.tail.Behind(s.cons.Head())
+		}
 		work += int(n)
 	}
 	if work > 0 {
@@ -262,7 +273,7 @@ func (w *Worker) arm(g *group) bool {
 	ok := true
 	for _, s := range g.sqs {
 		s.kicksWas = s.kicks.Load()
-		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) && !s.tail.Arm(s.cons.Head()) {
+		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) && !s.arm() {
 			ok = false
 		}
 	}
@@ -273,14 +284,16 @@ func (w *Worker) arm(g *group) bool {
 			w.badDoorbell(g, g.qid, BadCQHead, err)
 			return true
 		}
-		if g.room() > 0 || !g.head.Arm(g.prod.Head()) {
+		if broken.On(broken.CQAtTail) {
+			g.head.Arm(g.prod.Tail())
+		} else if g.room() > 0 || !g.head.Arm(g.prod.Head()) {
 			ok = false
 		}
 	}
 	if w.trace != nil {
 		w.traceArm(g, ok)
 	}
-	if !ok {
+	if !ok && !broken.On(broken.SleepAnyway) {
 		w.behind(g)
 		return false
 	}
@@ -295,6 +308,21 @@ func (w *Worker) arm(g *group) bool {
 	return true
 }
 
+// arm is Arm of s.
+func (s *sq) arm() bool {
+	switch {
+	case broken.On(broken.NoArm):
+		return true
+	case broken.On(broken.WrongIndex):
+		s.tail.Arm((s.cons.Head() + 1) % s.cons.Size())
+		return true
+	}
+	return s.tail.Arm(s.cons.Head())
+}
+
+// never is what R14 forbids.
+const never = 1<<32 - 1
+
 // leaveList is the end of polling.
 func (w *Worker) leaveList(g *group) {
 	if g.inflight > 0 && !g.dozing {
@@ -307,7 +335,11 @@ func (w *Worker) leaveList(g *group) {
 // behind tells the drivers of g's queues not to ring.
 func (w *Worker) behind(g *group) {
 	for _, s := range g.sqs {
-		s.tail.BehindNow(s.cons.Head())
+		if broken.On(broken.Sentinel) {
+			s.tail.Ask(never)
+		} else {
+			s.tail.BehindNow(s.cons.Head())
+		}
 	}
 	if !g.ctl.pin.on.Load() { // which wants a ring for each head
 		g.head.BehindNow(g.prod.Head())
@@ -340,6 +372,10 @@ func (w *Worker) resume(g *group) {
 	w.current = g
 	if g.state != Armed && g.state != Polling {
 		g.resumedAt = nanotime()
+		if broken.On(broken.NoProbe) {
+			g.state = Armed
+			return
+		}
 	}
 	if w.trace != nil && g.state == Armed {
 		w.traceWake(g)
