@@ -82,25 +82,27 @@ func TestEventFilters(t *testing.T) {
 
 func TestFlagsThatAreWrong(t *testing.T) {
 	for args, says := range map[string]string{
-		"hop":                     "hop",
-		"top --device sda":        "write it as nvme0",
-		"top --device nvme":       "write it as nvme0",
-		"top --device nvme99999":  "write it as nvme0",
-		"top --device nvme0n1":    "name its device, nvme0",
-		"top --queue 65536":       "65536",
-		"top --opcode reed":       "is no command",
-		"top --opcode 256":        "is no command",
-		"top --interval 0s":       "needs some time",
-		"top --interval 1ms":      "at least 10ms",
-		"top --duration=-1s":      "negative",
-		"latency --by colour":     "must be one of",
-		"latency --plot x.pdf":    ".svg or .png",
-		"latency --heat --json":   "choose one",
-		"latency --step 1ms":      "at least 10ms",
-		"snoop --min-latency=-1s": "negative",
-		"snoop --write f --json":  "a record is not JSON",
-		"replay":                  "<file>",
-		"replay f --as hop":       "must be one of",
+		"hop":                            "hop",
+		"top --device sda":               "write it as nvme0",
+		"top --device nvme":              "write it as nvme0",
+		"top --device nvme99999":         "write it as nvme0",
+		"top --device nvme0n1":           "name its device, nvme0",
+		"top --queue 65536":              "65536",
+		"top --opcode reed":              "is no command",
+		"top --opcode 256":               "is no command",
+		"top --interval 0s":              "needs some time",
+		"top --interval 1ms":             "at least 10ms",
+		"top --duration=-1s":             "negative",
+		"latency --by colour":            "must be one of",
+		"latency --plot x.pdf":           ".svg or .png",
+		"latency --heat --json":          "choose one",
+		"latency --step 1ms":             "at least 10ms",
+		"snoop --min-latency=-1s":        "negative",
+		"snoop --write f --json":         "a record is not JSON",
+		"replay":                         "<file>",
+		"replay f --as hop":              "must be one of",
+		"doorbells":                      "--control=PATH",
+		"doorbells --vm 1 --interval 0s": "needs some time",
 	} {
 		_, err := parse(t, args)
 		if err == nil || !strings.Contains(err.Error(), says) || strings.Contains(err.Error(), "\n") {
@@ -113,12 +115,13 @@ func TestFlagsThatAreWrong(t *testing.T) {
 func TestErrorsAreOneLine(t *testing.T) {
 	newFake().use(t)
 	for args, says := range map[string]string{
-		"top --control /no/such/socket":     "start hostmed with --control /no/such/socket",
-		"latency --plot /no/such/dir/x.svg": "/no/such/dir",
-		"snoop --write /no/such/dir/x":      "/no/such/dir",
-		"snoop --write /etc/passwd":         "is there already",
-		"replay /no/such/file":              "/no/such/file",
-		"top --opcode reed":                 "see nvmetrace top --help",
+		"top --control /no/such/socket":       "start hostmed with --control /no/such/socket",
+		"doorbells --control /no/such/socket": "start hostmed with --control",
+		"latency --plot /no/such/dir/x.svg":   "/no/such/dir",
+		"snoop --write /no/such/dir/x":        "/no/such/dir",
+		"snoop --write /etc/passwd":           "is there already",
+		"replay /no/such/file":                "/no/such/file",
+		"top --opcode reed":                   "see nvmetrace top --help",
 	} {
 		code, stdout, stderr := run(t, strings.Fields(args)...)
 		if code != 2 || stdout != "" || !strings.HasPrefix(stderr, "nvmetrace: ") || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, says) {
@@ -129,13 +132,13 @@ func TestErrorsAreOneLine(t *testing.T) {
 
 // TestHelp: each command explains itself, with examples, and nothing is wider than a terminal has room for.
 func TestHelp(t *testing.T) {
-	for _, name := range []string{"top", "latency", "snoop", "replay"} {
+	for _, name := range []string{"top", "latency", "snoop", "replay", "doorbells", "check"} {
 		code, stdout, stderr := run(t, name, "--help")
 		if code != 0 || stderr != "" || !strings.Contains(stdout, "Example") {
 			t.Errorf("%s: exit %d, %s%s", name, code, stdout, stderr)
 		}
 	}
-	if code, stdout, _ := run(t); code != 0 || !strings.Contains(stdout, "replay") {
+	if code, stdout, _ := run(t); code != 0 || !strings.Contains(stdout, "doorbells") {
 		t.Errorf("exit %d: %s", code, stdout)
 	}
 }

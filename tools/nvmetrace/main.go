@@ -13,12 +13,14 @@ import (
 const description = `nvmetrace shows what NVMe queues do: those of this machine's kernel, by eBPF, and those of hostmed's guests, by its control socket.`
 
 type grammar struct {
-	Top     topCmd             `cmd:"" help:"A live table of devices and queues."`
-	Latency latencyCmd         `cmd:"" help:"How long commands take: percentiles, histograms, and a heat map."`
-	Snoop   snoopCmd           `cmd:"" help:"A line for each command, decoded; or a record of them."`
-	Replay  replayCmd          `cmd:"" help:"Print a record, or count it."`
-	Doctor  doctorCmd          `cmd:"" help:"Which queue of a guest hangs, which rule of the doorbells was broken, and by whom."`
-	Version cli.VersionCommand `cmd:"" help:"Print the version."`
+	Top       topCmd             `cmd:"" help:"A live table of devices and queues."`
+	Latency   latencyCmd         `cmd:"" help:"How long commands take: percentiles, histograms, and a heat map."`
+	Snoop     snoopCmd           `cmd:"" help:"A line for each command, decoded; or a record of them."`
+	Replay    replayCmd          `cmd:"" help:"Print a record, or count it."`
+	Doorbells doorbellsCmd       `cmd:"" help:"What shared doorbells cost and spare: MMIO, sleeps, interrupts and exits."`
+	Doctor    doctorCmd          `cmd:"" help:"Which queue of a guest hangs, which rule of the doorbells was broken, and by whom."`
+	Check     checkCmd           `cmd:"" help:"What this kernel offers for tracing, and what follows."`
+	Version   cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
 func program() cli.Program {

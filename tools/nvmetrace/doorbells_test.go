@@ -1,0 +1,90 @@
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shadowbell/shadowbell/ebpf/trace"
+	"github.com/shadowbell/shadowbell/shared/inspect"
+)
+
+// guests is two controllers after n seconds: one whose queues are busy and asleep, and one that does not answer.
+func guests(n uint64) *inspect.Snapshot {
+	return &inspect.Snapshot{Version: inspect.Version, Taken: int64(n+10) * 1e9, Controllers: []inspect.Controller{
+		{Socket: "/run/a", Mode: "shadow", Shared: true, Queues: []inspect.Queue{
+			{QID: 1, State: "polling", Commands: 1000 * n, Kicks: 10 * n, CQKicks: 5 * n, KicksAsleep: 8 * n, Armed: 9 * n, ArmLost: n, Spurious: 2 * n, Interrupts: 500 * n},
+			{QID: 2, State: "armed", ArmedAt: 8e9},
+		}},
+		{Socket: "/run/b", Mode: "trap", Silent: true},
+	}}
+}
+
+func TestDoorbellsTable(t *testing.T) {
+	c := &doorbellsCmd{VM: 7}
+	st := step{
+		before: sample{at: time.Unix(0, 0), mediator: guests(1), kernel: &trace.Snapshot{KVM: []trace.ExitCell{{PID: 7, Exits: 100, MMIO: 10}}}},
+		now:    sample{at: time.Unix(2, 0), mediator: guests(3), kernel: &trace.Snapshot{KVM: []trace.ExitCell{{PID: 7, Exits: 300, MMIO: 14, FastMMIO: 16}, {PID: 8, Exits: 1}}, Losses: trace.Losses{Map: 1}}},
+	}
+	s := doorbellsTable(c.figures(st))
+	has(t, s, "2.0 s state commands SQ CQ MMIO/IO asleep armed lost spurious IRQ/IO",
+		"/run/a shadow 2,000 20 10 0.015 16 18 2 4 0.50", "queue 1 polling 2,000 20 10 0.015 16 18 2 4 0.50", "queue 2 asleep 5.00 s 0 0 0 - 0 0 0 0 -", "/run/b trap",
+		"process 7: 200 exits, of them MMIO: 16 ioeventfd, 4 passed on; for each I/O 0.10 exits, 0.010 MMIO", "LOST", "/run/b did not answer in time")
+	hasNot(t, s, "process 8")
+	c.Socket, c.Queue = []string{"/run/a"}, []uint16{2}
+	s = doorbellsTable(c.figures(st))
+	hasNot(t, s, "  /run/b", "queue 1")
+	has(t, s, "/run/a shadow 0 0 0 -", "queue 2")
+}
+
+// TestQueuesOfABusyWorker: one that could not be asked before is not taken for new when it can.
+func TestQueuesOfABusyWorker(t *testing.T) {
+	before, now := guests(1), guests(3)
+	before.Controllers[0].Queues, before.Controllers[0].Busy = nil, []int{0}
+	for _, x := range between(before, &now.Controllers[0]) {
+		if x.bells != (bells{}) {
+			t.Errorf("queue %d: %+v", x.queue.QID, x.bells)
+		}
+	}
+	if notes := missing(before); len(notes) != 2 || !strings.Contains(notes[0], "workers [0] did not answer") {
+		t.Errorf("%q", notes)
+	}
+	// A queue that was not there is new, and all of it.
+	before.Controllers[0].Busy = nil
+	if x := between(before, &now.Controllers[0]); x[0].Commands != 3000 {
+		t.Errorf("%+v", x[0])
+	}
+}
+
+func TestDoorbellsCommand(t *testing.T) {
+	n := uint64(0)
+	path := serveControl(t, func() *inspect.Snapshot { n++; return guests(n) })
+	code, stdout, stderr := run(t, "doorbells", "--control", path, "--interval", "20ms", "--duration", "70ms", "--json")
+	if code != 0 || stderr != "" {
+		t.Fatalf("exit %d: %s", code, stderr)
+	}
+	var sum uint64
+	var last doorbellsJSON
+	for d := json.NewDecoder(strings.NewReader(stdout)); d.More(); {
+		last = doorbellsJSON{}
+		if err := d.Decode(&last); err != nil {
+			t.Fatalf("%v: %s", err, stdout)
+		}
+		if !last.Total {
+			sum += last.Controllers[0].Commands
+		}
+	}
+	if a := last.Controllers[0]; !last.Total || sum == 0 || a.Commands != sum || a.Queues[1].State != "armed" || a.Queues[1].AsleepNS == 0 {
+		t.Errorf("%d commands: %+v", sum, last)
+	}
+}
+
+// TestOtherVersionsOfTheSocket: what answers otherwise is named.
+func TestOtherVersionsOfTheSocket(t *testing.T) {
+	path := serveControl(t, func() *inspect.Snapshot { return &inspect.Snapshot{Version: 99} })
+	code, _, stderr := run(t, "doorbells", "--control", path)
+	if code != 2 || !strings.Contains(stderr, "version 99") || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+}
