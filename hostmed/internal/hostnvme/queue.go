@@ -91,7 +91,7 @@ func (q *Queue) Put(r *Request) {
 	p := q.pair
 	q.inflight++
 	r.at, r.left, r.begun, r.out, r.waits = position{}, r.Len, false, 0, false
-	r.DW0, r.RealQID = 0, 0
+	r.DW0, r.RealQID, r.RealCID = 0, 0, 0
 	if r.Status = q.slice.check(r); !r.Status.OK() {
 		p.finish(r)
 		return

@@ -11,8 +11,8 @@ import (
 )
 
 // Trace points: what becomes of each command, and when queues and threads sleep, as records of package events. Each worker writes a ring of
-// its own, by what is private to it: Worker.trace, which is nil while nobody listens. Then a batch pays for one look at it, here and there
-// for one that sampling pays for anyway (Worker.extra), and a command for nothing.
+// its own, by what is private to it: Worker.trace, which is nil while nobody listens. Then a batch pays for two looks at it, when it is fetched and
+// when it is done (what else there is hides behind a look that sampling takes anyway, Worker.extra), and a command for nothing.
 //
 // The clock is read once for each batch and phase: tracer.now is the time of all that is recorded until the next reading. So each ring is in the
 // order of its times, and an event is never said to be earlier than what must come before it, here or on the other side:
