@@ -2,8 +2,10 @@ package hostmed
 
 import (
 	"errors"
+	"os"
 	"sync"
 
+	"github.com/shadowbell/shadowbell/hostmed/internal/gmem"
 	"github.com/shadowbell/shadowbell/hostmed/internal/ioq"
 	"github.com/shadowbell/shadowbell/shared/events"
 )
@@ -103,6 +105,28 @@ func (t *tracing) close(workers []*ioq.Worker) error {
 		return nil
 	}
 	return t.end(workers)
+}
+
+// Files opens the rings for readers, who can write through none of them. They are the caller's, also after Close.
+func (t *Trace) Files() (files []*os.File, err error) {
+	t.of.mu.Lock() // until Close
+	defer t.of.mu.Unlock()
+	for i := range t.Rings {
+		var f *os.File
+		if t.of.common != t.common {
+			err = errShutdown
+		} else {
+			f, err = gmem.ReadOnly(t.Rings[i].FD)
+		}
+		if err != nil {
+			for _, f := range files {
+				f.Close()
+			}
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 // Media returns the media that commands have gone to since the first Listen, by the numbers that records have. One that is met later has the next number.

@@ -1,7 +1,7 @@
 // Package api is hostmed's control socket: HTTP with JSON over a unix socket, for those who look at a running mediator and kick its queues.
 // docs/control.md describes it; package attach (shared/inspect/attach) is its client.
 //
-// It shows what a Mediator tells it and knows no more of one, so a program that embeds hostmed can serve it too. Who may connect is root and the user
+// A program that embeds hostmed can serve it too. Who may connect is root and the user
 // that this process runs as; they are trusted not to be hostile to the service, but not to be right: what they send is bounded, and a client that
 // is slow or goes away costs nobody but itself.
 //
@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/hostmed/internal/sock"
 	"github.com/shadowbell/shadowbell/shared/inspect"
 )
@@ -32,7 +33,10 @@ type Mediator interface {
 	InspectMemory(ctx context.Context, which string) (inspect.Snapshot, []*os.File, error)
 	Counters(ctx context.Context, which string) (inspect.Counters, error)
 	Kick(ctx context.Context, which string, qid uint16) (inspect.Kick, error)
+	Listen(records uint32) (*hostmed.Trace, error)
 }
+
+var _ Mediator = (*hostmed.Mediator)(nil)
 
 // Bounds of what clients can have.
 const (
@@ -44,6 +48,9 @@ const (
 	readTimeout    = 10 * time.Second // and all of it
 	writeTimeout   = 30 * time.Second // from there to the end of the answer
 	idleTimeout    = time.Minute
+
+	listenPatience = 2 * time.Second // for workers to begin recording
+	maxAsking      = 4               // that wait for that, or that nobody waits for any more
 )
 
 // Server serves a control socket.
@@ -58,6 +65,7 @@ type Server struct {
 	ctx      context.Context // ends with the server; of what upgraded connections ask for
 	cancel   context.CancelFunc
 	attached attached
+	asking   chan struct{} // one in it for each Listen that has not returned
 	once     sync.Once
 	err      error
 }
@@ -71,7 +79,7 @@ func Listen(path string, m Mediator, log hclog.Logger) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{m: m, log: log.Named("control"), path: path}
+	s := &Server{m: m, log: log.Named("control"), path: path, asking: make(chan struct{}, maxAsking)}
 	var st unix.Stat_t
 	if unix.Stat(path, &st) == nil {
 		s.inode = st.Ino

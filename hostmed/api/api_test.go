@@ -30,8 +30,6 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-var _ Mediator = (*hostmed.Mediator)(nil)
-
 const patience = 20 * time.Second
 
 // fake is a Mediator with one controller, "c", of one queue, in one file.
@@ -90,6 +88,13 @@ func (f *fake) Kick(_ context.Context, which string, qid uint16) (inspect.Kick, 
 		return inspect.Kick{}, inspect.ErrBusy
 	}
 	return inspect.Kick{QID: qid, Woken: true, Found: 3}, nil
+}
+
+func (f *fake) Listen(uint32) (*hostmed.Trace, error) {
+	if f.hang != nil {
+		<-f.hang
+	}
+	return nil, errors.New("there are no workers")
 }
 
 func serve(t *testing.T, m Mediator) (*Server, string) {

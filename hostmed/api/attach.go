@@ -2,7 +2,9 @@ package api
 
 import (
 	"bufio"
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -11,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shadowbell/shadowbell/hostmed"
+	"github.com/shadowbell/shadowbell/shared/inspect"
 	"github.com/shadowbell/shadowbell/shared/inspect/attach"
 )
 
@@ -51,19 +55,37 @@ func (s *Server) serve(c *net.UnixConn, rw *bufio.ReadWriter) error {
 	if _, err := io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+attach.Protocol+"\r\n\r\n"); err != nil {
 		return err
 	}
+	x := attachment{s: s}
+	defer x.close()
 	for {
 		q, err := attach.ReceiveRequest(c)
 		if err != nil {
 			return err
 		}
-		if err := s.answer(c, q); err != nil {
+		if err := x.answer(c, q); err != nil {
 			return err
 		}
 	}
 }
 
+// attachment is an upgraded connection.
+type attachment struct {
+	s     *Server
+	trace *hostmed.Trace // nil: it does not listen
+}
+
+func (x *attachment) close() {
+	if x.trace == nil {
+		return
+	}
+	if err := x.trace.Close(); err != nil {
+		x.s.log.Error("ending the recording of events", "error", err)
+	}
+}
+
 // answer replies to one request. What was opened for it is closed when it was sent, or could not be.
-func (s *Server) answer(c *net.UnixConn, q attach.Request) error {
+func (x *attachment) answer(c *net.UnixConn, q attach.Request) error {
+	s := x.s
 	r := attach.Reply{ID: q.ID}
 	var files []*os.File
 	defer func() {
@@ -72,6 +94,19 @@ func (s *Server) answer(c *net.UnixConn, q attach.Request) error {
 		}
 	}()
 	switch {
+	case q.Listen != nil:
+		var err error
+		if files, err = x.listen(q.Listen.Records); err != nil {
+			r.Error = attach.ErrorOf(err)
+		} else {
+			r.Rings, r.Media = len(files), x.trace.Media()
+		}
+	case q.Media != nil:
+		if x.trace == nil {
+			r.Error = &attach.Error{Code: "not-listening", Message: "this connection does not listen"}
+		} else {
+			r.Media = x.trace.Media()
+		}
 	case q.Inspect != nil:
 		snapshot, opened, err := s.m.InspectMemory(s.ctx, q.Inspect.Controller)
 		if files = opened; err != nil {
@@ -83,6 +118,64 @@ func (s *Server) answer(c *net.UnixConn, q attach.Request) error {
 		r.Error = &attach.Error{Code: "unknown", Message: "a request that this hostmed does not know"}
 	}
 	return attach.Send(c, r, files)
+}
+
+// listen begins to record for x.
+func (x *attachment) listen(records uint32) (files []*os.File, err error) {
+	switch {
+	case x.trace != nil:
+		return nil, &attach.Error{Code: "listening", Message: "this connection listens already: open another"}
+	case records > attach.MaxRecords:
+		return nil, &attach.Error{Code: "bad-records", Message: fmt.Sprintf("rings of %d records: %d is the most", records, attach.MaxRecords)}
+	}
+	trace, err := x.s.listen(records)
+	if err != nil {
+		return nil, err
+	}
+	if files, err = trace.Files(); err == nil && len(files) > inspect.MaxFiles {
+		err = fmt.Errorf("%d workers have a ring each, %d can be handed over", len(files), inspect.MaxFiles)
+	}
+	if err != nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return nil, errors.Join(err, trace.Close())
+	}
+	x.trace = trace
+	return files, nil
+}
+
+// listen is the mediator's, but does not wait for a worker that hangs.
+func (s *Server) listen(records uint32) (*hostmed.Trace, error) {
+	select {
+	case s.asking <- struct{}{}:
+	default:
+		return nil, inspect.ErrBusy
+	}
+	type answer struct {
+		trace *hostmed.Trace
+		err   error
+	}
+	got := make(chan answer)
+	ctx, cancel := context.WithTimeout(s.ctx, listenPatience)
+	defer cancel()
+	go func() {
+		defer func() { <-s.asking }()
+		t, err := s.m.Listen(records)
+		select {
+		case got <- answer{t, err}:
+		case <-ctx.Done():
+			if err == nil {
+				t.Close()
+			}
+		}
+	}()
+	select {
+	case a := <-got:
+		return a.trace, a.err
+	case <-ctx.Done():
+		return nil, inspect.ErrBusy
+	}
 }
 
 // attached are the upgraded connections, which package http does not know any more.

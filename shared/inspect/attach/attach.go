@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/inspect"
 )
 
@@ -198,6 +199,28 @@ func (c *Conn) Inspect(ctx context.Context, which string) (inspect.Snapshot, []*
 		return inspect.Snapshot{}, nil, err
 	}
 	return *r.Snapshot, files, nil
+}
+
+// Listen makes hostmed's workers record what becomes of commands until the connection ends, and returns their rings, for events.Map; the caller closes the
+// files. records is how many each ring holds, if nobody listens yet: at most MaxRecords, or 0 for events.DefaultRecords. Numbers of media met later are
+// Media's to tell. A connection listens once.
+func (c *Conn) Listen(ctx context.Context, records uint32) (rings []*os.File, media []events.Medium, err error) {
+	r, files, err := c.ask(ctx, Request{Listen: &Listen{Records: records}})
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(files) == 0 || r.Rings != len(files) {
+		closeAll(files)
+		return nil, nil, fmt.Errorf("%w: %d rings in %d files", ErrProtocol, r.Rings, len(files))
+	}
+	return files, r.Media, nil
+}
+
+// Media returns the media that commands have gone to since somebody listens, by the numbers in Record.Medium. The connection must listen.
+func (c *Conn) Media(ctx context.Context) ([]events.Medium, error) {
+	r, files, err := c.ask(ctx, Request{Media: &Media{}})
+	closeAll(files)
+	return r.Media, err
 }
 
 // checkFiles finds Memory that names a file that did not come.

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/shared/events"
 	"github.com/shadowbell/shadowbell/shared/inspect"
 )
 
@@ -40,6 +41,8 @@ const (
 type Request struct {
 	ID      uint64   `json:"id"` // the reply has it
 	Inspect *Inspect `json:"inspect,omitempty"`
+	Listen  *Listen  `json:"listen,omitempty"`
+	Media   *Media   `json:"media,omitempty"`
 }
 
 // Inspect asks for a snapshot with the files that it names.
@@ -47,11 +50,24 @@ type Inspect struct {
 	Controller string `json:"controller,omitempty"` // a socket's path or a trace number; empty: all
 }
 
+// Listen asks for the rings of event records, which are written until the connection ends. A connection listens once.
+type Listen struct {
+	Records uint32 `json:"records,omitempty"` // that each ring is to hold, if nobody listens yet; 0: events.DefaultRecords; MaxRecords at the most
+}
+
+// MaxRecords is how many records a ring can be asked to hold: 32 MiB.
+const MaxRecords = 1 << 20
+
+// Media asks for the media that records have numbers of by now.
+type Media struct{}
+
 // Reply answers a Request: Error is set, or what was asked for.
 type Reply struct {
 	ID       uint64            `json:"id"`
 	Error    *Error            `json:"error,omitempty"`
 	Snapshot *inspect.Snapshot `json:"snapshot,omitempty"`
+	Rings    int               `json:"rings,omitempty"` // descriptors that are rings: one of each worker, in order
+	Media    []events.Medium   `json:"media,omitempty"` // to Listen and Media
 }
 
 // Error is what a client is told that did not get what it wanted. The errors of package inspect are in it, by Code.
