@@ -63,7 +63,15 @@ func (c *control) inspect(ctx context.Context) (*inspect.Snapshot, error) {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s answers %s to /v1/inspect: is it the control socket of a hostmed of this version?", c.path, resp.Status)
+		var answer struct {
+			Error struct {
+				Message string `json:"message"`
+			} `json:"error"`
+		}
+		if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<16)).Decode(&answer); err == nil && answer.Error.Message != "" {
+			return nil, fmt.Errorf("control socket %s: %s", c.path, printable(answer.Error.Message))
+		}
+		return nil, fmt.Errorf("control socket %s: it answers %s: is it that of a hostmed of this version?", c.path, resp.Status)
 	}
 	var s inspect.Snapshot
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxInspect)).Decode(&s); err != nil {
@@ -93,7 +101,6 @@ func (c *control) explain(err error) error {
 type bells struct {
 	Commands, Completions uint64
 	Kicks, CQKicks        uint64 // doorbell messages: MMIO writes of the guest
-	KicksAsleep           uint64 // of Kicks
 	Armed, ArmLost        uint64
 	Spurious, Interrupts  uint64
 }
@@ -112,14 +119,14 @@ func (b bells) perIO(n uint64) *float64 {
 
 func (b *bells) add(o bells) {
 	b.Commands, b.Completions = b.Commands+o.Commands, b.Completions+o.Completions
-	b.Kicks, b.CQKicks, b.KicksAsleep = b.Kicks+o.Kicks, b.CQKicks+o.CQKicks, b.KicksAsleep+o.KicksAsleep
+	b.Kicks, b.CQKicks = b.Kicks+o.Kicks, b.CQKicks+o.CQKicks
 	b.Armed, b.ArmLost = b.Armed+o.Armed, b.ArmLost+o.ArmLost
 	b.Spurious, b.Interrupts = b.Spurious+o.Spurious, b.Interrupts+o.Interrupts
 }
 
 func bellsOf(q *inspect.Queue) bells {
 	return bells{
-		Commands: q.Commands, Completions: q.Completions, Kicks: q.Kicks, CQKicks: q.CQKicks, KicksAsleep: q.KicksAsleep,
+		Commands: q.Commands, Completions: q.Completions, Kicks: q.Kicks, CQKicks: q.CQKicks,
 		Armed: q.Armed, ArmLost: q.ArmLost, Spurious: q.Spurious, Interrupts: q.Interrupts,
 	}
 }
@@ -127,12 +134,12 @@ func bellsOf(q *inspect.Queue) bells {
 // since is what came after before. Counters of a queue begin anew with it: one that has fewer than before is another queue, and all it has is new.
 func (b bells) since(before bells) bells {
 	if b.Commands < before.Commands || b.Kicks < before.Kicks || b.CQKicks < before.CQKicks || b.Completions < before.Completions ||
-		b.Armed < before.Armed || b.ArmLost < before.ArmLost || b.Spurious < before.Spurious || b.Interrupts < before.Interrupts || b.KicksAsleep < before.KicksAsleep {
+		b.Armed < before.Armed || b.ArmLost < before.ArmLost || b.Spurious < before.Spurious || b.Interrupts < before.Interrupts {
 		return b
 	}
 	return bells{
 		Commands: b.Commands - before.Commands, Completions: b.Completions - before.Completions, Kicks: b.Kicks - before.Kicks, CQKicks: b.CQKicks - before.CQKicks,
-		KicksAsleep: b.KicksAsleep - before.KicksAsleep, Armed: b.Armed - before.Armed, ArmLost: b.ArmLost - before.ArmLost,
+		Armed: b.Armed - before.Armed, ArmLost: b.ArmLost - before.ArmLost,
 		Spurious: b.Spurious - before.Spurious, Interrupts: b.Interrupts - before.Interrupts,
 	}
 }
@@ -202,7 +209,9 @@ func mediatorNodes(before, now *inspect.Snapshot, seconds float64) []*node {
 		for _, x := range between(before, c) {
 			q := x.queue
 			depth := int64(q.Inflight)
-			*n.Depth += depth
+			if q.QID != 0 { // event requests always are
+				*n.Depth += depth
+			}
 			n.Parts = append(n.Parts, &node{Source: "hostmed", Name: queueName(q.QID), QID: &q.QID, order: int(q.QID), State: state(q, now.Taken),
 				Commands: x.Commands, Depth: &depth, MMIO: x.perIO(x.mmio())})
 			sum.add(x.bells)

@@ -44,7 +44,6 @@ The columns, and the fields of --json, an object for each interval
   commands  commands       fetched: each is a tail stored in the shared page, or a doorbell
   SQ, CQ    sq_mmio, cq_mmio   doorbell messages: MMIO writes of the guest that reached hostmed
   MMIO/IO   mmio_per_io    both, for each command
-  asleep    mmio_asleep    of the SQ's, those that came while the queue slept
   armed     armed          times that the queue went to sleep; lost: arm_lost, that a new tail was found instead (R2, R3)
   spurious  spurious       messages that found nothing new
   IRQ/IO    interrupts_per_io  interrupts for each command
@@ -70,7 +69,6 @@ type bellsJSON struct {
 	SQMMIO     uint64   `json:"sq_mmio"`
 	CQMMIO     uint64   `json:"cq_mmio"`
 	MMIOPerIO  *float64 `json:"mmio_per_io,omitempty"`
-	Asleep     uint64   `json:"mmio_asleep"`
 	Armed      uint64   `json:"armed"`
 	ArmLost    uint64   `json:"arm_lost"`
 	Spurious   uint64   `json:"spurious"`
@@ -79,7 +77,7 @@ type bellsJSON struct {
 }
 
 func (b bells) json() bellsJSON {
-	return bellsJSON{Commands: b.Commands, SQMMIO: b.Kicks, CQMMIO: b.CQKicks, MMIOPerIO: b.perIO(b.mmio()), Asleep: b.KicksAsleep, Armed: b.Armed,
+	return bellsJSON{Commands: b.Commands, SQMMIO: b.Kicks, CQMMIO: b.CQKicks, MMIOPerIO: b.perIO(b.mmio()), Armed: b.Armed,
 		ArmLost: b.ArmLost, Spurious: b.Spurious, Interrupts: b.Interrupts, IRQPerIO: b.perIO(b.Interrupts)}
 }
 
@@ -218,10 +216,10 @@ func doorbellsTable(j doorbellsJSON) string {
 	if j.Total {
 		head = "totals, " + head
 	}
-	t := text.Table{Head: []string{head, "state", "commands", "SQ", "CQ", "MMIO/IO", "asleep", "armed", "lost", "spurious", "IRQ/IO"}, Left: map[int]bool{1: true}}
+	t := text.Table{Head: []string{head, "state", "commands", "SQ", "CQ", "MMIO/IO", "armed", "lost", "spurious", "IRQ/IO"}, Left: map[int]bool{1: true}}
 	add := func(name, state string, b bellsJSON) {
 		n := func(v uint64) string { return text.Count(float64(v)) }
-		t.Add(name, state, n(b.Commands), n(b.SQMMIO), n(b.CQMMIO), ratio(b.MMIOPerIO), n(b.Asleep), n(b.Armed), n(b.ArmLost), n(b.Spurious), ratio(b.IRQPerIO))
+		t.Add(name, state, n(b.Commands), n(b.SQMMIO), n(b.CQMMIO), ratio(b.MMIOPerIO), n(b.Armed), n(b.ArmLost), n(b.Spurious), ratio(b.IRQPerIO))
 	}
 	for _, c := range j.Controllers {
 		mode := c.Doorbells

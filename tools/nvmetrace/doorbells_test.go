@@ -2,6 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,7 +18,7 @@ import (
 func guests(n uint64) *inspect.Snapshot {
 	return &inspect.Snapshot{Version: inspect.Version, Taken: int64(n+10) * 1e9, Controllers: []inspect.Controller{
 		{Socket: "/run/a", Mode: "shadow", Shared: true, Queues: []inspect.Queue{
-			{QID: 1, State: "polling", Commands: 1000 * n, Kicks: 10 * n, CQKicks: 5 * n, KicksAsleep: 8 * n, Armed: 9 * n, ArmLost: n, Spurious: 2 * n, Interrupts: 500 * n},
+			{QID: 1, State: "polling", Commands: 1000 * n, Kicks: 10 * n, CQKicks: 5 * n, KicksAsleep: 8 - n, Armed: 9 * n, ArmLost: n, Spurious: 2 * n, Interrupts: 500 * n},
 			{QID: 2, State: "armed", ArmedAt: 8e9},
 		}},
 		{Socket: "/run/b", Mode: "trap", Silent: true},
@@ -28,8 +32,8 @@ func TestDoorbellsTable(t *testing.T) {
 		now:    sample{at: time.Unix(2, 0), mediator: guests(3), kernel: &trace.Snapshot{KVM: []trace.ExitCell{{PID: 7, Exits: 300, MMIO: 14, FastMMIO: 16}, {PID: 8, Exits: 1}}, Losses: trace.Losses{Map: 1}}},
 	}
 	s := doorbellsTable(c.figures(st))
-	has(t, s, "2.0 s state commands SQ CQ MMIO/IO asleep armed lost spurious IRQ/IO",
-		"/run/a shadow 2,000 20 10 0.015 16 18 2 4 0.50", "queue 1 polling 2,000 20 10 0.015 16 18 2 4 0.50", "queue 2 asleep 5.00 s 0 0 0 - 0 0 0 0 -", "/run/b trap",
+	has(t, s, "2.0 s state commands SQ CQ MMIO/IO armed lost spurious IRQ/IO",
+		"/run/a shadow 2,000 20 10 0.015 18 2 4 0.50", "queue 1 polling 2,000 20 10 0.015 18 2 4 0.50", "queue 2 asleep 5.00 s 0 0 0 - 0 0 0 -", "/run/b trap",
 		"process 7: 200 exits, of them MMIO: 16 ioeventfd, 4 passed on; for each I/O 0.10 exits, 0.010 MMIO", "LOST", "/run/b did not answer in time")
 	hasNot(t, s, "process 8")
 	c.Socket, c.Queue = []string{"/run/a"}, []uint16{2}
@@ -77,6 +81,31 @@ func TestDoorbellsCommand(t *testing.T) {
 	}
 	if a := last.Controllers[0]; !last.Total || sum == 0 || a.Commands != sum || a.Queues[1].State != "armed" || a.Queues[1].AsleepNS == 0 {
 		t.Errorf("%d commands: %+v", sum, last)
+	}
+}
+
+// TestAnotherServer: one that is no control socket of hostmed's is told from one that refuses.
+func TestAnotherServer(t *testing.T) {
+	for answer, says := range map[string]string{
+		"hello": "answers 403 Forbidden", `{"error":{"code":"forbidden","message":"user 7 may not"}}`: "user 7 may not",
+	} {
+		path := filepath.Join(t.TempDir(), "s")
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, answer)
+		})}
+		done := make(chan struct{})
+		go func() { defer close(done); _ = server.Serve(l) }()
+		code, _, stderr := run(t, "doorbells", "--control", path)
+		server.Close()
+		<-done
+		if code != 2 || !strings.Contains(stderr, says) || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("exit %d: %s", code, stderr)
+		}
 	}
 }
 

@@ -69,8 +69,10 @@ func kernelNodes(s *trace.Snapshot, seconds float64) []*node {
 		n.Depth, n.DepthMax = &q.Depth, &q.DepthMax
 		n.Timeouts, n.Resets, n.AERs, n.Orphans = q.Timeouts, q.Resets, q.AERs, q.Orphans
 		d := dev(q.Device)
-		*d.Depth += q.Depth
-		*d.DepthMax = max(*d.DepthMax, q.DepthMax)
+		if q.QID != 0 { // event requests always are
+			*d.Depth += q.Depth
+			*d.DepthMax = max(*d.DepthMax, q.DepthMax)
+		}
 		d.Timeouts, d.Resets, d.AERs, d.Orphans = d.Timeouts+q.Timeouts, d.Resets+q.Resets, d.AERs+q.AERs, d.Orphans+q.Orphans
 	}
 	for _, c := range s.Cells {

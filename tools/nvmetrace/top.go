@@ -47,7 +47,7 @@ The fields of --json, an object for each interval
     source        nvme: the kernel's queues; block: its disks; hostmed: the mediator's queues
     name          nvme0, queue 1, Read <=4 KiB (more than 2 KiB, up to 4); qid and opcode are the numbers
     commands      that ended in the interval; iops and mib_s: of them and their data, in a second
-    depth         commands under way at the end; depth_max: at any time since the start, of a device: of any one queue
+    depth         commands under way at the end; depth_max: at any time since the start, of a device: of any one queue; the admin queue is not in a device's
     p50_ns, p99_ns, max_ns   latencies; max_ns is the end of the histogram's bucket
     errors, retries          with a status; tried before
     timeouts, resets, async_events, orphans   orphans began before nvmetrace did, and are not counted
