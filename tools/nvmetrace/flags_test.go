@@ -102,6 +102,7 @@ func TestFlagsThatAreWrong(t *testing.T) {
 		"replay":                         "<file>",
 		"replay f --as hop":              "must be one of",
 		"doorbells":                      "--control=PATH",
+		"export --listen 9777":           "127.0.0.1:9777",
 		"doorbells --vm 1 --interval 0s": "needs some time",
 	} {
 		_, err := parse(t, args)
@@ -117,6 +118,7 @@ func TestErrorsAreOneLine(t *testing.T) {
 	for args, says := range map[string]string{
 		"top --control /no/such/socket":       "start hostmed with --control /no/such/socket",
 		"doorbells --control /no/such/socket": "start hostmed with --control",
+		"export --listen 127.0.0.1:99999":     "--listen",
 		"latency --plot /no/such/dir/x.svg":   "/no/such/dir",
 		"snoop --write /no/such/dir/x":        "/no/such/dir",
 		"snoop --write /etc/passwd":           "is there already",
@@ -132,7 +134,7 @@ func TestErrorsAreOneLine(t *testing.T) {
 
 // TestHelp: each command explains itself, with examples, and nothing is wider than a terminal has room for.
 func TestHelp(t *testing.T) {
-	for _, name := range []string{"top", "latency", "snoop", "replay", "doorbells", "check"} {
+	for _, name := range []string{"top", "latency", "snoop", "replay", "doorbells", "export", "check"} {
 		code, stdout, stderr := run(t, name, "--help")
 		if code != 0 || stderr != "" || !strings.Contains(stdout, "Example") {
 			t.Errorf("%s: exit %d, %s%s", name, code, stdout, stderr)
