@@ -11,7 +11,7 @@ import (
 // judge says what the queue's state comes to.
 func (w *watch) judge() Finding {
 	for _, look := range []func() (Finding, bool){
-		w.born, w.failed, w.overrun, w.overwritten, w.behind, w.asleep, w.astray, w.unpublished, w.interrupt,
+		w.born, w.failed, w.elsewhere, w.overrun, w.overwritten, w.behind, w.asleep, w.astray, w.unpublished, w.interrupt,
 	} {
 		if f, ok := look(); ok {
 			return f
@@ -45,9 +45,9 @@ func (w *watch) asleep() (Finding, bool) {
 	}
 	if q.KicksAsleep > 0 {
 		if q.ResumedAt > q.ArmedAt {
-			return w.broken("R27", Device, kick+remedyDevice, "%d doorbell messages came, the queue was paused or parked, and when it went on nobody looked", q.KicksAsleep), true
+			return w.broken("R27", Device, kick+remedyDevice, "%s came, the queue was paused or parked, and when it went on nobody looked", messages(q.KicksAsleep)), true
 		}
-		return w.broken("R10", Device, kick+remedyDevice, "%d doorbell messages came while it slept, and it sleeps on: a kick was dropped", q.KicksAsleep), true
+		return w.broken("R10", Device, kick+remedyDevice, "%s came while it slept, and it sleeps on: a kick was dropped", messages(q.KicksAsleep)), true
 	}
 	if !w.stopped() && q.ArmedAt != 0 && q.ArmIndex == q.SQ.Private && q.ArmSaw != q.SQ.Private {
 		return w.broken("R3", Device, kick+remedyDevice, "when it had armed at %d it loaded tail %d, and went to sleep all the same", q.ArmIndex, q.ArmSaw), true
@@ -74,23 +74,29 @@ func (w *watch) notArmed() Finding {
 		if asked >= q.Size {
 			what = fmt.Sprintf("a fixed marker of polling, %#x,", asked)
 		}
-		if q.LastFetch > q.ArmedAt || w.drainedElsewhere(false) {
+		if !w.undrained() {
 			return w.broken("R12", Device, kick+remedyDevice, "%s was left in the event index when it went to sleep", what)
 		}
 		f := w.broken("R13", Device, kick+remedyDevice, "nothing was fetched since it last woke, and it slept with %s in the event index: arming is tied to draining", what)
-		if !w.drainedElsewhere(true) {
-			f.Doubt = "a device that never arms (R12): no other queue shows that it does after commands"
+		if !w.drainedElsewhere() {
+			f.Doubt = "R12, a device that never arms: no other queue shows that it does after commands"
 		}
 		return f
 	}
 	return w.broken("R11", Device, kick+remedyDevice, "it stored event index %d, which is neither what it consumed nor one behind: an index that is counted, not read", asked)
 }
 
-// drainedElsewhere says whether another queue of the controller sleeps after it had commands, and is armed, or is not.
-func (w *watch) drainedElsewhere(armed bool) bool {
+// undrained says that the device has fetched nothing since it last woke.
+func (w *watch) undrained() bool {
+	return w.q.Commands == 0 || slices.ContainsFunc(w.all, func(m moment) bool {
+		return m.q.Commands == w.q.Commands && m.q.Armed < w.q.Armed && sleeps(&m.q) && m.q.SQ.Asked == m.q.SQ.Private
+	})
+}
+
+// drainedElsewhere says whether another queue of the controller sleeps after it had commands, and is armed.
+func (w *watch) drainedElsewhere() bool {
 	return slices.ContainsFunc(w.c.Queues, func(o inspect.Queue) bool {
-		return o.QID != w.q.QID && o.QID != 0 && sleeps(&o) && !o.Full && !o.Blocked && o.Commands > 0 && (o.SQ.Asked == o.SQ.Private) == armed &&
-			(armed || o.LastFetch > o.ArmedAt)
+		return o.QID != w.q.QID && sleeps(&o) && !o.Full && !o.Blocked && o.Commands > 0 && o.SQ.Asked == o.SQ.Private
 	})
 }
 

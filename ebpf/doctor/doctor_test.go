@@ -68,6 +68,9 @@ func TestSentence(t *testing.T) {
 // TestJudgements is what no live fault shows: how much it takes to judge, and what tells like from like.
 func TestJudgements(t *testing.T) {
 	missed := func(q *inspect.Queue) { q.SQ.Page = 17 }
+	undrained := func(q *inspect.Queue) {
+		q.SQ, q.CQTail, q.Commands, q.Completions, q.LastFetch = inspect.Bell{Event: 31, Asked: 31}, 0, 0, 0, 0
+	}
 	for _, x := range []struct {
 		name    string
 		samples int
@@ -89,10 +92,15 @@ func TestJudgements(t *testing.T) {
 		{name: "R10, and nothing waits", change: func(q *inspect.Queue) { q.Kicks, q.KicksAsleep = 4, 1 }, verdict: Broken, rule: "R10", side: Device},
 		{name: "R27 by a kick", change: func(q *inspect.Queue) { q.SQ.Page, q.Kicks, q.KicksAsleep, q.ResumedAt = 17, 4, 1, second/4 }, verdict: Broken, rule: "R27", side: Device},
 		{name: "R27 by the marker", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked, q.ResumedAt = 8, 8, second/4 }, verdict: Broken, rule: "R27", side: Device},
-		{name: "R12", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked, q.LastFetch = 8, 8, second/5 }, verdict: Broken, rule: "R12", side: Device},
-		{name: "R12 with a fixed marker", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked, q.LastFetch = 1<<32-1, 1<<32-1, second/5 }, verdict: Broken, rule: "R12", side: Device},
-		{name: "R13, or R12", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked = 8, 8 }, verdict: Broken, rule: "R13", side: Device, doubt: "R12"},
-		{name: "R13", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked = 8, 8 }, also: func(_ int, c *inspect.Controller) {
+		{name: "R12", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked = 8, 8 }, verdict: Broken, rule: "R12", side: Device},
+		{name: "R12 with a fixed marker", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked = 1<<32-1, 1<<32-1 }, verdict: Broken, rule: "R12", side: Device},
+		{name: "R13, or R12", change: undrained, verdict: Broken, rule: "R13", side: Device, doubt: "R12"},
+		{name: "R13 after an arm", change: func(q *inspect.Queue) { q.SQ.Event, q.SQ.Asked = 8, 8 }, also: func(i int, c *inspect.Controller) {
+			if i == 0 {
+				c.Queues[0].SQ.Event, c.Queues[0].SQ.Asked, c.Queues[0].Armed = 9, 9, 0
+			}
+		}, verdict: Broken, rule: "R13", side: Device, doubt: "R12"},
+		{name: "R13", change: undrained, also: func(_ int, c *inspect.Controller) {
 			other := armed()
 			other.QID, other.CQID = 4, 4
 			c.Queues = append(c.Queues, other)
@@ -146,7 +154,7 @@ func TestJudgements(t *testing.T) {
 			if f.Verdict != x.verdict || f.Rule != x.rule || f.Side != x.side || (x.doubt == "") != (f.Doubt == "") || !strings.Contains(f.Doubt, x.doubt) {
 				t.Errorf("%+v", f)
 			}
-			if x.rule != "" && (!strings.HasPrefix(f.Text, "queue ") || f.Remedy == "" || f.Values["consumed"] != 9) {
+			if x.rule != "" && (!strings.HasPrefix(f.Text, "queue ") || f.Remedy == "" || f.Values["consumed"] != uint64(q.SQ.Private)) {
 				t.Errorf("%+v", f)
 			}
 		})

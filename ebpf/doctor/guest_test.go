@@ -1,8 +1,10 @@
 package doctor
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 	"sync/atomic"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/hostmed"
 	"github.com/shadowbell/shadowbell/shared/dbbuf"
+	"github.com/shadowbell/shadowbell/shared/inspect"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
 	"github.com/shadowbell/shadowbell/shared/shm"
@@ -23,7 +26,7 @@ import (
 // guest is a guest of a live mediator, behind a real vfio-user socket, whose driver does each thing by itself, and so can do it wrong.
 type guest struct {
 	*testing.T
-	m          *hostmed.Mediator
+	m          mediator
 	socket     string
 	c          *vfiouser.Client
 	mem, pages *shm.Region // two files: the pages can be unmapped alone
@@ -34,6 +37,12 @@ type guest struct {
 
 	look    *Looker
 	samples []Sample
+}
+
+// mediator is hostmed in this process, or another's control socket.
+type mediator interface {
+	InspectMemory(ctx context.Context, which string) (inspect.Snapshot, []*os.File, error)
+	Kick(ctx context.Context, which string, qid uint16) (inspect.Kick, error)
 }
 
 // pair is the driver's half of a queue pair.
@@ -74,7 +83,7 @@ func newGuest(t *testing.T, c hostmed.ControllerConfig) *guest {
 }
 
 // connect makes a guest of a controller of m.
-func connect(t *testing.T, m *hostmed.Mediator, socket string) *guest {
+func connect(t *testing.T, m mediator, socket string) *guest {
 	t.Helper()
 	g := &guest{T: t, m: m, socket: socket, look: NewLooker(), irq: -1}
 	var err error
@@ -243,7 +252,7 @@ func (g *guest) interrupts() {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	g.must(err)
 	g.Cleanup(func() { unix.Close(fd) })
-	g.must(g.c.SetIRQs(g.Context(), vfiouser.IRQMSIX, 0, 0, []int{fd}))
+	g.must(g.c.SetIRQs(g.Context(), vfiouser.IRQMSIX, 0, vfiouser.IRQSetDataEventFD|vfiouser.IRQSetTrigger, []int{fd}))
 	g.irq = fd
 }
 

@@ -53,7 +53,8 @@ func (w *watch) behind() (Finding, bool) {
 	if q.SQ.Asked == q.SQ.Private {
 		return w.broken("R14", Device, remedy, "while it polled at %d it asked to be rung for %d", q.SQ.Private, q.SQ.Asked), true
 	}
-	return w.broken("R14", Device, remedy, "while it polled at %d its event index was %s, not one behind: the driver rings once each lap for nothing, %d of its %d messages were", q.SQ.Private, index(q.SQ.Asked), w.q.Spurious, w.q.Kicks), true
+	return w.broken("R14", Device, remedy, "while it polled at %d its event index was %s, not one behind, so the driver rings each lap for nothing (%s so far)",
+		q.SQ.Private, index(q.SQ.Asked), messages(w.q.Kicks)), true
 }
 
 func index(v uint32) string {
@@ -73,6 +74,22 @@ func (w *watch) overwritten() (Finding, bool) {
 		return w.broken("R18", Driver, remedy, "of CQ %d the device stored event index %d, and somebody else %s: only the device writes there", w.q.CQID, w.q.CQ.Asked, index(w.q.CQ.Event)), true
 	}
 	return Finding{}, false
+}
+
+// elsewhere finds a device that does not read its doorbell where the driver writes it.
+func (w *watch) elsewhere() (Finding, bool) {
+	if !w.done || !w.newest().live() {
+		return Finding{}, false
+	}
+	for i := range w.still {
+		if v := w.still[i].view; v == nil || !v.Doorbells || v.Tail != w.newest().view.Tail || v.Tail == w.q.SQ.Page {
+			return Finding{}, false
+		}
+	}
+	v := w.newest().view.Tail
+	f := w.broken("R15", Device, remedyDevice, "it reads tail %s where the page holds %s: it looks at another place", index(w.q.SQ.Page), index(v))
+	f.Doubt = "R7, R20 or R29: the device does not see what the driver stores"
+	return f, true
 }
 
 // overrun finds more completions promised than the CQ has entries.

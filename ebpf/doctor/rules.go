@@ -10,7 +10,7 @@ type Rule struct {
 	N    int  // 1 to 36; 0: Interrupt
 	Side Side // who breaks it; "": it cannot be seen from outside
 	How  string
-	Case string // the test's, of TestFaults; "" with Side ""
+	Case string // of TestFaults or TestDeviceFaults; "" with Side ""
 }
 
 // Name is what Finding.Rule has.
@@ -31,14 +31,14 @@ var Rules = []Rule{
 	{6, "", "the ring does not say when an entry was written", ""},
 	{7, "", "memory types of a guest are not the host's to see; where the device reads other values than the page holds it is R15's doubt", ""},
 	{8, Device, "asleep with a full CQ, and the event index that it stored for the head is not the head", "CQ armed at its tail"},
-	{9, Device, "completions posted and promised are more than the CQ has entries", "CQ promised twice"},
+	{9, Device, "completions posted and in flight are more than the CQ has entries", "CQ promised twice"},
 	{10, Device, "asleep, armed, and a doorbell message came since", "kick dropped"},
 	{11, Device, "asleep, and the event index that it stored is neither what it consumed nor one behind", "index counted up"},
 	{12, Device, "asleep after commands, and the event index that it stored is that of polling", "marker left"},
-	{13, Device, "as R12, of a queue from which nothing was fetched since it last woke, while one that was drained is armed", "never armed unless drained"},
+	{13, Device, "as R12, of a queue from which nothing was fetched since it last woke, while one that was drained is armed", "armed only when drained"},
 	{14, Device, "polling, and the event index that it stored is not within a quarter of the ring behind what it consumed", "fixed marker"},
 	{15, Driver, "doorbell messages whose tails never come to stand in the page", "registers only"},
-	{15, Device, "it armed while another tail stood in the page than it says that it loaded", "register for the truth"},
+	{15, Device, "the tail that it reads is not what stands in the page, or it armed while another stood there than it says that it loaded", "register for the truth"},
 	{16, "", "every use of queue 0's slot is allowed for", ""},
 	{17, "", "the value of the message does not count, so a late one harms nothing", ""},
 	{18, Driver, "the event-index page holds another value than the device stored", "event index overwritten"},
@@ -66,16 +66,19 @@ var Rules = []Rule{
 // Table is the rules as docs/doctor.md has them.
 func Table() string {
 	var b strings.Builder
-	b.WriteString("| Rule | Seen | By what | Whose | `TestFaults` |\n|---|---|---|---|---|\n")
+	b.WriteString("| Rule | Seen | By what | Whose | Test |\n|---|---|---|---|---|\n")
 	for _, r := range Rules {
-		name, seen, cases := r.Name(), "yes", strings.Split(r.Case, "; ")
+		name, seen, test := r.Name(), "yes", "`TestFaults` "
 		if r.N == 0 {
 			name = "lost interrupt"
 		}
-		if r.Side == "" {
-			seen, cases = "no", nil
+		switch r.Side {
+		case "":
+			seen, test = "no", ""
+		case Device:
+			test = "`TestDeviceFaults` "
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", name, seen, r.How, r.Side, strings.Join(cases, "<br>"))
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s%s |\n", name, seen, r.How, r.Side, test, r.Case)
 	}
 	return b.String()
 }

@@ -155,6 +155,13 @@ func distance(a, b, size uint32) (uint32, bool) {
 // between is the half-open range of a ring.
 func between(from, to uint32) string { return fmt.Sprintf("[%d,%d)", from, to) }
 
+func messages(n uint64) string {
+	if n == 1 {
+		return "1 doorbell message"
+	}
+	return fmt.Sprintf("%d doorbell messages", n)
+}
+
 // seen is what every sentence begins with.
 func (w *watch) seen() string {
 	q, parts := w.q, []string(nil)

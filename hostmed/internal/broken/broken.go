@@ -19,5 +19,8 @@ const (
 	NoProbe                 // R27: a queue that was paused or parked is left asleep when that is over
 	KeepPages               // R21: the doorbell pages stay in use over a reset
 	NoInterrupt             // a CQ with interrupts on raises none
+	ArmDrained              // R13: a queue from which nothing was ever fetched goes to sleep without arming
+	Overcommit              // R9: commands are fetched for whose completions the CQ has no room; their medium must not end them
+	Register                // R15: the SQ tail is read from the register though the pages are configured
 	count
 )

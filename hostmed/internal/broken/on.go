@@ -13,6 +13,7 @@ import (
 var names = [count]string{
 	SleepAnyway: "sleep-anyway", NoArm: "no-arm", CQAtTail: "cq-at-tail", WrongIndex: "wrong-index", DropKick: "drop-kick", Sentinel: "sentinel",
 	StaleSlots: "stale-slots", NoProbe: "no-probe", KeepPages: "keep-pages", NoInterrupt: "no-interrupt",
+	ArmDrained: "arm-drained", Overcommit: "overcommit", Register: "register",
 }
 
 var on [count]atomic.Bool

@@ -178,6 +178,9 @@ func (c *Controller) words(shadow, ei *shm.Region, qid uint16) (sq, cq, sqEI, cq
 	if sq, cq, err = dbbuf.Slots(shadow, qid, c.cfg.DSTRD); err == nil {
 		sqEI, cqEI, err = dbbuf.Slots(ei, qid, c.cfg.DSTRD)
 	}
+	if err == nil && broken.On(broken.Register) {
+		sq, _, err = dbbuf.Slots(c.bells, qid, c.cfg.DSTRD)
+	}
 	return
 }
 

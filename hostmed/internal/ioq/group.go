@@ -192,7 +192,12 @@ func (w *Worker) makeRoom(g *group) uint32 {
 
 // room returns how many more commands may be fetched: CQ entries that are neither posted nor
 // promised.
-func (g *group) room() uint32 { return g.prod.Free() - g.inflight - uint32(len(g.staged)) }
+func (g *group) room() uint32 {
+	if broken.On(broken.Overcommit) {
+		return g.prod.Size()
+	}
+	return g.prod.Free() - g.inflight - uint32(len(g.staged))
+}
 
 func (g *group) headDoorbell() uint32 {
 	h := g.head.Load()
@@ -311,7 +316,7 @@ func (w *Worker) arm(g *group) bool {
 // arm is Arm of s.
 func (s *sq) arm() bool {
 	switch {
-	case broken.On(broken.NoArm):
+	case broken.On(broken.NoArm), broken.On(broken.ArmDrained) && s.fetched == 0:
 		return true
 	case broken.On(broken.WrongIndex):
 		s.tail.Arm((s.cons.Head() + 1) % s.cons.Size())
