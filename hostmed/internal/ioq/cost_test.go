@@ -26,7 +26,7 @@ func TestCosts(t *testing.T) {
 		"later":   &slow{info: openBackend(t, "null:size=1GiB").Info()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, rigConfig{shadow: true, backend: b})
+			r := newRig(t, rigConfig{deaf: true, shadow: true, backend: b})
 			r.workers[0].sampleAll()
 			p, quiet := r.pair(1, 64, true), r.pair(2, 64, false)
 			const n = 640
@@ -61,7 +61,7 @@ func TestCosts(t *testing.T) {
 // TestCostsOfEach has two controllers on one worker and one medium, whose commands come back together.
 func TestCostsOfEach(t *testing.T) {
 	s := &slow{info: openBackend(t, "null:size=1GiB").Info()}
-	r := newRig(t, rigConfig{shadow: true, backend: s})
+	r := newRig(t, rigConfig{deaf: true, shadow: true, backend: s})
 	other, err := NewController(Config{
 		Workers: r.workers, Home: r.workers[0], Memory: r.mem, MaxQueues: 8, Vectors: 9, MDTSBytes: 1 << 20,
 		Namespaces: []ctrl.Namespace{{NSID: 1, Backend: s, Info: s.Info()}}, PageSize: func() uint32 { return 4096 }, OnAdmin: func() {}, OnError: func(QueueError) {},

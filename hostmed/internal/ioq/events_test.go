@@ -44,6 +44,18 @@ func listen(r *rig) *ear {
 	return e
 }
 
+// listenTo makes workers record into short rings that nobody reads.
+func listenTo(t testing.TB, workers []*Worker) {
+	t.Helper()
+	for _, w := range workers {
+		ring, err := events.New(events.Config{Heap: true, Records: events.MinRecords})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Listen(NewTracing(), ring)
+	}
+}
+
 // stop ends the listening and returns all that was recorded. The rings must not have overrun.
 func (e *ear) stop() []events.Record {
 	e.r.t.Helper()
