@@ -2,6 +2,7 @@ package hostmed
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/shadowbell/shadowbell/hostmed/backend"
@@ -20,6 +21,9 @@ func (m *Mediator) Counters(ctx context.Context, which string) (inspect.Counters
 	c := inspect.Counters{Taken: inspect.Now(), Controllers: []inspect.ControllerCounters{}, Namespaces: []inspect.NamespaceCounters{}}
 	for _, x := range fromEach(ctx, list, (*session).count, (*session).uncounted) {
 		c.Controllers = append(c.Controllers, *x)
+	}
+	if which != "" && len(c.Controllers) == 0 { // it ended meanwhile
+		return inspect.Counters{}, fmt.Errorf("the controller behind %s: %w", list[0].p.path, inspect.ErrNoClient)
 	}
 	var seen []*subsys.Subsystem
 	for _, p := range m.registry.find(which) {

@@ -68,6 +68,9 @@ func (m *Mediator) inspect(ctx context.Context, which string, h *handover) (insp
 	for _, c := range fromEach(ctx, list, func(x *session, c *inspect.Controller) { x.inspect(c, h) }, (*session).unanswered) {
 		s.Controllers = append(s.Controllers, *c)
 	}
+	if which != "" && len(s.Controllers) == 0 { // it ended meanwhile
+		return inspect.Snapshot{}, fmt.Errorf("the controller behind %s: %w", list[0].p.path, inspect.ErrNoClient)
+	}
 	return s, nil
 }
 
@@ -221,13 +224,17 @@ func (m *Mediator) Kick(ctx context.Context, which string, qid uint16) (inspect.
 		}
 		return k, err
 	}
+	var silent inspect.Kick
 	got := fromEach(ctx, list, func(s *session, k *inspect.Kick) {
 		var more bool
 		if *k, more = s.ctl.Probe(); more {
 			s.kickAdmin()
 		}
-	}, func(*session) *inspect.Kick { return nil })
-	if len(got) == 0 {
+	}, func(*session) *inspect.Kick { return &silent })
+	switch {
+	case len(got) == 0: // it ended meanwhile
+		return inspect.Kick{}, fmt.Errorf("the controller behind %s: %w", s.p.path, inspect.ErrNoClient)
+	case got[0] == &silent:
 		return inspect.Kick{}, fmt.Errorf("queue 0 of %s: %w", s.p.path, inspect.ErrBusy)
 	}
 	return *got[0], nil

@@ -6,11 +6,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shadowbell/shadowbell/guestdrv"
 	"github.com/shadowbell/shadowbell/shared/inspect"
 	"github.com/shadowbell/shadowbell/shared/nvme"
 	"github.com/shadowbell/shadowbell/shared/ring"
@@ -449,6 +451,63 @@ func TestInspectAttached(t *testing.T) {
 		}
 		if q := queueOf(s.Controllers[0], 0); q.Size != 16 || q.SQMemory != (inspect.Memory{IOVA: 1 << 32}) {
 			t.Errorf("%+v", q)
+		}
+	}
+}
+
+// Clients come, work and go, while others look: nobody is disturbed, nothing is left open.
+func TestInspectWhileClientsComeAndGo(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	m := serve(t, Config{CPUs: []int{-1, -1}, Controllers: []ControllerConfig{{Socket: socket, Namespaces: []string{"mem:size=1MiB"}}}})
+	before := fdCount(t)
+	end := make(chan struct{})
+	var watchers sync.WaitGroup
+	watch := func(look func() error) {
+		watchers.Go(func() {
+			for {
+				select {
+				case <-end:
+					return
+				default:
+				}
+				if err := look(); err != nil && !errors.Is(err, inspect.ErrNoClient) && !errors.Is(err, inspect.ErrNoQueue) {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	watch(func() error {
+		_, files, err := m.InspectMemory(t.Context(), "")
+		for _, f := range files {
+			f.Close()
+		}
+		return err
+	})
+	watch(func() error { _, err := m.Inspect(t.Context(), socket); return err })
+	watch(func() error { _, err := m.Counters(t.Context(), socket); return err })
+	for qid := range uint16(3) {
+		watch(func() error { _, err := m.Kick(t.Context(), "1", qid); return err })
+	}
+	data := make([]byte, 4096)
+	for range 10 {
+		c := open(t, socket, guestdrv.Options{})
+		ns, err := c.Namespace(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range int64(20) {
+			if _, err := ns.WriteAt(data, i*4096); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.Close() // which resets it
+	}
+	close(end)
+	watchers.Wait()
+	for end := time.Now().Add(patience); fdCount(t) > before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d descriptors, %d before", fdCount(t), before)
 		}
 	}
 }

@@ -211,6 +211,7 @@ func TestReloadRefuses(t *testing.T) {
 		"cpus":      {func(c *Config) { c.CPUs = []int{0} }, "cpus"},
 		"poll":      {func(c *Config) { c.Poll = time.Millisecond }, "poll"},
 		"state":     {func(c *Config) { c.State = dir }, "state"},
+		"control":   {func(c *Config) { c.Control = filepath.Join(dir, "control") }, "control"},
 		"no IOMMU":  {func(c *Config) { c.UnsafeNoIOMMU = true }, "unsafe_no_iommu"},
 		"serial":    {func(c *Config) { c.Subsystems[0].Serial = "other" }, "serial"},
 		"doorbells": {func(c *Config) { c.Subsystems[0].Controllers[0].Doorbells = Trap }, "doorbells"},
