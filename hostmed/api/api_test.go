@@ -186,8 +186,17 @@ func TestClient(t *testing.T) {
 	if _, _, err := conn.Inspect(ctx, "c"); err == nil {
 		t.Error("asked on a closed connection")
 	}
-	if _, err := attach.New(path + "x").Attach(ctx); err == nil || !strings.Contains(err.Error(), "--control") {
-		t.Error(err)
+	plain := filepath.Join(t.TempDir(), "plain")
+	if err := os.WriteFile(plain, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, wrong := range []string{path + "x", plain} {
+		if _, err := attach.New(wrong).Attach(ctx); err == nil || !strings.Contains(err.Error(), wrong+": ") || !strings.Contains(err.Error(), "start hostmed with --control") {
+			t.Error(err)
+		}
+		if _, err := attach.New(wrong).Controllers(ctx); err == nil || !strings.Contains(err.Error(), "start hostmed with --control") {
+			t.Error(err)
+		}
 	}
 }
 

@@ -9,12 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/events"
@@ -39,10 +41,20 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 func dial(ctx context.Context, path string) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("control socket %s: %w (does hostmed serve with --control %s, and as this user?)", path, errors.Unwrap(err), path)
+	if err == nil {
+		return conn, nil
 	}
-	return conn, nil
+	remedy := ""
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		remedy = fmt.Sprintf(": nobody serves it; start hostmed with --control %s", path)
+	case errors.Is(err, fs.ErrPermission):
+		remedy = fmt.Sprintf(": user %d may not connect; be the user that hostmed runs as, or root", os.Geteuid())
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		err = op.Err
+	}
+	return nil, fmt.Errorf("control socket %s: %w%s", path, err, remedy)
 }
 
 // Controllers lists what is served.
