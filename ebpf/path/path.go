@@ -171,6 +171,16 @@ func New(c Config, done func(*Command)) *Matcher {
 // Counts returns what became of what was taken so far.
 func (m *Matcher) Counts() Counts { return m.counts }
 
+// UnderWay returns how many virtual commands have begun and are not in Counts yet.
+func (m *Matcher) UnderWay() (n int) {
+	for _, v := range m.settling {
+		if !v.finished {
+			n++
+		}
+	}
+	return n + len(m.open)
+}
+
 // Worker adds the ring of one of hostmed's workers and returns its number for Records.
 func (m *Matcher) Worker(info events.Info) int {
 	if info.Thread != 0 {

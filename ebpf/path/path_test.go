@@ -417,7 +417,7 @@ func TestBounds(t *testing.T) {
 		}
 		s.Events([]trace.Event{{Kind: trace.Start, Time: at, QID: uint16(i + 1), Opcode: nvme.IORead, Disk: "nvme0n1", Blocks: 1}})
 		s.Advance(at + 1)
-		if len(s.open) > 8 || len(s.real) > 8 || s.queued > 64+40 || len(s.guests.published) > 8 {
+		if s.UnderWay() != len(s.open) || len(s.open) > 8 || len(s.real) > 8 || s.queued > 64+40 || len(s.guests.published) > 8 {
 			t.Fatalf("%d, %d, %d, %d", len(s.open), len(s.real), s.queued, len(s.guests.published))
 		}
 	}

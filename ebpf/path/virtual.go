@@ -57,11 +57,6 @@ func newGuests() guests {
 	return guests{published: map[guestKey]*events.Record{}, waiting: map[guestKey]*virtual{}}
 }
 
-func (g *guests) clear() {
-	clear(g.published)
-	clear(g.waiting)
-}
-
 // of returns the number of a ring's controller.
 func (g *guests) of(ring int, controller uint16) int {
 	for i := range g.list {
