@@ -19,6 +19,7 @@ type grammar struct {
 	Replay    replayCmd          `cmd:"" help:"Print a record, or count it."`
 	Doorbells doorbellsCmd       `cmd:"" help:"What shared doorbells cost and spare: MMIO, sleeps, interrupts and exits."`
 	Export    exportCmd          `cmd:"" help:"Metrics for Prometheus."`
+	Path      pathCmd            `cmd:"" help:"Where the time of guests' commands goes, from the guest through hostmed to the real queue and back."`
 	Doctor    doctorCmd          `cmd:"" help:"Which queue of a guest hangs, which rule of the doorbells was broken, and by whom."`
 	Check     checkCmd           `cmd:"" help:"What this kernel offers for tracing, and what follows."`
 	Version   cli.VersionCommand `cmd:"" help:"Print the version."`
