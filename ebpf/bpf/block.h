@@ -54,20 +54,17 @@ SEC("tp_btf/block_rq_insert")
 int BPF_PROG(btf_rq_insert, struct request *req)
 {
 	count(HIT_INSERT);
-	block_step(req, 0);
-	return 0;
+	return UNDISTURBED(block_step(req, 0));
 }
 
 SEC("tp_btf/block_rq_issue")
 int BPF_PROG(btf_rq_issue, struct request *req)
 {
 	count(HIT_ISSUE);
-	block_step(req, 1);
-	return 0;
+	return UNDISTURBED(block_step(req, 1));
 }
 
-SEC("tp_btf/block_rq_complete")
-int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes)
+static __always_inline void block_end(struct request *req, __u32 bytes)
 {
 	__u64 key = (__u64)req, now = bpf_ktime_get_ns();
 	struct block_start *s = bpf_map_lookup_elem(&block_starts, &key);
@@ -76,7 +73,7 @@ int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes
 
 	count(HIT_RQ_COMPLETE);
 	if (!s || bytes < req->__data_len) /* a part of it; the end comes later */
-		return 0;
+		return;
 	if (s->issued) {
 		bk.dev = s->dev;
 		bk.op = s->op;
@@ -95,7 +92,12 @@ int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes
 		}
 	}
 	bpf_map_delete_elem(&block_starts, &key);
-	return 0;
+}
+
+SEC("tp_btf/block_rq_complete")
+int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes)
+{
+	return UNDISTURBED(block_end(req, bytes));
 }
 
 static __always_inline struct vm_cell *vm_cell(__u32 *tgid)

@@ -39,8 +39,7 @@ static __always_inline __u16 qid(struct request *req)
 	return req->q->queuedata ? req->mq_hctx->queue_num + 1 : 0;
 }
 
-SEC("tp_btf/nvme_setup_cmd")
-int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
+static __always_inline void setup_cmd(struct request *req, void *cmd)
 {
 	struct start s = {};
 	struct sqe sqe;
@@ -49,9 +48,9 @@ int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
 	s.device = instance(req);
 	s.qid = qid(req);
 	if (!wanted(s.device, s.qid) || bpf_probe_read_kernel(&sqe, sizeof(sqe), cmd))
-		return 0;
+		return;
 	if (!wanted_opcode(sqe.opcode))
-		return 0;
+		return;
 	s.opcode = sqe.opcode;
 	s.cid = sqe.cid;
 	s.nsid = sqe.nsid;
@@ -72,25 +71,38 @@ int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
 		}
 	}
 	started((__u64)req, &s);
-	return 0;
 }
 
-SEC("tp_btf/nvme_complete_rq")
-int BPF_PROG(btf_complete_rq, struct request *req)
+SEC("tp_btf/nvme_setup_cmd")
+int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
+{
+	return UNDISTURBED(setup_cmd(req, cmd));
+}
+
+static __always_inline void complete_rq(struct request *req)
 {
 	struct nvme_request *r = nvme_req(req);
 
 	count(HIT_COMPLETE);
 	ended((__u64)req, instance(req), qid(req), BPF_CORE_READ(r, result.u64), BPF_CORE_READ(r, status), BPF_CORE_READ(r, retries));
-	return 0;
+}
+
+SEC("tp_btf/nvme_complete_rq")
+int BPF_PROG(btf_complete_rq, struct request *req)
+{
+	return UNDISTURBED(complete_rq(req));
+}
+
+static __always_inline void sq(struct request *req, __u32 head, __u32 tail)
+{
+	count(HIT_SQ);
+	moved(instance(req), qid(req), head, tail);
 }
 
 SEC("tp_btf/nvme_sq")
 int BPF_PROG(btf_sq, struct request *req, __le16 head, int tail)
 {
-	count(HIT_SQ);
-	moved(instance(req), qid(req), head, tail);
-	return 0;
+	return UNDISTURBED(sq(req, head, tail));
 }
 
 static __always_inline void async_event(__u16 device, __u32 result)

@@ -23,7 +23,8 @@ type loader struct {
 	// noOffsets are programs whose tracepoints tracefs does not have, or not as they expect.
 	noOffsets map[string]error
 	// how is that of the first of NVMe's needed hooks. Both must be of a kind, since that says what commands are known by.
-	how string
+	how     string
+	classic bool // Options.Classic
 }
 
 // offsets reads where the fields of classic tracepoints are. It comes before the maps, since settings are in one.
@@ -79,12 +80,32 @@ func (l *loader) loadMaps() error {
 	return nil
 }
 
+// blockSizes tells the programs of classic tracepoints, whose records do not have it, how long a logical block is.
+func (t *Tracer) blockSizes() error {
+	devices, err := Devices()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		for _, disk := range d.Disks {
+			if err := t.maps[bpf.TraceMapBlockSizes].Put(uint64(d.Instance)<<32|uint64(disk.NSID), disk.BlockSize); err != nil {
+				return fmt.Errorf("block size of %s: %w", disk.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
 // attach tries a hook's programs in turn.
 func (l *loader) attach(p *place) Hook {
 	h := Hook{Name: p.name, Part: p.part, Needed: p.needed, Without: p.without}
 	pair := p.part == NVMe && p.needed
 	for _, c := range p.options {
 		if pair && l.how != "" && c.how != l.how {
+			continue
+		}
+		if l.classic && p.part == NVMe && c.how != Tracepoint {
+			h.Why = "it needs the kernel's types, which Options.Classic does without"
 			continue
 		}
 		err := l.try(p, c)

@@ -35,6 +35,9 @@ type Options struct {
 	MinLatency time.Duration
 	Doorbells  bool // events of kind Doorbell too: one more for each command
 	RingBytes  int  // of the ring buffer for events, rounded up to a power of two, at most 1 GiB; 0: 8 MiB
+
+	// Classic attaches NVMe's tracepoints as on a kernel without BTF: what needs the kernel's types is missing.
+	Classic bool
 }
 
 // Limits of Options.
@@ -65,6 +68,7 @@ type Tracer struct {
 	reader   *ringbuf.Reader
 	hooks    []Hook
 	disks    *diskNames
+	classic  bool // NVMe is by classic tracepoints
 
 	close sync.Once
 }
@@ -100,7 +104,7 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 			err = errors.Join(err, t.Close())
 		}
 	}()
-	l := &loader{cache: btf.NewCache(), spec: spec, tracer: t, fs: fs, fsErr: fsErr}
+	l := &loader{cache: btf.NewCache(), spec: spec, tracer: t, fs: fs, fsErr: fsErr, classic: o.Classic}
 	if err := l.offsets(); err != nil {
 		return nil, err
 	}
@@ -112,6 +116,9 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 			return nil, fmt.Errorf("ring buffer: %w", err)
 		}
 	}
+	if err := t.blockSizes(); err != nil {
+		return nil, err
+	}
 	for _, p := range places {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -120,6 +127,7 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 			t.hooks = append(t.hooks, l.attach(&p))
 		}
 	}
+	t.classic = l.how == Tracepoint
 	parts := []Part{NVMe, Block, KVM}
 	if !slices.ContainsFunc(parts, func(p Part) bool { return o.wants(p) && t.Missing(p) == nil }) {
 		return nil, t.Missing(NVMe)

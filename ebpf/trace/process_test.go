@@ -25,6 +25,7 @@ const (
 	envChild = "SHADOWBELL_TRACE_CHILD"
 
 	holds = "holds" // opens, drops its privileges, and answers each line with a snapshot
+	least = "least" // has CAP_BPF and CAP_PERFMON only, and opens
 	poor  = "poor"  // has no privileges
 )
 
@@ -44,6 +45,10 @@ func child(role string) {
 	switch role {
 	case holds:
 		err = hold(&a)
+	case least:
+		if err = capsetAll(1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON); err == nil {
+			err = hold(&a)
+		}
 	case poor:
 		if err = DropPrivileges(); err == nil {
 			_, err = Open(context.Background(), Options{Block: true})
@@ -146,6 +151,22 @@ func start(t *testing.T, role string) (*exec.Cmd, func() answer, io.Writer) {
 		}
 		return a
 	}, in
+}
+
+// TestLeastCapabilities opens with the two that are documented, drops them, and counts.
+func TestLeastCapabilities(t *testing.T) {
+	disk := loopDisk(t, 1<<20)
+	_, next, in := start(t, least)
+	if a := next(); a.Err != "" || len(a.Programs) < 3 {
+		t.Fatalf("%+v", a)
+	}
+	direct(t, disk, 20, 4096, true)
+	if _, err := fmt.Fprintln(in, disk); err != nil {
+		t.Fatal(err)
+	}
+	if a := next(); a.Err != "" || a.Writes != 20 {
+		t.Errorf("%d of 20 writes, %s", a.Writes, a.Err)
+	}
 }
 
 // TestNothingStaysAfterSIGKILL kills a process that traces, after it was shown to count without any privilege.

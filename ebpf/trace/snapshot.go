@@ -14,6 +14,11 @@ import (
 
 // Snapshot returns all that was counted since Open, sorted by key. Counting goes on meanwhile: what is in one part need not be in another.
 func (t *Tracer) Snapshot() (*Snapshot, error) {
+	if t.classic {
+		if err := t.blockSizes(); err != nil { // of namespaces that are new
+			return nil, err
+		}
+	}
 	now := time.Now()
 	s := &Snapshot{At: now, Since: now.Sub(t.opened)}
 	for _, step := range []func(*Snapshot) error{t.cells, t.queues, t.block, t.kvm, t.losses} {
