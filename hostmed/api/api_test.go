@@ -35,6 +35,7 @@ const patience = 20 * time.Second
 // fake is a Mediator with one controller, "c", of one queue, in one file.
 type fake struct {
 	hang  chan struct{} // InspectMemory waits for it; nil: it does not
+	name  string        // of the controller; empty: "c"
 	asked atomic.Int32
 }
 
@@ -54,6 +55,9 @@ func (f *fake) List() []inspect.Listed {
 
 func (f *fake) Inspect(_ context.Context, which string) (inspect.Snapshot, error) {
 	s := inspect.Snapshot{Version: inspect.Version, Controllers: []inspect.Controller{{Socket: "c", Queues: []inspect.Queue{{QID: 1, SQMemory: inspect.Memory{Size: 64}}}}}}
+	if f.name != "" {
+		s.Controllers[0].Socket = f.name
+	}
 	return s, f.find(which)
 }
 
@@ -463,6 +467,22 @@ func TestCloseWhileAsked(t *testing.T) {
 	}
 	asking.Wait()
 	eventually(t, "descriptors to be closed", func() bool { return fds(t) <= before })
+}
+
+// What is too long for one message is an error, and the connection goes on.
+func TestAnswerThatIsTooLong(t *testing.T) {
+	f := &fake{name: strings.Repeat("x", attach.MaxReply)}
+	_, path := serve(t, f)
+	conn, err := client(t, path).Attach(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for range 2 {
+		if _, _, err := conn.Inspect(t.Context(), ""); code(err) != "too-long" || !strings.Contains(err.Error(), "one controller") {
+			t.Error(err)
+		}
+	}
 }
 
 // A client that gives up waiting says so, and does not take the answer for that of its next question.

@@ -117,7 +117,12 @@ func (x *attachment) answer(c *net.UnixConn, q attach.Request) error {
 	default:
 		r.Error = &attach.Error{Code: "unknown", Message: "a request that this hostmed does not know"}
 	}
-	return attach.Send(c, r, files)
+	err := attach.Send(c, r, files)
+	if errors.Is(err, attach.ErrTooLong) {
+		r = attach.Reply{ID: q.ID, Error: &attach.Error{Code: "too-long", Message: err.Error() + ": ask for one controller"}}
+		err = attach.Send(c, r, nil)
+	}
+	return err
 }
 
 // listen begins to record for x.

@@ -93,6 +93,9 @@ func TestErrorsAreOneLine(t *testing.T) {
 		{[]string{"serve", "--socket", used, "--namespace", null}, []string{used, "in use"}},
 		{[]string{"serve", "--socket", odd, "--namespace", null}, []string{odd, "not a socket"}},
 		{[]string{"serve", "--socket", dir + "/no/s", "--namespace", null}, []string{dir + "/no", "does not exist"}},
+		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--control", dir + "/no/c"}, []string{dir + "/no/c", "does not exist"}},
+		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--control", used}, []string{used, "in use"}},
+		{[]string{"serve", "--socket", dir + "/s", "--namespace", null, "--control", dir + "/s"}, []string{dir + "/s", "choose another path"}},
 		{[]string{"serve", "--socket", dir + "/" + strings.Repeat("x", 120), "--namespace", null}, []string{"107"}},
 		{[]string{"serve", "--socket", dir + "/twice", "--socket", dir + "/twice", "--namespace", null}, []string{dir + "/twice"}},
 	} {

@@ -100,8 +100,11 @@ func ErrorOf(err error) *Error {
 	return &Error{"failed", err.Error()}
 }
 
-// ErrProtocol is a message that cannot be.
-var ErrProtocol = errors.New("invalid message")
+// ErrProtocol is a message that cannot be. ErrTooLong is one that was not sent.
+var (
+	ErrProtocol = errors.New("invalid message")
+	ErrTooLong  = errors.New("message too long")
+)
 
 // Send sends v with files, which stay the caller's. It takes Patience at the most.
 func Send(c *net.UnixConn, v any, files []*os.File) error {
@@ -110,7 +113,7 @@ func Send(c *net.UnixConn, v any, files []*os.File) error {
 		return err
 	}
 	if len(body) > MaxReply {
-		return fmt.Errorf("%w: %d bytes, %d are allowed: ask for one controller", ErrProtocol, len(body), MaxReply)
+		return fmt.Errorf("%w: %d bytes, %d are allowed", ErrTooLong, len(body), MaxReply)
 	}
 	var oob []byte
 	if len(files) > 0 {
