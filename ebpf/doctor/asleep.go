@@ -136,7 +136,7 @@ func (w *watch) missed(what string, b *inspect.Bell, size uint32) Finding {
 		if b == &q.CQ {
 			bell = &m.q.CQ
 		}
-		if m.q.ArmedAt < q.ArmedAt && told(m.c, &m.q, bell) == now && bell.Private == b.Private {
+		if m.q.ArmedAt < q.ArmedAt && m.q.Commands == q.Commands && m.q.Completions == q.Completions && told(m.c, &m.q, bell) == now && bell.Private == b.Private {
 			f := w.broken("R15", Device, remedyDevice, "%s %d was in the page before it armed, and it read another value there", what, now)
 			f.Doubt = "R7 or R20: the device does not see what the driver stores"
 			return f

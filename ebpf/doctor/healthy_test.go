@@ -27,7 +27,7 @@ type herd struct {
 // TestNoFalseAlarm diagnoses honest guests a thousand times at random moments: in every doorbell mode, with all depths and batches, busy, idle, with
 // commands that are written and not published, with completions that are not taken, held back by limits, with queues and controllers that come and go.
 func TestNoFalseAlarm(t *testing.T) {
-	const diagnoses = 1000
+	const diagnoses, differ = 1000, 1000
 	dir := t.TempDir()
 	config := hostmed.Config{CPUs: []int{-1, -1}, Logger: testrig.Log(t)}
 	for name, c := range map[string]hostmed.ControllerConfig{
@@ -67,7 +67,11 @@ func TestNoFalseAlarm(t *testing.T) {
 	var window []Sample
 	seen := map[Verdict]int{}
 	states := map[string]bool{}
-	for n := 0; n < diagnoses && !t.Failed(); {
+	n := 0
+	for n < diagnoses || len(states) < differ {
+		if t.Failed() {
+			break
+		}
 		s, files, err := m.InspectMemory(t.Context(), "")
 		if err != nil {
 			t.Fatal(err)
@@ -76,9 +80,7 @@ func TestNoFalseAlarm(t *testing.T) {
 		for _, f := range files {
 			f.Close()
 		}
-		if now := s.Taken; true {
-			window = slices.DeleteFunc(window, func(s Sample) bool { return now-s.Taken > int64(600*time.Millisecond) })
-		}
+		window = slices.DeleteFunc(window, func(old Sample) bool { return s.Taken-old.Taken > int64(600*time.Millisecond) })
 		time.Sleep(time.Duration(rand.IntN(15)) * time.Millisecond)
 		if len(window) < 4 {
 			continue
@@ -94,9 +96,9 @@ func TestNoFalseAlarm(t *testing.T) {
 	}
 	end()
 	guests.Wait()
-	t.Logf("%d diagnoses, %d different states: %v", diagnoses, len(states), seen)
-	if len(states) < 1000 || seen[Idle] == 0 || seen[Busy] == 0 || seen[Slow] == 0 {
-		t.Errorf("%d states: %v", len(states), seen)
+	t.Logf("%d diagnoses, %d different states: %v", n, len(states), seen)
+	if seen[Idle] == 0 || seen[Busy] == 0 || seen[Slow] == 0 {
+		t.Errorf("%v", seen)
 	}
 }
 

@@ -121,7 +121,7 @@ func (w *watch) astray() (Finding, bool) {
 	}
 	values := map[uint32]bool{}
 	for i := len(w.all) - 1; i >= 0; i-- {
-		if m := &w.all[i].q; told(w.all[i].c, m, &m.SQ) != w.tail() || m.SQ.Private != q.SQ.Private {
+		if m := &w.all[i].q; told(w.all[i].c, m, &m.SQ) != w.tail() || m.Commands != q.Commands {
 			break
 		}
 		values[w.all[i].q.SQ.Rung] = true

@@ -1,0 +1,2 @@
+// Package doctor has nvmetrace doctor look at a stock Linux guest.
+package doctor
