@@ -96,7 +96,7 @@ type machineFlags struct {
 // start starts hostmed, unless no disk is wanted, and returns the machine's configuration. stop ends hostmed.
 func (f machineFlags) start(ctx context.Context) (c vmlab.Config, stop func(), err error) {
 	c = vmlab.Config{
-		Machine: vmlab.Machine(f.Machine), Kernel: vmlab.Kernel(f.Kernel), CPUs: f.CPUs, MemoryMiB: f.Memory, VIOMMU: f.VIOMMU, Append: f.Append, Programs: []string{"guestdrv", "hostmed"},
+		Machine: vmlab.Machine(f.Machine), Kernel: vmlab.Kernel(f.Kernel), CPUs: f.CPUs, MemoryMiB: f.Memory, VIOMMU: f.VIOMMU, Append: f.Append, Programs: []string{"guestdrv", "hostmed", "nvmetrace"},
 	}
 	for _, s := range f.Socket {
 		abs, err := filepath.Abs(s)
