@@ -2,18 +2,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"net"
-	"net/http"
-	"os"
-	"syscall"
 	"time"
 
 	"github.com/shadowbell/shadowbell/shared/inspect"
+	"github.com/shadowbell/shadowbell/shared/inspect/attach"
 	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 
@@ -22,20 +15,14 @@ type controlFlags struct {
 	Control string `placeholder:"PATH" help:"Control socket of hostmed (hostmed serve --control PATH)."`
 }
 
-const (
-	controlWithin = 10 * time.Second
-	maxInspect    = 64 << 20 // bytes of one answer
-)
+const controlWithin = 10 * time.Second
 
 // control asks a running hostmed.
-type control struct {
-	path string
-	http *http.Client
-}
+type control struct{ client *attach.Client }
 
-// openControl returns a client that has been answered once. The error of a socket that nobody listens on has the remedy.
+// openControl returns a client that has been answered once.
 func openControl(ctx context.Context, path string) (*control, error) {
-	c := &control{path: path, http: &http.Client{Timeout: controlWithin, Transport: &http.Transport{DialContext: dialUnix(path)}}}
+	c := &control{attach.New(path)}
 	if _, err := c.inspect(ctx); err != nil {
 		c.close()
 		return nil, cli.UsageError{Err: err}
@@ -43,58 +30,17 @@ func openControl(ctx context.Context, path string) (*control, error) {
 	return c, nil
 }
 
-func dialUnix(path string) func(context.Context, string, string) (net.Conn, error) {
-	return func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", path)
-	}
-}
-
-func (c *control) close() { c.http.CloseIdleConnections() }
+func (c *control) close() { c.client.Close() }
 
 // inspect returns the state of hostmed's queues.
 func (c *control) inspect(ctx context.Context) (*inspect.Snapshot, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hostmed/v1/inspect", nil)
+	ctx, cancel := context.WithTimeout(ctx, controlWithin)
+	defer cancel()
+	s, err := c.client.Inspect(ctx, "")
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return nil, c.explain(err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		var answer struct {
-			Error struct {
-				Message string `json:"message"`
-			} `json:"error"`
-		}
-		if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<16)).Decode(&answer); err == nil && answer.Error.Message != "" {
-			return nil, fmt.Errorf("control socket %s: %s", c.path, printable(answer.Error.Message))
-		}
-		return nil, fmt.Errorf("control socket %s: it answers %s: is it that of a hostmed of this version?", c.path, resp.Status)
-	}
-	var s inspect.Snapshot
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxInspect)).Decode(&s); err != nil {
-		return nil, fmt.Errorf("%s: what it answers is no snapshot: %w", c.path, err)
-	}
-	if s.Version != inspect.Version {
-		return nil, fmt.Errorf("%s: its snapshots have version %d and this program reads %d: use nvmetrace and hostmed of one version", c.path, s.Version, inspect.Version)
-	}
 	return &s, nil
-}
-
-func (c *control) explain(err error) error {
-	switch {
-	case errors.Is(err, context.Canceled):
-		return err
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("control socket %s: there is none; start hostmed with --control %s", c.path, c.path)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("control socket %s: nobody listens on it; start hostmed with --control %s", c.path, c.path)
-	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("control socket %s: user %d may not connect; run as the user that hostmed runs as", c.path, os.Getuid())
-	}
-	return fmt.Errorf("control socket %s: %w", c.path, err)
 }
 
 // bells are what one queue of a controller of hostmed's has counted.

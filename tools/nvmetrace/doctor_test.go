@@ -154,7 +154,7 @@ func TestDoctorErrors(t *testing.T) {
 		{[]string{"--control", "a", "--replay", "b"}, "give one of them"},
 		{[]string{"--replay", "b", "--fix", "kick"}, "need a running hostmed"},
 		{[]string{"--control", "a", "--for", "1ms"}, "50ms to 10m"},
-		{[]string{"--control", filepath.Join(dir, "none")}, "hostmed serve with --control"},
+		{[]string{"--control", filepath.Join(dir, "none")}, "start hostmed with --control"},
 		{[]string{"--replay", filepath.Join(dir, "none")}, "no such file"},
 		{[]string{"--replay", bad}, "line 1 is no sample"},
 		{[]string{"--control", "a", "--record", filepath.Join(dir, "none", "x")}, "no such file"},

@@ -87,7 +87,7 @@ func TestDoorbellsCommand(t *testing.T) {
 // TestAnotherServer: one that is no control socket of hostmed's is told from one that refuses.
 func TestAnotherServer(t *testing.T) {
 	for answer, says := range map[string]string{
-		"hello": "answers 403 Forbidden", `{"error":{"code":"forbidden","message":"user 7 may not"}}`: "user 7 may not",
+		"hello": "hostmed answers 403 Forbidden", `{"error":{"code":"forbidden","message":"user 7 may not"}}`: "user 7 may not",
 	} {
 		path := filepath.Join(t.TempDir(), "s")
 		l, err := net.Listen("unix", path)

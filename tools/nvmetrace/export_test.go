@@ -19,6 +19,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/ebpf/trace"
 	"github.com/shadowbell/shadowbell/shared/inspect"
+	"github.com/shadowbell/shadowbell/shared/inspect/attach"
 	"github.com/shadowbell/shadowbell/shared/latency"
 )
 
@@ -171,9 +172,7 @@ func TestDashboardUsesWhatIsExported(t *testing.T) {
 // TestMediatorMayGoAway: without hostmed the kernel's metrics are still there.
 func TestMediatorMayGoAway(t *testing.T) {
 	c := everything(t)
-	c.sampler.control.path += "-gone"
-	c.sampler.control = &control{path: c.sampler.control.path, http: http.DefaultClient}
-	c.sampler.control.http = &http.Client{Transport: &http.Transport{DialContext: dialUnix(c.sampler.control.path)}}
+	c.sampler.control = &control{attach.New(filepath.Join(t.TempDir(), "gone"))}
 	names := gather(t, c)
 	if names["nvmetrace_commands_total"] != 2 || names["nvmetrace_hostmed_up"] != 1 || names["nvmetrace_hostmed_commands_total"] != 0 {
 		t.Errorf("%v", names)

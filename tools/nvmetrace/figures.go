@@ -34,6 +34,8 @@ type node struct {
 	Resets   uint64   `json:"resets,omitempty"`
 	AERs     uint64   `json:"async_events,omitempty"`
 	Orphans  uint64   `json:"orphans,omitempty"`
+	Tails    uint64   `json:"tail_moves,omitempty"`
+	IRQs     uint64   `json:"interrupts,omitempty"`
 	MMIO     *float64 `json:"mmio_per_io,omitempty"`
 	Parts    []*node  `json:"parts,omitempty"`
 
@@ -67,13 +69,14 @@ func kernelNodes(s *trace.Snapshot, seconds float64) []*node {
 	for _, q := range s.Queues {
 		n := queue(q.Device, q.QID)
 		n.Depth, n.DepthMax = &q.Depth, &q.DepthMax
-		n.Timeouts, n.Resets, n.AERs, n.Orphans = q.Timeouts, q.Resets, q.AERs, q.Orphans
+		n.Timeouts, n.Resets, n.AERs, n.Orphans, n.Tails, n.IRQs = q.Timeouts, q.Resets, q.AERs, q.Orphans, q.Publishes, q.Interrupts
 		d := dev(q.Device)
 		if q.QID != 0 { // event requests always are
 			*d.Depth += q.Depth
 			*d.DepthMax = max(*d.DepthMax, q.DepthMax)
 		}
 		d.Timeouts, d.Resets, d.AERs, d.Orphans = d.Timeouts+q.Timeouts, d.Resets+q.Resets, d.AERs+q.AERs, d.Orphans+q.Orphans
+		d.Tails, d.IRQs = d.Tails+q.Publishes, d.IRQs+q.Interrupts
 	}
 	for _, c := range s.Cells {
 		if c.Count == 0 {

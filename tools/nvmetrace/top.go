@@ -47,10 +47,14 @@ The fields of --json, an object for each interval
     source        nvme: the kernel's queues; block: its disks; hostmed: the mediator's queues
     name          nvme0, queue 1, Read <=4 KiB (more than 2 KiB, up to 4); qid and opcode are the numbers
     commands      that ended in the interval; iops and mib_s: of them and their data, in a second
-    depth         commands under way at the end; depth_max: at any time since the start, of a device: of any one queue; the admin queue is not in a device's
+    depth         commands under way at the end; depth_max: at any time since the start; of a device: of any one queue. The admin
+                  queue is not in a device's
     p50_ns, p99_ns, max_ns   latencies; max_ns is the end of the histogram's bucket
     errors, retries          with a status; tried before
-    timeouts, resets, async_events, orphans   orphans began before nvmetrace did, and are not counted
+    timeouts, resets, async_events
+    orphans                  commands that began before nvmetrace did, and are not counted
+    tail_moves, interrupts   times that the driver moved the SQ tail (a doorbell, unless shared doorbells spare it), and interrupts
+                             that found completions
     mmio_per_io, state       of hostmed's queues
   lost            {ring,map,recursion} what was not counted, since the start; also shown in the table unless it is nothing
   notes           what is missing, and why
