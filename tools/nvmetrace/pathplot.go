@@ -45,7 +45,7 @@ func drawPath(w io.Writer, name string, x pathJSON) error {
 		p.HideY()
 		p.Y.Min, p.Y.Max = 0, float64(len(groups))
 		p.X.Min, p.X.Max = 0, bars.longest()*1.02
-		p.X.Label.Text, p.X.Tick.Marker = "us", microTicks{}
+		p.X.Label.Text, p.X.Tick.Marker = "us", secondTicks{}
 		for s := range path.Spans {
 			if bars.has(s) {
 				p.Legend.Add(s.String(), swatch{pathColour(s)})
@@ -137,16 +137,4 @@ func shortest(v int64) string {
 		return strings.TrimSuffix(text.Duration(time.Duration(v)), " us")
 	}
 	return ns(v)
-}
-
-// microTicks are round numbers of us.
-type microTicks struct{}
-
-// Ticks is part of plot.Ticker.
-func (microTicks) Ticks(low, high float64) []plot.Tick {
-	ticks := secondTicks{}.Ticks(low, high)
-	for i := range ticks {
-		ticks[i].Label = strings.TrimPrefix(ticks[i].Label, "-") // of 0
-	}
-	return ticks
 }

@@ -292,7 +292,11 @@ func (secondTicks) Ticks(low, high float64) (out []plot.Tick) {
 		step *= by
 	}
 	for i := math.Ceil(low/step - 0.01); i*step <= high*(1+1e-9); i++ {
-		out = append(out, plot.Tick{Value: max(i*step, low), Label: strconv.FormatFloat(math.Round(i*step*1000)/1000, 'f', -1, 64)})
+		v := math.Round(i*step*1000) / 1000
+		if v == 0 {
+			v = 0 // and not -0
+		}
+		out = append(out, plot.Tick{Value: max(i*step, low), Label: strconv.FormatFloat(v, 'f', -1, 64)})
 	}
 	return out
 }
