@@ -41,6 +41,14 @@ vm: build ## a shell in a Linux guest with a disk of hostmed's in it (ARGS=… f
 doorbells: build ## what doorbells cost in a stock guest, as a table and docs/doorbells.svg (ARGS=--runtime 5s)
 	@$(GO) run ./tools/vmlab/cmd doorbells --plot docs/doorbells.svg $(ARGS)
 
+.PHONY: trace-demo
+trace-demo: ## what nvmetrace top, latency and path show in a guest under load; draws docs/latency-heatmap.png and docs/path.svg
+	@$(GO) run ./tools/vmlab/cmd trace-demo --heat docs/latency-heatmap.png --path docs/path.svg $(ARGS)
+
+.PHONY: tracebench
+tracebench: ## what nvmetrace costs the load that it looks at, in a guest (ARGS='--rounds 9 --json')
+	@$(GO) run ./tools/vmlab/cmd tracebench $(ARGS)
+
 .PHONY: bench
 bench: ## the benchmark table and its JSON (ARGS=… for tools/bench)
 	@$(GO) run ./tools/bench $(ARGS)

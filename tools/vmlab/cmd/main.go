@@ -30,6 +30,9 @@ type grammar struct {
 
 	Backendbench backendbenchCmd `cmd:"" help:"Measure what hostmed costs between a guest and an NVMe device: vfio:, nvme: and block: against the ways without it."`
 
+	TraceDemo  traceDemoCmd  `cmd:"" help:"Show what nvmetrace shows in a guest under load, and draw its pictures."`
+	Tracebench tracebenchCmd `cmd:"" help:"Measure what nvmetrace costs the load that it looks at."`
+
 	Version cli.VersionCommand `cmd:"" help:"Print the version."`
 }
 
