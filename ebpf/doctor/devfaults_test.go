@@ -24,6 +24,7 @@ type deviceFault struct {
 	fault
 	broken string // in SHADOWBELL_FAULTS
 	medium string // if not memory
+	mode   string // of the doorbells, if not shadow
 }
 
 // The device's faults, by the names that Rules has.
@@ -33,7 +34,7 @@ var deviceFaults = map[string]deviceFault{
 		p := g.pair(1, guestSize, guestSize)
 		p.missed()
 		return nil
-	}, "it loaded tail ", true}, "sleep-anyway", ""},
+	}, "it loaded tail ", true}, "sleep-anyway", "", ""},
 	"CQ armed at its tail": {fault{"R8", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, 4)
@@ -45,7 +46,7 @@ var deviceFaults = map[string]deviceFault{
 		g.blocked(1)
 		g.must(p.head.Publish(p.cq.Head()))
 		return nil
-	}, "asked to be rung for head 3, and that is the CQ's tail", true}, "cq-at-tail", ""},
+	}, "asked to be rung for head 3, and that is the CQ's tail", true}, "cq-at-tail", "", ""},
 	"CQ promised twice": {fault{"R9", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, 4)
@@ -54,7 +55,7 @@ var deviceFaults = map[string]deviceFault{
 		}
 		g.must(p.tail.Publish(p.sq.Tail()))
 		return nil
-	}, "6 completions are posted or promised in CQ 1 of 4 entries", false}, "overcommit", "fault:hold@read,over=mem:size=16MiB"},
+	}, "6 completions are posted or promised in CQ 1 of 4 entries", false}, "overcommit", "fault:hold@read,over=mem:size=16MiB", ""},
 	"kick dropped": {fault{"R10", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
@@ -62,12 +63,20 @@ var deviceFaults = map[string]deviceFault{
 		p.flush(3)
 		g.must(p.tail.Publish(p.sq.Tail()))
 		return nil
-	}, "1 doorbell message came while it slept", true}, "drop-kick", ""},
+	}, "1 doorbell message came while it slept", true}, "drop-kick", "", ""},
+	"kick dropped, of a register": {fault{"R10", Device, 1, func(g *guest) func() {
+		g.enable(false)
+		p := g.pair(1, guestSize, guestSize)
+		p.asleep()
+		p.flush(3)
+		g.must(p.tail.Publish(p.sq.Tail()))
+		return nil
+	}, "tail 3 in the register, device asleep", true}, "drop-kick", "", "trap"},
 	"index counted up": {fault{"R11", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		g.pair(1, guestSize, guestSize)
 		return nil
-	}, "it stored event index 1, which is neither", false}, "wrong-index", ""},
+	}, "it stored event index 1, which is neither", false}, "wrong-index", "", ""},
 	"marker left": {fault{"R12", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
@@ -76,7 +85,7 @@ var deviceFaults = map[string]deviceFault{
 		g.must(g.ring(nvme.SQTailDoorbell(1, 0), p.sq.Tail())) // which the device did not ask for
 		p.reap(5)
 		return nil
-	}, "the marker of polling was left", false}, "no-arm", ""},
+	}, "the marker of polling was left", false}, "no-arm", "", ""},
 	"armed only when drained": {fault{"R13", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(2, guestSize, guestSize)
@@ -86,26 +95,26 @@ var deviceFaults = map[string]deviceFault{
 		p.reap(1)
 		g.pair(1, guestSize, guestSize)
 		return nil
-	}, "arming is tied to draining", false}, "arm-drained", ""},
+	}, "arming is tied to draining", false}, "arm-drained", "", ""},
 	"fixed marker": {fault{"R14", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
 		g.busy(p)
 		return nil
-	}, "its event index was 0xffffffff, not one behind, so", false}, "sentinel", ""},
+	}, "its event index was 0xffffffff, not one behind, so", false}, "sentinel", "", ""},
 	"register for the truth": {fault{"R15", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
 		p.flush(3)
 		g.must(p.tail.Publish(p.sq.Tail()))
 		return nil
-	}, "it reads tail 0 where the page holds 3", false}, "register", ""},
+	}, "it reads tail 0 where the page holds 3", false}, "register", "", ""},
 	"pages survive a reset": {fault{"R21", Device, -1, func(g *guest) func() {
 		g.enable(true)
 		g.pair(1, guestSize, guestSize).do(3)
 		g.enable(false)
 		return nil
-	}, "configured in enable 1, and this is enable 2", false}, "keep-pages", ""},
+	}, "configured in enable 1, and this is enable 2", false}, "keep-pages", "", ""},
 	"stale slots": {fault{"R22", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.half(1, guestSize, guestSize)
@@ -113,7 +122,7 @@ var deviceFaults = map[string]deviceFault{
 		p.word[0].Store(5)
 		g.create(p, guestSize)
 		return nil
-	}, "when the queue had been created its tail was 5", false}, "stale-slots", ""},
+	}, "when the queue had been created its tail was 5", false}, "stale-slots", "", ""},
 	"resumed without a look": {fault{"R27", Device, 1, func(g *guest) func() {
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
@@ -128,14 +137,14 @@ var deviceFaults = map[string]deviceFault{
 		g.must(p.tail.Publish(p.sq.Tail()))
 		config(memory | master)
 		return nil
-	}, "paused or parked", true}, "no-probe", ""},
+	}, "paused or parked", true}, "no-probe", "", ""},
 	"interrupt lost": {fault{Interrupt, Device, 1, func(g *guest) func() {
 		g.interrupts()
 		g.enable(true)
 		p := g.pair(1, guestSize, guestSize)
 		p.do(3)
 		return nil
-	}, "3 completions were posted in CQ 1 up to entry 3, vector 0 is on", false}, "no-interrupt", ""},
+	}, "3 completions were posted in CQ 1 up to entry 3, vector 0 is on", false}, "no-interrupt", "", ""},
 }
 
 // missed publishes, when the device polls, until it sleeps over that.
@@ -191,12 +200,12 @@ func (a *another) Kick(ctx context.Context, which string, qid uint16) (inspect.K
 }
 
 // start starts a hostmed that breaks a rule.
-func start(t *testing.T, bin, broken, medium string) (a *another, socket string) {
+func start(t *testing.T, bin, broken, medium, mode string) (a *another, socket string) {
 	t.Helper()
 	dir := t.TempDir()
 	socket, control := filepath.Join(dir, "s"), filepath.Join(dir, "control")
 	var log testrig.Buffer
-	cmd := exec.Command(bin, "serve", "--socket", socket, "--namespace", medium, "--control", control)
+	cmd := exec.Command(bin, "serve", "--socket", socket, "--namespace", medium, "--doorbells", mode, "--control", control)
 	cmd.Env = append(os.Environ(), "SHADOWBELL_FAULTS="+broken)
 	cmd.Stderr = &log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -246,7 +255,11 @@ func TestDeviceFaults(t *testing.T) {
 				if medium == "" {
 					medium = "mem:size=16MiB"
 				}
-				a, socket := start(t, bin, f.broken, medium)
+				mode := f.mode
+				if mode == "" {
+					mode = "shadow"
+				}
+				a, socket := start(t, bin, f.broken, medium, mode)
 				g := connect(t, a, socket)
 				if meanwhile := f.run(g); meanwhile != nil {
 					g.sample()

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 
@@ -276,13 +275,4 @@ func FuzzDiagnose(f *testing.F) {
 			}
 		}
 	})
-}
-
-func ExampleDiagnose() {
-	asleep := armed()
-	asleep.SQ.Page = 17
-	for _, f := range Diagnose(slices.Concat(over(1, armed()), over(5, asleep)[1:])) {
-		fmt.Println(f.Verdict, f.Rule, f.Side)
-	}
-	// Output: broken R1 driver
 }

@@ -32,7 +32,7 @@ var Rules = []Rule{
 	{7, "", "memory types of a guest are not the host's to see; where the device reads other values than the page holds it is R15's doubt", ""},
 	{8, Device, "asleep with a full CQ, and the event index that it stored for the head is not the head", "CQ armed at its tail"},
 	{9, Device, "completions posted and in flight are more than the CQ has entries", "CQ promised twice"},
-	{10, Device, "asleep, armed, and a doorbell message came since", "kick dropped"},
+	{10, Device, "asleep, armed, and a doorbell message came since", "kick dropped; kick dropped, of a register"},
 	{11, Device, "asleep, and the event index that it stored is neither what it consumed nor one behind", "index counted up"},
 	{12, Device, "asleep after commands, and the event index that it stored is that of polling", "marker left"},
 	{13, Device, "as R12, of a queue from which nothing was fetched since it last woke, while one that was drained is armed", "armed only when drained"},

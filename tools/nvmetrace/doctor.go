@@ -21,15 +21,20 @@ import (
 type doctorCmd struct {
 	Control    string        `placeholder:"PATH" help:"Control socket of hostmed (hostmed serve --control PATH)."`
 	Controller string        `placeholder:"SOCKET" help:"Only this controller, by its socket or its trace number. [all that have a client]"`
-	For        time.Duration `default:"1s" placeholder:"TIME" help:"How long to look, 50ms to 10m. Who stands still for half of it is judged. [${default}]"`
+	For        time.Duration `default:"1s" placeholder:"TIME" help:"How long to look, 50ms to 10m. Who stands still for half of it, or 5 s, is judged. [${default}]"`
 	Fix        string        `enum:",kick" default:"" placeholder:"kick" help:"kick: wake queues that sleep and should not, look again, and say what has changed."`
 	Record     string        `placeholder:"FILE" help:"Write what was seen to FILE, for --replay."`
 	Replay     string        `placeholder:"FILE" help:"Judge what --record wrote, in place of a running hostmed."`
 	JSON       bool          `name:"json" help:"Print JSON."`
 }
 
-// looks is how often a queue is looked at in the time of --for.
-const looks = 10
+// The time between two looks is a tenth of --for, but no more than seldom, and in all no more looks are taken than a file may have.
+const (
+	looks  = 10
+	seldom = 100 * time.Millisecond
+	// longest is how long a queue has to stand still at the most, however long --for is.
+	longest = 5 * time.Second
+)
 
 // Help is what stands below the flags.
 func (doctorCmd) Help() string { return doctorHelp }
@@ -170,7 +175,7 @@ func (e *examination) look(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
-	tick := time.NewTicker(max(e.For/looks, time.Millisecond))
+	tick := time.NewTicker(max(min(e.For/looks, seldom), e.For/(doctor.MaxSamples/4)))
 	defer tick.Stop()
 	for begin := time.Now(); ; {
 		s, files, err := conn.Inspect(ctx, e.Controller)
@@ -199,7 +204,7 @@ func (e *examination) look(ctx context.Context) error {
 }
 
 func (e *examination) judge() []doctor.Finding {
-	return doctor.Options{Samples: 3, Still: e.For / 2}.Diagnose(e.samples)
+	return doctor.Options{Samples: 3, Still: min(e.For/2, longest)}.Diagnose(e.samples)
 }
 
 // kick wakes what can be woken.

@@ -164,6 +164,11 @@ func TestDoctorErrors(t *testing.T) {
 			t.Errorf("%v: exit %d, %q, %q", x.args, code, out, stderr)
 		}
 	}
+	busy := filepath.Join(dir, "busy")
+	r.must(os.WriteFile(busy, []byte(`{"version":1,"taken_ns":1,"controllers":[{"socket":"s","busy_workers":[3],"queues":[]}],"views":[{"socket":"s","qid":2,"worker":3,"doorbells":true,"tail":17,"tail_event":9}]}`+"\n"), 0o600))
+	if code, out, stderr := r.run("--replay", busy); code != 2 || !strings.Contains(out, "worker 3 has not answered") || !strings.Contains(out, "queue 2: tail 17 in the page, event index 9") || !strings.Contains(stderr, "could not look") {
+		t.Errorf("exit %d, %q, %q", code, out, stderr)
+	}
 	if code, out, _ := r.run("--replay", hostile); code != 0 || strings.Contains(out, "\x1b") {
 		t.Errorf("exit %d, %q", code, out)
 	}
