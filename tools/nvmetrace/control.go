@@ -43,7 +43,7 @@ func (c *control) inspect(ctx context.Context) (*inspect.Snapshot, error) {
 	return &s, nil
 }
 
-// bells are what one queue of a controller of hostmed's has counted.
+// bells are what one queue of a controller of hostmed's has counted. Completions, CQKicks and Interrupts are of its CQ.
 type bells struct {
 	Commands, Completions uint64
 	Kicks, CQKicks        uint64 // doorbell messages: MMIO writes of the guest
@@ -105,7 +105,7 @@ type queueBells struct {
 }
 
 // between is what the queues of controller c, of the later snapshot, counted since before. Where before could not see the controller whole, what a queue had
-// until then is not known, and nothing is said of it.
+// until then is not known, and nothing is said of it. What a CQ counted is with the first of the SQs that feed it, so that sums have it once.
 func between(before *inspect.Snapshot, c *inspect.Controller) (out []queueBells) {
 	old, whole := map[uint16]bells{}, true
 	if before != nil {
@@ -120,12 +120,17 @@ func between(before *inspect.Snapshot, c *inspect.Controller) (out []queueBells)
 			}
 		}
 	}
+	seen := map[uint16]bool{} // CQs
 	for i := range c.Queues {
 		q := &c.Queues[i]
 		x := queueBells{queue: q}
 		if was, ok := old[q.QID]; ok || whole {
 			x.bells = bellsOf(q).since(was)
 		}
+		if seen[q.CQID] {
+			x.Completions, x.CQKicks, x.Interrupts = 0, 0, 0
+		}
+		seen[q.CQID] = true
 		out = append(out, x)
 	}
 	return out

@@ -140,8 +140,8 @@ func newEventPrinter(w io.Writer, asJSON bool) *eventPrinter {
 }
 
 const (
-	eventHead   = "     TIME s  DEVICE  QUEUE  CID     COMMAND                                            BYTES    LATENCY  STATUS                THREAD\n"
-	eventFormat = "%11.6f  %-6s  %5d  %-6s  %-44s  %10s  %9s  %-20s  %s"
+	eventHead   = "     TIME s  DEVICE  QUEUE  CID          BYTES    LATENCY  THREAD             COMMAND -> STATUS\n"
+	eventFormat = "%11.6f  %-6s  %5d  %-6s  %10s  %9s  %-17s  %s"
 )
 
 // print prints one event.
@@ -166,7 +166,8 @@ func (p *eventPrinter) print(e *trace.Event) error {
 
 // eventLine is e for people; from is the time that is 0.
 func eventLine(e *trace.Event, from int64) string {
-	cid, bytes, took, status, thread := "", "", "", "", ""
+	cid, bytes, took, thread := "", "", "", ""
+	what := describeEvent(e)
 	switch e.Kind {
 	case trace.Start, trace.End, trace.Timeout:
 		cid = fmt.Sprintf("0x%04x", e.CID)
@@ -178,12 +179,13 @@ func eventLine(e *trace.Event, from int64) string {
 		}
 	}
 	if e.Kind == trace.End {
-		took, status = text.Duration(time.Duration(e.Latency)), statusName(e.Status)
+		took = text.Duration(time.Duration(e.Latency))
+		what += " -> " + statusName(e.Status)
 		if e.Retries > 0 {
-			status += fmt.Sprintf(", try %d", e.Retries+1)
+			what += fmt.Sprintf(", try %d", e.Retries+1)
 		}
 	}
-	line := fmt.Sprintf(eventFormat, float64(e.Time-from)/1e9, device(e.Device), e.QID, cid, describeEvent(e), bytes, took, status, thread)
+	line := fmt.Sprintf(eventFormat, float64(e.Time-from)/1e9, device(e.Device), e.QID, cid, bytes, took, thread, what)
 	return strings.TrimRight(line, " ")
 }
 

@@ -42,7 +42,8 @@ The columns, and the fields of --json, an object for each interval
   controllers              [{socket,doorbells,shared,…,queues}] with the sums of their queues
   state     state          polling, armed (asleep, with asleep_ns), draining, parked, failed, absent
   commands  commands       fetched: each is a tail stored in the shared page, or a doorbell
-  SQ, CQ    sq_mmio, cq_mmio   doorbell messages: MMIO writes of the guest that reached hostmed
+  SQ, CQ    sq_mmio, cq_mmio   doorbell messages: MMIO writes of the guest that reached hostmed; those of a CQ, and its interrupts, are
+                           with the first of the SQs that feed it
   MMIO/IO   mmio_per_io    both, for each command
   armed     armed          times that the queue went to sleep; lost: arm_lost, that a new tail was found instead (R2, R3)
   spurious  spurious       messages that found nothing new

@@ -18,8 +18,8 @@ import (
 func guests(n uint64) *inspect.Snapshot {
 	return &inspect.Snapshot{Version: inspect.Version, Taken: int64(n+10) * 1e9, Controllers: []inspect.Controller{
 		{Socket: "/run/a", Mode: "shadow", Shared: true, Queues: []inspect.Queue{
-			{QID: 1, State: "polling", Commands: 1000 * n, Kicks: 10 * n, CQKicks: 5 * n, KicksAsleep: 8 - n, Armed: 9 * n, ArmLost: n, Spurious: 2 * n, Interrupts: 500 * n},
-			{QID: 2, State: "armed", ArmedAt: 8e9},
+			{QID: 1, CQID: 1, State: "polling", Commands: 1000 * n, Kicks: 10 * n, CQKicks: 5 * n, KicksAsleep: 8 - n, Armed: 9 * n, ArmLost: n, Spurious: 2 * n, Interrupts: 500 * n},
+			{QID: 2, CQID: 2, State: "armed", ArmedAt: 8e9},
 		}},
 		{Socket: "/run/b", Mode: "trap", Silent: true},
 	}}
@@ -58,6 +58,34 @@ func TestQueuesOfABusyWorker(t *testing.T) {
 	before.Controllers[0].Busy = nil
 	if x := between(before, &now.Controllers[0]); x[0].Commands != 3000 {
 		t.Errorf("%+v", x[0])
+	}
+}
+
+// TestSharedCQCountsOnce: two SQs that feed one CQ show its doorbells and interrupts once, whichever of them was there before.
+func TestSharedCQCountsOnce(t *testing.T) {
+	at := func(n uint64, qids ...uint16) *inspect.Snapshot {
+		c := inspect.Controller{Socket: "/run/a"}
+		for _, qid := range qids {
+			c.Queues = append(c.Queues, inspect.Queue{QID: qid, CQID: 5, Commands: 100 * n, Kicks: 3 * n, CQKicks: 10 * n, Completions: 200 * n, Interrupts: 50 * n})
+		}
+		return &inspect.Snapshot{Controllers: []inspect.Controller{c}}
+	}
+	for name, before := range map[string]*inspect.Snapshot{"both": at(1, 1, 2), "the other way round": at(1, 2, 1)} {
+		var sum bells
+		for _, x := range between(before, &at(3, 1, 2).Controllers[0]) {
+			sum.add(x.bells)
+		}
+		if want := (bells{Commands: 400, Kicks: 12, CQKicks: 20, Completions: 400, Interrupts: 100}); sum != want {
+			t.Errorf("%s: %+v, want %+v", name, sum, want)
+		}
+	}
+	if n := mediatorNodes(at(1, 1, 2), at(3, 1, 2), 1)[0]; *n.MMIO != 32.0/400 {
+		t.Errorf("MMIO per I/O is %v", *n.MMIO)
+	}
+	// The one that had the CQ's counts is deleted: what it counted before does not come again.
+	x := between(at(1, 1, 2), &at(3, 2).Controllers[0])
+	if len(x) != 1 || x[0].CQKicks != 20 {
+		t.Errorf("%+v", x)
 	}
 }
 

@@ -38,8 +38,10 @@ func everything(t *testing.T) *collector {
 	f.block = []trace.BlockCell{{Disk: "vda", Op: 'R', Count: 3, Bytes: 12288, InDevice: lat, Queued: new(latency.Histogram)}}
 	f.kvm = []trace.ExitCell{{PID: 77, Exits: 10, MMIO: 2, FastMMIO: 3}, {PID: 78, Exits: 10}}
 	c := fakeControl(t, func() *inspect.Snapshot {
-		q := inspect.Queue{QID: 1, State: "polling", Commands: 100, Kicks: 7, CQKicks: 2}
-		return &inspect.Snapshot{Version: inspect.Version, Controllers: []inspect.Controller{{Socket: "/run/a", Queues: []inspect.Queue{q}}}}
+		q := inspect.Queue{QID: 1, CQID: 1, State: "polling", Commands: 100, Kicks: 7, CQKicks: 2}
+		other := q // of the same CQ
+		other.QID, other.Kicks = 2, 1
+		return &inspect.Snapshot{Version: inspect.Version, Controllers: []inspect.Controller{{Socket: "/run/a", Queues: []inspect.Queue{q, other}}}}
 	})
 	return &collector{ctx: t.Context(), sampler: &sampler{src: f, control: c}, filter: &filterFlags{}, vm: 77}
 }
@@ -88,10 +90,11 @@ func TestMetricValues(t *testing.T) {
 # TYPE nvmetrace_commands_total counter
 nvmetrace_commands_total{device="nvme0",opcode="other",queue="1"} 2
 nvmetrace_commands_total{device="nvme0",opcode="read",queue="1"} 1
-# HELP nvmetrace_hostmed_doorbells_total Doorbell messages: MMIO writes of the guest. bell is sq or cq.
+# HELP nvmetrace_hostmed_doorbells_total Doorbell messages: MMIO writes of the guest. bell is sq or cq, and queue the number of that.
 # TYPE nvmetrace_hostmed_doorbells_total counter
 nvmetrace_hostmed_doorbells_total{bell="cq",controller="/run/a",queue="1"} 2
 nvmetrace_hostmed_doorbells_total{bell="sq",controller="/run/a",queue="1"} 7
+nvmetrace_hostmed_doorbells_total{bell="sq",controller="/run/a",queue="2"} 1
 # HELP nvmetrace_vm_exits_total Exits of the virtual machine (--vm): all, mmio, and ioeventfd, MMIO that KVM signals itself.
 # TYPE nvmetrace_vm_exits_total counter
 nvmetrace_vm_exits_total{kind="all",pid="77"} 10

@@ -65,11 +65,11 @@ var (
 var (
 	mUp          = family(gaugeKind, "hostmed_up", "1 if hostmed's control socket answers (--control).")
 	mHCommands   = family(counterKind, "hostmed_commands_total", "Commands fetched.", "controller", "queue")
-	mHKicks      = family(counterKind, "hostmed_doorbells_total", "Doorbell messages: MMIO writes of the guest. bell is sq or cq.", "controller", "queue", "bell")
+	mHKicks      = family(counterKind, "hostmed_doorbells_total", "Doorbell messages: MMIO writes of the guest. bell is sq or cq, and queue the number of that.", "controller", "queue", "bell")
 	mHArmed      = family(counterKind, "hostmed_sleeps_total", "Times that the queue went to sleep.", "controller", "queue")
 	mHLost       = family(counterKind, "hostmed_arms_lost_total", "Times that a new tail was found instead.", "controller", "queue")
 	mHSpurious   = family(counterKind, "hostmed_spurious_doorbells_total", "Doorbell messages that found nothing new.", "controller", "queue")
-	mHInterrupts = family(counterKind, "hostmed_interrupts_total", "Interrupts raised.", "controller", "queue")
+	mHInterrupts = family(counterKind, "hostmed_interrupts_total", "Interrupts raised, by the CQ's number.", "controller", "queue")
 	mHInflight   = family(gaugeKind, "hostmed_inflight", "Commands fetched and not completed.", "controller", "queue")
 	mHState      = family(gaugeKind, "hostmed_queue_polling", "1 while the queue is polled, 0 while it sleeps or is away.", "controller", "queue")
 )
@@ -226,22 +226,26 @@ func (c *collector) collectVM(out chan<- prometheus.Metric, s *trace.Snapshot) {
 }
 
 func collectMediator(out chan<- prometheus.Metric, s *inspect.Snapshot) {
-	seen := map[[2]string]bool{} // what hostmed says twice is said once
 	for i := range s.Controllers {
 		c := &s.Controllers[i]
+		ctrl := printable(c.Socket)
+		sqs, cqs := map[uint16]bool{}, map[uint16]bool{} // a CQ that several SQs feed is counted once
 		for j := range c.Queues {
 			q := &c.Queues[j]
-			ctrl, queue := printable(c.Socket), queueLabel(q.QID)
-			if k := [2]string{ctrl, queue}; seen[k] {
-				continue
-			} else {
-				seen[k] = true
+			if !cqs[q.CQID] {
+				cqs[q.CQID] = true
+				emit(out, mHInterrupts, float64(q.Interrupts), ctrl, queueLabel(q.CQID))
+				emit(out, mHKicks, float64(q.CQKicks), ctrl, queueLabel(q.CQID), "cq")
 			}
-			for m, v := range map[*metric]uint64{mHCommands: q.Commands, mHArmed: q.Armed, mHLost: q.ArmLost, mHSpurious: q.Spurious, mHInterrupts: q.Interrupts, mHInflight: uint64(q.Inflight)} {
+			if sqs[q.QID] {
+				continue
+			}
+			sqs[q.QID] = true
+			queue := queueLabel(q.QID)
+			for m, v := range map[*metric]uint64{mHCommands: q.Commands, mHArmed: q.Armed, mHLost: q.ArmLost, mHSpurious: q.Spurious, mHInflight: uint64(q.Inflight)} {
 				emit(out, m, float64(v), ctrl, queue)
 			}
 			emit(out, mHKicks, float64(q.Kicks), ctrl, queue, "sq")
-			emit(out, mHKicks, float64(q.CQKicks), ctrl, queue, "cq")
 			polling := 0.0
 			if q.State == "polling" {
 				polling = 1

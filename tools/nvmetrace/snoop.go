@@ -67,11 +67,11 @@ The columns, and the fields of --json, an object for each event
   DEVICE   device, disk       nvme0, and the disk that the command was for
   QUEUE    qid                of the real queue; 0 is the admin queue
   CID      cid                as the driver numbers requests
-  COMMAND  opcode, command, text, nsid, slba, blocks   the number, its name, the line, and the fields of it
   BYTES    bytes              of data
   LATENCY  latency_ns         from nvme_setup_cmd to nvme_complete_rq
-  STATUS   status, status_name, retries   ok, or the specification's name (type/code, and DNR); earlier tries
   THREAD   comm, tid          that started the command: for buffered writes a kernel thread
+  COMMAND  opcode, command, text, nsid, slba, blocks   the number, its name, the line, and the fields of it
+  STATUS   status, status_name, retries   ok, or the specification's name (type/code, and DNR); earlier tries
            sq_head, sq_tail   of doorbell`
 
 // Validate is called by kong.

@@ -27,16 +27,16 @@ func TestEventsAreDecoded(t *testing.T) {
 		e    trace.Event
 		line string
 	}{
-		{rd, "0.000083 nvme0 3 0x2001 READ nsid=1 slba=0x1000 nlb=8 4 KiB 83.1 us ok fio/77"},
-		{start, "0.000000 nvme0 3 0x2001 > READ nsid=1 slba=0x1000 nlb=8 4 KiB fio/77"},
-		{failed, "WRITE nsid=1 slba=0x10 nlb=2048 1 MiB 12.0 ms Unrecovered Read Error (2/81h, DNR), try 3 a?[31mb/77"},
-		{flush, "0x0003 FLUSH nsid=1 1.00 ms ok fio/77"},
-		{admin(nvme.AdminIdentify, 0, 1), `1.000000 nvme0 0 0x1007 IDENTIFY cns="Controller" nsid=0 csi=0 250 us ok`},
-		{admin(nvme.AdminGetLogPage, nvme.NSIDAll, 0x007f0002), `GET LOG PAGE lid="SMART / Health Information" nsid=all bytes=512 lpo=0x0 250 us ok`},
+		{rd, "0.000083 nvme0 3 0x2001 4 KiB 83.1 us fio/77 READ nsid=1 slba=0x1000 nlb=8 -> ok"},
+		{start, "0.000000 nvme0 3 0x2001 4 KiB fio/77 > READ nsid=1 slba=0x1000 nlb=8"},
+		{failed, "1 MiB 12.0 ms a?[31mb/77 WRITE nsid=1 slba=0x10 nlb=2048 -> Unrecovered Read Error (2/81h, DNR), try 3"},
+		{flush, "0x0003 1.00 ms fio/77 FLUSH nsid=1 -> ok"},
+		{admin(nvme.AdminIdentify, 0, 1), `1.000000 nvme0 0 0x1007 250 us IDENTIFY cns="Controller" nsid=0 csi=0 -> ok`},
+		{admin(nvme.AdminGetLogPage, nvme.NSIDAll, 0x007f0002), `GET LOG PAGE lid="SMART / Health Information" nsid=all bytes=512 lpo=0x0 -> ok`},
 		{admin(nvme.AdminSetFeatures, 0, 7, 0x00030003), `SET FEATURES fid="Number of Queues" nsid=0 cdw11=0x30003`},
 		// The tracepoint has no addresses: none is made up.
-		{admin(nvme.AdminCreateSQ, 0, 0x03ff0001, 0x00010001), "CREATE I/O SUBMISSION QUEUE qid=1 qsize=1024 PC cqid=1 qprio=0 250 us"},
-		{admin(nvme.AdminDoorbellBufferConfig, 0), "DOORBELL BUFFER CONFIG 250 us ok"},
+		{admin(nvme.AdminCreateSQ, 0, 0x03ff0001, 0x00010001), "CREATE I/O SUBMISSION QUEUE qid=1 qsize=1024 PC cqid=1 qprio=0 -> ok"},
+		{admin(nvme.AdminDoorbellBufferConfig, 0), "DOORBELL BUFFER CONFIG -> ok"},
 		{admin(0xFE, 0), "OPCODE FEh"},
 		{trace.Event{Kind: trace.Timeout, QID: 2, CID: 5, Opcode: read, NSID: 1}, "nvme0 2 0x0005 TIMEOUT of READ nsid=1 slba=0x0 nlb=1"},
 		{trace.Event{Kind: trace.Reset, Device: 3}, "nvme3 0 RESET of the controller"},
@@ -65,8 +65,8 @@ func TestSnoop(t *testing.T) {
 	if code != 0 {
 		t.Fatalf("exit %d: %s", code, stderr)
 	}
-	has(t, stdout, "TIME s DEVICE QUEUE CID COMMAND", "0.000000 nvme0 1 0x0000 READ", "1.000000 nvme0 1 0x0001 READ", "READ", "IDENTIFY")
-	hasNot(t, stdout, ">", "SQ head")
+	has(t, stdout, "TIME s DEVICE QUEUE CID BYTES", "0.000000 nvme0 1 0x0000 4 KiB 1.00 ms fio/77 READ", "1.000000 nvme0 1 0x0001", "READ", "IDENTIFY")
+	hasNot(t, stdout, "> READ", "SQ head")
 	if want := "nvmetrace: 4 events, 1 commands failed; LOST: 5 events found no room in the ring buffer\n"; stderr != want {
 		t.Errorf("%q, want %q", stderr, want)
 	}
