@@ -160,6 +160,26 @@ func TestJudgements(t *testing.T) {
 	}
 }
 
+// A command that is in the ring, and that no doorbell tells of, is the driver's to explain.
+func TestWritten(t *testing.T) {
+	for name, x := range map[string]struct {
+		hashes []uint64
+		want   Verdict
+	}{
+		"written long ago": {[]uint64{1, 1, 1, 1, 1, 1}, Idle},
+		"written":          {[]uint64{1, 1, 2, 2, 2, 2}, Unknown},
+		"being written":    {[]uint64{1, 1, 1, 1, 1, 2}, Idle},
+	} {
+		samples := over(len(x.hashes), armed())
+		for i := range samples {
+			samples[i].Views = []View{{Socket: "/run/guest", QID: 3, Ring: true, Next: true, Hash: x.hashes[i]}}
+		}
+		if f := of(0, samples); f.Verdict != x.want {
+			t.Errorf("%s: %+v", name, f)
+		}
+	}
+}
+
 // TestControllers is what is said of no queue.
 func TestControllers(t *testing.T) {
 	for _, x := range []struct {

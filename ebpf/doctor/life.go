@@ -62,6 +62,22 @@ func (w *watch) away() bool {
 	return !w.c.Shared && w.c.Configs > 0 && w.c.Enables == w.c.ConfigEnable
 }
 
+// written says that the driver has put a command in the ring that it has told the device nothing of. What the newest view has may be another life's already: an
+// entry counts if it has stood there for some looks, and was not there before.
+func (w *watch) written() (written bool) {
+	last, same := w.newest().view, 0
+	for i := len(w.all) - 1; i >= 0 && !written && last != nil && last.Ring && last.Next; i-- {
+		m := &w.all[i]
+		if m.q.Commands != w.q.Commands || told(m.c, &m.q, &m.q.SQ) != w.tail() || m.view == nil || !m.view.Ring {
+			break
+		}
+		if written = m.view.Hash != last.Hash; !written {
+			same++
+		}
+	}
+	return written && same >= 3
+}
+
 // unpublished finds commands that the driver has put in the ring and told the device of in a place where it does not look.
 func (w *watch) unpublished() (Finding, bool) {
 	q := w.q
@@ -70,18 +86,7 @@ func (w *watch) unpublished() (Finding, bool) {
 	if q.QID == 0 || !(away || forgot) || !w.done || !w.sleeps() || w.tail() != q.SQ.Private {
 		return Finding{}, false
 	}
-	// What the newest view has may be another life's already. The entry counts if it has stood there for some looks, and was not there before.
-	last, same, written := w.newest().view, 0, false
-	for i := len(w.all) - 1; i >= 0 && !written && last != nil && last.Ring && last.Next; i-- {
-		m := &w.all[i]
-		if m.q.Commands != q.Commands || told(m.c, &m.q, &m.q.SQ) != w.tail() || m.view == nil || !m.view.Ring {
-			break
-		}
-		if written = m.view.Hash != last.Hash; !written {
-			same++
-		}
-	}
-	if !written || same < 3 {
+	if !w.written() {
 		return Finding{}, false
 	}
 	f := w.broken("R28", Driver, "the driver must send Doorbell Buffer Config after each enable, with the pages zeroed",

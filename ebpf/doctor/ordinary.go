@@ -19,6 +19,9 @@ func (w *watch) ordinary() Finding {
 		if w.away() && q.QID != 0 {
 			return w.finding(Idle, "", "%s: the client has unmapped its doorbell pages, so only register writes count (R25)", w.seen())
 		}
+		if w.done && w.written() {
+			return w.finding(Unknown, Driver, "%s: the driver has written a command to entry %d and told nobody: it holds it back, or has forgotten it", w.seen(), q.SQ.Private)
+		}
 		return w.finding(Idle, "", "%s%s", w.seen(), w.kept())
 	}
 	if !w.done {

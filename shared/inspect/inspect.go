@@ -106,8 +106,8 @@ type Queue struct {
 	VectorFD     bool   `json:"vector_fd"`    // the client has given the vector an eventfd
 	VectorMasked bool   `json:"vector_masked"`
 	VectorLatch  bool   `json:"vector_pending"` // an interrupt waits for that
-	// Unraised is how many completions were posted since the CQ raised an interrupt or found its driver polling (the quiet bit): 0, unless interrupts
-	// are off or Coalesced.
+	// Unraised is how many completions were posted since the CQ raised an interrupt, left that to coalescing, or found its driver polling (the quiet
+	// bit): 0, unless interrupts are off.
 	Unraised uint32 `json:"unraised"`
 	// ResumedAt is when fetching went on after the queue was draining or parked (R27); 0: it never was.
 	ResumedAt int64 `json:"resumed_at_ns"`

@@ -89,6 +89,7 @@ func (w *Worker) interrupt(g *group, n uint32) {
 		return
 	}
 	if entries, delay := g.ctl.coalescing.get(); delay > 0 && !g.vector.direct.Load() && !w.gather(g, n, entries, delay) {
+		g.unraised = 0 // it is the vector's wait now, which another CQ may end
 		return
 	}
 	g.stats.Interrupts++
