@@ -28,7 +28,7 @@ static __always_inline __u8 op_letter(__u32 cmd_flags)
 	return 'O';
 }
 
-static __always_inline void block_step(struct request *req, _Bool issue)
+static __always_inline void block_step(struct request *req, _Bool issue, _Bool again)
 {
 	struct block_start s = {}, *old;
 	__u64 key = (__u64)req, now = bpf_ktime_get_ns();
@@ -37,6 +37,8 @@ static __always_inline void block_step(struct request *req, _Bool issue)
 	if (!disk)
 		return; /* the admin queue */
 	old = bpf_map_lookup_elem(&block_starts, &key);
+	if (again && old && old->issued)
+		return;
 	if (old && issue)
 		s.inserted = old->inserted;
 	if (issue)
@@ -54,17 +56,27 @@ SEC("tp_btf/block_rq_insert")
 int BPF_PROG(btf_rq_insert, struct request *req)
 {
 	count(HIT_INSERT);
-	return UNDISTURBED(block_step(req, 0));
+	block_step(req, 0, 0);
+	return 0;
 }
 
 SEC("tp_btf/block_rq_issue")
 int BPF_PROG(btf_rq_issue, struct request *req)
 {
 	count(HIT_ISSUE);
-	return UNDISTURBED(block_step(req, 1));
+	block_step(req, 1, 0);
+	return 0;
 }
 
-static __always_inline void block_end(struct request *req, __u32 bytes)
+SEC("tp_btf/block_rq_issue")
+int BPF_PROG(again_rq_issue, struct request *req)
+{
+	block_step(req, 1, 1);
+	return 0;
+}
+
+SEC("tp_btf/block_rq_complete")
+int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes)
 {
 	__u64 key = (__u64)req, now = bpf_ktime_get_ns();
 	struct block_start *s = bpf_map_lookup_elem(&block_starts, &key);
@@ -73,7 +85,7 @@ static __always_inline void block_end(struct request *req, __u32 bytes)
 
 	count(HIT_RQ_COMPLETE);
 	if (!s || bytes < req->__data_len) /* a part of it; the end comes later */
-		return;
+		return 0;
 	if (s->issued) {
 		bk.dev = s->dev;
 		bk.op = s->op;
@@ -92,12 +104,7 @@ static __always_inline void block_end(struct request *req, __u32 bytes)
 		}
 	}
 	bpf_map_delete_elem(&block_starts, &key);
-}
-
-SEC("tp_btf/block_rq_complete")
-int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes)
-{
-	return UNDISTURBED(block_end(req, bytes));
+	return 0;
 }
 
 static __always_inline struct vm_cell *vm_cell(__u32 *tgid)

@@ -208,23 +208,6 @@ struct {
 static const struct cell no_cell;
 static const struct block_cell no_block_cell;
 
-/*
- * The kernel does not run a program that runs already on the CPU, and where tracepoints may be preempted (since Linux 7) another thread can come
- * to the same one meanwhile. That is counted as lost; this makes it rare. Linux 6.10 and later.
- */
-extern void bpf_preempt_disable(void) __ksym __weak;
-extern void bpf_preempt_enable(void) __ksym __weak;
-
-#define UNDISTURBED(call)                                 \
-	({                                                \
-		if (bpf_ksym_exists(bpf_preempt_disable)) \
-			bpf_preempt_disable();            \
-		call;                                     \
-		if (bpf_ksym_exists(bpf_preempt_enable))  \
-			bpf_preempt_enable();             \
-		0;                                        \
-	})
-
 static __always_inline void count(enum counter c)
 {
 	__u32 index = c;
@@ -258,7 +241,7 @@ static __always_inline __u32 bucket(__u64 ns)
 	return i < BUCKETS ? i : BUCKETS - 1; /* never; the verifier cannot see it */
 }
 
-/* One program alone writes a histogram, and the kernel lets none run twice at a time on one CPU: see UNDISTURBED. */
+/* One program alone writes a histogram, and the kernel lets none run twice at a time on one CPU. */
 static __always_inline void record(struct hist *h, __u64 ns)
 {
 	__u32 i;

@@ -9,6 +9,7 @@
  *   tp_*     classic tracepoints, with offsets from tracefs, where a kernel has no types
  *   raw_*    raw tracepoints whose arguments are plain numbers
  *   fn_*     fentry and fexit, each of which may be missing
+ *   again_*  second in line at a hook, for what the first has missed
  *   test_*   for tests of the arithmetic only
  */
 #include "kernel.h"
@@ -39,18 +40,26 @@ static __always_inline __u16 qid(struct request *req)
 	return req->q->queuedata ? req->mq_hctx->queue_num + 1 : 0;
 }
 
-static __always_inline void setup_cmd(struct request *req, void *cmd)
+static __always_inline void setup_cmd(struct request *req, void *cmd, _Bool again)
 {
-	struct start s = {};
+	__u64 key = (__u64)req;
+	struct start s = {}, *old;
 	struct sqe sqe;
 
-	count(HIT_SETUP);
+	if (!again)
+		count(HIT_SETUP);
 	s.device = instance(req);
 	s.qid = qid(req);
 	if (!wanted(s.device, s.qid) || bpf_probe_read_kernel(&sqe, sizeof(sqe), cmd))
 		return;
 	if (!wanted_opcode(sqe.opcode))
 		return;
+	if (again) {
+		old = bpf_map_lookup_elem(&starts, &key);
+		if (old && old->cid == sqe.cid) /* with its generation: this very command */
+			return;
+		count(HIT_SETUP);
+	}
 	s.opcode = sqe.opcode;
 	s.cid = sqe.cid;
 	s.nsid = sqe.nsid;
@@ -70,39 +79,44 @@ static __always_inline void setup_cmd(struct request *req, void *cmd)
 			bpf_map_delete_elem(&uring_cmds, &io);
 		}
 	}
-	started((__u64)req, &s);
+	started(key, &s);
 }
 
 SEC("tp_btf/nvme_setup_cmd")
 int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
 {
-	return UNDISTURBED(setup_cmd(req, cmd));
+	setup_cmd(req, cmd, 0);
+	return 0;
 }
 
-static __always_inline void complete_rq(struct request *req)
+/*
+ * The kernel does not run a program that runs already on the CPU, and where tracepoints may be preempted another thread can come to the same one
+ * meanwhile. So there the next in line looks whether the command is there, and counts it if not. This tracepoint and block_rq_issue are passed by threads;
+ * ends mostly come in interrupts.
+ */
+SEC("tp_btf/nvme_setup_cmd")
+int BPF_PROG(again_setup_cmd, struct request *req, void *cmd)
 {
-	struct nvme_request *r = nvme_req(req);
-
-	count(HIT_COMPLETE);
-	ended((__u64)req, instance(req), qid(req), BPF_CORE_READ(r, result.u64), BPF_CORE_READ(r, status), BPF_CORE_READ(r, retries));
+	setup_cmd(req, cmd, 1);
+	return 0;
 }
 
 SEC("tp_btf/nvme_complete_rq")
 int BPF_PROG(btf_complete_rq, struct request *req)
 {
-	return UNDISTURBED(complete_rq(req));
-}
+	struct nvme_request *r = nvme_req(req);
 
-static __always_inline void sq(struct request *req, __u32 head, __u32 tail)
-{
-	count(HIT_SQ);
-	moved(instance(req), qid(req), head, tail);
+	count(HIT_COMPLETE);
+	ended((__u64)req, instance(req), qid(req), BPF_CORE_READ(r, result.u64), BPF_CORE_READ(r, status), BPF_CORE_READ(r, retries));
+	return 0;
 }
 
 SEC("tp_btf/nvme_sq")
 int BPF_PROG(btf_sq, struct request *req, __le16 head, int tail)
 {
-	return UNDISTURBED(sq(req, head, tail));
+	count(HIT_SQ);
+	moved(instance(req), qid(req), head, tail);
+	return 0;
 }
 
 static __always_inline void async_event(__u16 device, __u32 result)

@@ -190,6 +190,8 @@ const (
 	TraceMapStarts          = "starts"
 	TraceMapUringCmds       = "uring_cmds"
 	TraceMapVmCells         = "vm_cells"
+	TraceProgAgainRqIssue   = "again_rq_issue"
+	TraceProgAgainSetupCmd  = "again_setup_cmd"
 	TraceProgBtfAsyncEvent  = "btf_async_event"
 	TraceProgBtfCompleteRq  = "btf_complete_rq"
 	TraceProgBtfRqComplete  = "btf_rq_complete"
@@ -291,6 +293,8 @@ type TraceSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TraceProgramSpecs struct {
+	AgainRqIssue   *ebpf.ProgramSpec `ebpf:"again_rq_issue"`
+	AgainSetupCmd  *ebpf.ProgramSpec `ebpf:"again_setup_cmd"`
 	BtfAsyncEvent  *ebpf.ProgramSpec `ebpf:"btf_async_event"`
 	BtfCompleteRq  *ebpf.ProgramSpec `ebpf:"btf_complete_rq"`
 	BtfRqComplete  *ebpf.ProgramSpec `ebpf:"btf_rq_complete"`
@@ -465,6 +469,8 @@ type TraceVariables struct {
 //
 // It can be passed to LoadTraceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TracePrograms struct {
+	AgainRqIssue   *ebpf.Program `ebpf:"again_rq_issue"`
+	AgainSetupCmd  *ebpf.Program `ebpf:"again_setup_cmd"`
 	BtfAsyncEvent  *ebpf.Program `ebpf:"btf_async_event"`
 	BtfCompleteRq  *ebpf.Program `ebpf:"btf_complete_rq"`
 	BtfRqComplete  *ebpf.Program `ebpf:"btf_rq_complete"`
@@ -493,6 +499,8 @@ type TracePrograms struct {
 
 func (p *TracePrograms) Close() error {
 	return _TraceClose(
+		p.AgainRqIssue,
+		p.AgainSetupCmd,
 		p.BtfAsyncEvent,
 		p.BtfCompleteRq,
 		p.BtfRqComplete,

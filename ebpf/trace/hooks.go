@@ -32,6 +32,7 @@ type Hook struct {
 	Why      string // why it is not attached, and what helps
 	Without  string // what is then missing
 	Hits     uint64 // times that it ran, of all devices and queues
+	Missed   uint64 // times that it did not, since it was running on that CPU: Losses.Recursion has those of what is Needed
 }
 
 // candidate is a program for a hook.
@@ -51,6 +52,12 @@ type place struct {
 	counter bpf.TraceCounter
 	options []candidate
 }
+
+// again are programs that come second at a hook, by the first: see trace.bpf.c. They are attached where the kernel preempts tracepoints, which it does
+// since 7.0.
+var again = map[string]string{bpf.TraceProgBtfSetupCmd: bpf.TraceProgAgainSetupCmd, bpf.TraceProgBtfRqIssue: bpf.TraceProgAgainRqIssue}
+
+const preemptsSince = 7
 
 // places are in the order in which they are attached: ends before starts, so that no start is left without its end.
 var places = []place{

@@ -146,6 +146,9 @@ func (l *loader) try(p *place, c candidate) error {
 	}
 	l.tracer.programs[c.program] = program
 	l.tracer.links = append(l.tracer.links, made)
+	if major, _ := version(release()); again[c.program] != "" && major >= preemptsSince {
+		return l.try(p, candidate{again[c.program], c.how})
+	}
 	return nil
 }
 

@@ -217,8 +217,11 @@ func (t *Tracer) Hooks() []Hook {
 		return hooks
 	}
 	for i, h := range hooks {
-		at := slices.IndexFunc(places, func(p place) bool { return p.name == h.Name })
-		hooks[i].Hits = n[places[at].counter]
+		p := &places[slices.IndexFunc(places, func(p place) bool { return p.name == h.Name })]
+		hooks[i].Hits = n[p.counter]
+		if missed, err := t.missed(p); err == nil {
+			hooks[i].Missed = missed
+		}
 	}
 	return hooks
 }

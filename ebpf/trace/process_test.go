@@ -256,7 +256,7 @@ func TestProbe(t *testing.T) {
 	}
 	defer tr.Close()
 	for i, h := range tr.Hooks() {
-		h.Hits = 0
+		h.Hits, h.Missed = 0, 0
 		if k.Hooks[i] != h {
 			t.Errorf("Probe: %+v\nOpen:  %+v", k.Hooks[i], h)
 		}

@@ -132,14 +132,40 @@ func (t *Tracer) losses(s *Snapshot) error {
 		return err
 	}
 	s.Losses = Losses{Ring: n[bpf.TraceCounterLOST_RING], Map: n[bpf.TraceCounterLOST_MAP]}
-	for name, p := range t.programs {
-		stats, err := p.Stats()
-		if err != nil {
-			return fmt.Errorf("what program %s missed: %w", name, err)
+	for _, p := range places {
+		if !p.needed {
+			continue
 		}
-		s.Losses.Recursion += stats.RecursionMisses
+		missed, err := t.missed(&p)
+		if err != nil {
+			return err
+		}
+		s.Losses.Recursion += missed
 	}
 	return nil
+}
+
+// missed is how often a hook's program did not run because it was running on that CPU; with a second program there, at most.
+func (t *Tracer) missed(p *place) (uint64, error) {
+	misses := func(name string) (uint64, error) {
+		stats, err := t.programs[name].Stats()
+		if err != nil {
+			return 0, fmt.Errorf("what program %s missed: %w", name, err)
+		}
+		return stats.RecursionMisses, nil
+	}
+	for _, c := range p.options {
+		if t.programs[c.program] == nil {
+			continue
+		}
+		n, err := misses(c.program)
+		if second := again[c.program]; err == nil && t.programs[second] != nil {
+			m, err := misses(second)
+			return min(n, m), err
+		}
+		return n, err
+	}
+	return 0, nil
 }
 
 // scan calls f for each entry of a map that nothing is deleted from.

@@ -88,7 +88,7 @@ type Queue struct {
 type Losses struct {
 	Ring      uint64 // events that found no room in the ring buffer
 	Map       uint64 // commands that found no room in a map
-	Recursion uint64 // programs that the kernel did not run because they were running (recursion_misses)
+	Recursion uint64 // times that a program of starts or ends did not run because it was running on that CPU (recursion_misses), at most
 }
 
 // Snapshot is all that was counted since Open.
