@@ -235,7 +235,9 @@ func (m *Matcher) Records(ring int, list []events.Record) {
 			continue
 		}
 		m.came(r.Time)
-		s.push(item{at: r.Time, record: *r})
+		x := item{at: sane(r.Time), record: *r}
+		x.record.Time = x.at
+		s.push(x)
 	}
 	m.press()
 }
@@ -246,6 +248,7 @@ func (m *Matcher) Lost(ring int, n uint64) {
 	m.counts.LostRecords += n
 	m.streams[ring].push(item{lost: true})
 	m.queued++
+	m.press()
 }
 
 // Events adds events of the kernel's queues, in about their order. Those that are no I/O command's Start or End are left out.
@@ -257,7 +260,9 @@ func (m *Matcher) Events(list []trace.Event) {
 			continue
 		}
 		m.came(e.Time)
-		s.pushSorted(item{at: e.Time, event: e.Kind, real: realOf(e)})
+		x := item{at: sane(e.Time), event: e.Kind, real: realOf(e)}
+		x.real.at = x.at
+		s.pushSorted(x)
 	}
 	m.press()
 }
@@ -269,6 +274,9 @@ func (m *Matcher) came(at int64) {
 		m.counts.Late++
 	}
 }
+
+// sane is a time whose distance from any other is one too: a ring may have anything in it.
+func sane(at int64) int64 { return min(max(at, 0), 1<<62) }
 
 // LostEvents says that n events are missing, at no certain place.
 func (m *Matcher) LostEvents(n uint64) { m.counts.LostEvents += n }

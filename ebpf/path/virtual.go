@@ -258,13 +258,13 @@ const endPatience = int64(1e9)
 func (m *Matcher) settle() {
 	m.settling = slices.DeleteFunc(m.settling, func(v *virtual) bool {
 		if !v.finished {
-			if v.open > 0 && m.now-v.post > endPatience {
+			if v.open > 0 && v.post < m.now-endPatience {
 				for _, s := range v.steps {
 					s.broken = s.broken || s.open > 0
 				}
 				v.open = 0
 			}
-			if v.guest.of != 0 && v.reap == 0 && m.now-v.post > int64(m.c.MaxAge) {
+			if v.guest.of != 0 && v.reap == 0 && v.post < m.now-int64(m.c.MaxAge) {
 				m.forgetGuest(v)
 			}
 			m.whole(v)
@@ -277,7 +277,9 @@ func (m *Matcher) settle() {
 }
 
 func (m *Matcher) forgetGuest(v *virtual) {
-	delete(m.guests.waiting, v.guest)
+	if m.guests.waiting[v.guest] == v {
+		delete(m.guests.waiting, v.guest)
+	}
 	v.guest = guestKey{}
 }
 
@@ -290,9 +292,7 @@ func (m *Matcher) drop(v *virtual) {
 
 // release gives back what v has. Real commands that still name its steps see by their gen that those are gone.
 func (m *Matcher) release(v *virtual) {
-	if m.guests.waiting[v.guest] == v {
-		delete(m.guests.waiting, v.guest)
-	}
+	m.forgetGuest(v)
 	for _, s := range v.steps {
 		s.leave()
 		s.gen++
