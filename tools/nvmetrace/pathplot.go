@@ -127,7 +127,7 @@ func (b pathBars) Plot(c draw.Canvas, p *plot.Plot) {
 		}
 		name := style
 		name.XAlign, name.YAlign, name.Font.Size = draw.XLeft, draw.YBottom, font.Points(10)
-		c.FillText(name, vg.Point{X: trX(0), Y: high + vg.Points(3)}, fmt.Sprintf("%s   %s commands, mean %s, p99 %s", g.Name, text.Count(float64(g.Commands)), ns(g.Mean), ns(g.P99)))
+		c.FillText(name, vg.Point{X: trX(0), Y: high + vg.Points(3)}, fmt.Sprintf("%s: %s commands, mean %s, p99 %s", g.Name, text.Count(float64(g.Commands)), ns(g.Mean), ns(g.P99)))
 	}
 }
 

@@ -46,12 +46,14 @@ type pump struct {
 	names           map[uint16]events.Medium
 	lost            uint64
 	asked           time.Time
+	deaf            bool // hostmed has gone
 
 	reading sync.WaitGroup
 	stop    context.CancelFunc
 	mu      sync.Mutex // of what follows
 	kernel  []trace.Event
 	spare   []trace.Event
+	dropped uint64
 	failed  error
 }
 
@@ -107,8 +109,15 @@ func (p *pump) close() {
 func (p *pump) event(e trace.Event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(p.kernel) == pumpEvents {
+		p.dropped++
+		return
+	}
 	p.kernel = append(p.kernel, e)
 }
+
+// pumpEvents is how many events of the kernel's wait for drain at the most.
+const pumpEvents = 1 << 18
 
 // openGuests opens the files that have come. What was in those that are there from the start is passed over.
 func (p *pump) openGuests(skip bool) error {
@@ -165,17 +174,21 @@ func (p *pump) drain() {
 	p.mu.Lock()
 	list := p.kernel
 	p.kernel, p.spare = p.spare[:0], list
+	dropped := p.dropped
+	p.dropped = 0
 	p.mu.Unlock()
 	p.m.Events(list)
+	p.m.LostEvents(dropped)
 }
 
 // step drains and takes what is settled up to the time until.
 func (p *pump) step(ctx context.Context, until int64) error {
 	p.drain()
-	if p.m.Unknown() {
+	if p.m.Unknown() && !p.deaf {
 		media, err := p.taps.media(ctx)
-		if err != nil {
-			return err
+		if err != nil && ctx.Err() == nil {
+			p.deaf = true // what the rings have is shown all the same
+			p.notes = append(p.notes, "hostmed does not say what its media are: "+cli.OneLine(err))
 		}
 		for _, x := range media {
 			p.names[x.ID] = x
