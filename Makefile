@@ -74,6 +74,7 @@ test: deps race lab ## all tests: with the race detector, then as shipped, virtu
 	$(GO) test -tags shadowbell_faults -timeout 8m -run 'TestBroken' ./hostmed
 	@# One at a time: two cores are one for the guest and one for hostmed.
 	$(GO) test -timeout 20m -p 1 ./tools/vmlab/...
+	$(GO) test -tags shadowbell_faults -timeout 8m -run 'TestHangingGuest' ./tools/vmlab/doctor
 
 # Short: the detector sees a race in few rounds as in many. No test of RACE_PACKAGES may skip for it (tools/lint); `make test` runs them all in full without the detector.
 .PHONY: race
