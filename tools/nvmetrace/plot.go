@@ -130,7 +130,7 @@ func newPlot(title string) *plot.Plot {
 	p := plot.New()
 	p.Title.Text = title
 	p.Title.Padding = vg.Points(5)
-	p.Title.TextStyle.Font.Size = font.Points(12)
+	p.Title.TextStyle.Font.Size = font.Points(11)
 	for _, a := range []*plot.Axis{&p.X, &p.Y} {
 		a.Label.TextStyle.Font.Size, a.Tick.Label.Font.Size = font.Points(11), font.Points(10)
 		a.Padding = 0
@@ -145,9 +145,10 @@ func (m *heatMap) panel(name string, left, right draw.Canvas, seconds float64) {
 	h := m.total[name]
 	rate := ""
 	if seconds > 0 {
-		rate = fmt.Sprintf(" in %s, %s per second", text.Duration(time.Duration(seconds*1e9)), text.Count(float64(h.Count())/seconds))
+		rate = fmt.Sprintf(" (%s per second)", text.Count(float64(h.Count())/seconds))
 	}
-	p := newPlot(fmt.Sprintf("%s: %s commands%s   p50 %s   p99 %s   max %s", name, text.Count(float64(h.Count())), rate,
+	// Without runs of spaces, which SVG does not keep.
+	p := newPlot(fmt.Sprintf("%s: %s commands%s, p50 %s, p99 %s, max %s", name, text.Count(float64(h.Count())), rate,
 		ns(int64(h.Quantile(0.5))), ns(int64(h.Quantile(0.99))), ns(int64(h.Max()))))
 	p.X.Label.Text, p.Y.Label.Text = "time in seconds", "latency"
 	cells, most := m.cells(name)
