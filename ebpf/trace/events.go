@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"time"
 
@@ -26,12 +27,16 @@ func (t *Tracer) Read(ctx context.Context, f func(Event)) error {
 	if t.reader == nil {
 		return ErrNoEvents
 	}
-	var record ringbuf.Record
 	var names interned
+	var record ringbuf.Record
 	for {
 		ended := ctx.Err() != nil
-		t.reader.SetDeadline(time.Now().Add(lookEvery))
-		for {
+		wait, left := lookEvery, math.MaxInt
+		if ended { // what is there now, since more may come for ever
+			wait, left = 0, t.reader.AvailableBytes()
+		}
+		t.reader.SetDeadline(time.Now().Add(wait))
+		for left > 0 && (ended || ctx.Err() == nil) {
 			err := t.reader.ReadInto(&record)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				break
@@ -42,14 +47,12 @@ func (t *Tracer) Read(ctx context.Context, f func(Event)) error {
 			if err != nil {
 				return fmt.Errorf("ring buffer: %w", err)
 			}
+			left -= eventSize
 			e, err := decode(record.RawSample, &names)
 			if err != nil {
 				return err
 			}
 			f(e)
-			if !ended && ctx.Err() != nil {
-				break // under load the deadline would never be met
-			}
 		}
 		if ended {
 			return nil
