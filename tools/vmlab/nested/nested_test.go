@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -68,7 +69,7 @@ func TestStockGuest(t *testing.T) {
 		devices = append(devices, vmlab.QEMUNVMe(image, name))
 	}
 	vm := lab.Boot(t, vmlab.Config{
-		VIOMMU: true, Nested: true, MemoryMiB: 768, Programs: []string{"hostmed", "guestdrv"}, Append: "intel_iommu=on iommu=pt", Devices: devices,
+		VIOMMU: true, Nested: true, MemoryMiB: 768, Programs: []string{"hostmed", "guestdrv", "nvmetrace"}, Append: "intel_iommu=on iommu=pt", Devices: devices,
 	})
 	t.Logf("the host is up after %.1f s", vm.BootTime().Seconds())
 	if r := vm.Try(t, "modprobe kvm-amd || modprobe kvm-intel; [ -c /dev/kvm ]"); r.Exit != 0 {
@@ -79,13 +80,17 @@ func TestStockGuest(t *testing.T) {
 	vm.Run(t, "guestdrv bind "+ours.PCI+" --driver vfio-pci")
 	char := strings.Replace(kernels.Namespace(1), "/dev/nvme", "/dev/ng", 1)
 	slice := fmt.Sprintf(",offset=%d,size=%d", sliceAt, sliceBytes)
-	vm.Run(t, fmt.Sprintf("{ hostmed serve --socket /tmp/s --namespace nvme:%s%s --namespace vfio:%s%s >/tmp/log 2>&1; echo ended >>/tmp/log; } & "+
+	vm.Run(t, fmt.Sprintf("{ hostmed serve --control /tmp/control --socket /tmp/s --namespace nvme:%s%s --namespace vfio:%s%s >/tmp/log 2>&1; echo ended >>/tmp/log; } & "+
 		"for n in $(seq 200); do [ -S /tmp/s ] && exit 0; sleep 0.1; done; cat /tmp/log >&2; exit 1", char, slice, ours.PCI, slice))
 
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	r, err := vm.Exec(ctx, lab.NestedCommand("/mnt/tools", `-device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/s"}}'`))
+	r, err := vm.Exec(ctx, lab.NestedCommand("/mnt/tools", `-device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/s"}}'`)+` >/tmp/console & qemu=$!
+nvmetrace doorbells --control /tmp/control --vm $qemu --json >/tmp/bells 2>&1 & bells=$!
+wait $qemu; code=$?
+kill -INT $bells; wait $bells
+cat /tmp/console; exit $code`)
 	if err != nil || r.Exit != 0 {
 		t.Fatalf("exit %d, %v:\n%s\n%s\n%s", r.Exit, err, r.Stdout, r.Stderr, vm.Try(t, "tail -20 /tmp/log; dmesg | tail").Stdout)
 	}
@@ -100,6 +105,7 @@ func TestStockGuest(t *testing.T) {
 		}
 		return m[1]
 	}
+	doorbells(t, vm.Run(t, "cat /tmp/bells"))
 	vm.Run(t, "kill -TERM $(pidof hostmed); for n in $(seq 200); do grep -q ^ended /tmp/log && exit 0; sleep 0.1; done; exit 1")
 	if log := vm.Run(t, "cat /tmp/log"); !strings.Contains(log, " copied=0 ") {
 		t.Errorf("vfio: copied data:\n%s", log)
@@ -124,6 +130,46 @@ func TestStockGuest(t *testing.T) {
 		if len(bytes.Trim(b[:sliceAt], "\x00"))+len(bytes.Trim(b[sliceAt+2*piece:], "\x00")) != 0 {
 			t.Errorf("disk %d: bytes have changed that the guest did not write", i)
 		}
+	}
+}
+
+// doorbells looks at what nvmetrace saw of the guest from outside: each of its doorbells that was a message to hostmed was an MMIO write, which KVM has passed
+// on to QEMU.
+func doorbells(t *testing.T, printed string) {
+	t.Helper()
+	var messages, commands uint64
+	var exits struct{ Exits, MMIO uint64 }
+	for d := json.NewDecoder(strings.NewReader(printed)); d.More(); {
+		var x struct {
+			Total       bool
+			Controllers []struct {
+				Queues []struct {
+					QID, Commands uint64
+					SQ            uint64 `json:"sq_mmio"`
+					CQ            uint64 `json:"cq_mmio"`
+				}
+			}
+			Exits []struct{ Exits, MMIO uint64 }
+		}
+		if err := d.Decode(&x); err != nil {
+			t.Fatalf("%v:\n%s", err, printed)
+		}
+		for _, e := range x.Exits {
+			if x.Total {
+				exits = e
+			}
+		}
+		for _, c := range x.Controllers {
+			for _, q := range c.Queues {
+				if q.QID > 0 && !x.Total { // by when QEMU has gone
+					messages, commands = messages+q.SQ+q.CQ, commands+q.Commands
+				}
+			}
+		}
+	}
+	t.Logf("I/O queues: %d commands, %d doorbell messages; %d exits, %d of them MMIO writes", commands, messages, exits.Exits, exits.MMIO)
+	if commands == 0 || messages == 0 || exits.MMIO < messages || exits.Exits <= exits.MMIO {
+		t.Errorf("nvmetrace doorbells:\n%s", printed)
 	}
 }
 
