@@ -18,8 +18,8 @@ var Depths = []int{1, 32}
 // Ways are what runs beside the load. What the others are compared with comes first.
 var Ways = []Way{
 	{"nothing", ""},
+	{"counting alone", "nvmetrace top --plain --interval 1h"},
 	{"top", "nvmetrace top --plain"},
-	{"latency", "nvmetrace latency"},
 	{"snoop: every event", "nvmetrace snoop --write /dev/shm/record"},
 }
 
