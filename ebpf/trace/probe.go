@@ -52,7 +52,7 @@ var commands = []struct {
 	name        string
 	needs, uses []Part
 }{
-	{"top", []Part{NVMe}, []Part{Block, KVM}},
+	{"top", []Part{NVMe}, []Part{Block}},
 	{"latency", []Part{NVMe}, []Part{Block}},
 	{"snoop", []Part{NVMe}, nil},
 	{"export", []Part{NVMe}, []Part{Block, KVM}},

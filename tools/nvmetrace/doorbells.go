@@ -141,9 +141,9 @@ func (c *doorbellsCmd) Run(ctx context.Context, out *cli.Output) error {
 	}
 	defer s.close()
 	enc := json.NewEncoder(out.Stdout)
-	show := func(st step, total bool) error {
-		j := c.figures(st)
-		j.Total, j.Notes = total, append(j.Notes, notes...)
+	var sum doorbellsJSON
+	show := func(j doorbellsJSON) error {
+		j.Notes = append(j.Notes, notes...)
 		if c.JSON {
 			return enc.Encode(j)
 		}
@@ -156,18 +156,61 @@ func (c *doorbellsCmd) Run(ctx context.Context, out *cli.Output) error {
 	}
 	total, err := s.watch(ctx, c.Interval, c.Duration, func(st step) error {
 		line.Clear()
-		return show(st, false)
+		j := c.figures(st)
+		sum.add(j)
+		return show(j)
 	})
 	if err != nil {
 		return err
 	}
-	return show(total, true)
+	all := c.figures(total)
+	all.Total, all.Controllers = true, append([]controllerJSON{}, sum.Controllers...)
+	all.perIO()
+	return show(all)
+}
+
+// add puts an interval on top of those before it: a guest that has gone by the end has its part in the totals. States are the last ones.
+func (sum *doorbellsJSON) add(j doorbellsJSON) {
+	for _, c := range j.Controllers {
+		i := slices.IndexFunc(sum.Controllers, func(x controllerJSON) bool { return x.Socket == c.Socket })
+		if i < 0 {
+			c.Queues = slices.Clone(c.Queues)
+			sum.Controllers = append(sum.Controllers, c)
+			continue
+		}
+		have := &sum.Controllers[i]
+		have.Doorbells, have.Shared = c.Doorbells, c.Shared
+		have.bells.add(c.bells)
+		have.bellsJSON = have.bells.json()
+		for _, q := range c.Queues {
+			k := slices.IndexFunc(have.Queues, func(x queueJSON) bool { return x.QID == q.QID })
+			if k < 0 {
+				have.Queues = append(have.Queues, q)
+				continue
+			}
+			was := have.Queues[k].bells
+			was.add(q.bells)
+			q.bells, q.bellsJSON = was, was.json()
+			have.Queues[k] = q
+		}
+	}
+}
+
+// perIO fills in what exits are for each command of all controllers.
+func (j *doorbellsJSON) perIO() {
+	var all bells
+	for _, c := range j.Controllers {
+		all.add(c.bells)
+	}
+	for i := range j.Exits {
+		e := &j.Exits[i]
+		e.PerIO, e.MMIOPerIO = all.perIO(e.Exits), all.perIO(e.MMIO+e.IOEventFD)
+	}
 }
 
 // figures makes the object of an interval.
 func (c *doorbellsCmd) figures(st step) doorbellsJSON {
 	j := doorbellsJSON{Time: st.now.at, Seconds: st.seconds(), Controllers: []controllerJSON{}}
-	var all bells
 	if m := st.now.mediator; m != nil {
 		wanted := *m
 		if len(c.Socket) > 0 {
@@ -175,9 +218,7 @@ func (c *doorbellsCmd) figures(st step) doorbellsJSON {
 		}
 		j.Notes = missing(&wanted)
 		for i := range wanted.Controllers {
-			x := c.controller(st.before.mediator, &wanted, &wanted.Controllers[i])
-			all.add(x.bells)
-			j.Controllers = append(j.Controllers, x)
+			j.Controllers = append(j.Controllers, c.controller(st.before.mediator, &wanted, &wanted.Controllers[i]))
 		}
 	}
 	if k := st.kernel(&filterFlags{}); k != nil {
@@ -186,11 +227,10 @@ func (c *doorbellsCmd) figures(st step) doorbellsJSON {
 			if c.VM != 0 && e.PID != c.VM {
 				continue
 			}
-			x := exitsJSON{PID: e.PID, Exits: e.Exits, MMIO: e.MMIO, IOEventFD: e.FastMMIO, Reasons: e.Reasons}
-			x.PerIO, x.MMIOPerIO = all.perIO(e.Exits), all.perIO(e.MMIO+e.FastMMIO)
-			j.Exits = append(j.Exits, x)
+			j.Exits = append(j.Exits, exitsJSON{PID: e.PID, Exits: e.Exits, MMIO: e.MMIO, IOEventFD: e.FastMMIO, Reasons: e.Reasons})
 		}
 	}
+	j.perIO()
 	return j
 }
 

@@ -112,6 +112,33 @@ func TestDoorbellsCommand(t *testing.T) {
 	}
 }
 
+// TestTotalsHaveWhoHasGone: a guest that is not there at the end has its part in the totals.
+func TestTotalsHaveWhoHasGone(t *testing.T) {
+	n := uint64(0)
+	path := serveControl(t, func() *inspect.Snapshot {
+		n++
+		if n > 4 {
+			return &inspect.Snapshot{Version: inspect.Version}
+		}
+		return guests(n)
+	})
+	code, stdout, stderr := run(t, "doorbells", "--control", path, "--interval", "20ms", "--duration", "150ms", "--json")
+	if code != 0 {
+		t.Fatalf("exit %d: %s", code, stderr)
+	}
+	var last doorbellsJSON
+	for d := json.NewDecoder(strings.NewReader(stdout)); d.More(); {
+		last = doorbellsJSON{}
+		if err := d.Decode(&last); err != nil {
+			t.Fatalf("%v: %s", err, stdout)
+		}
+	}
+	// The first answer is openControl's, the second the beginning.
+	if len(last.Controllers) != 2 || last.Controllers[0].Commands != 2000 || last.Controllers[0].Queues[0].Commands != 2000 || *last.Controllers[0].MMIOPerIO != 0.015 {
+		t.Errorf("%+v", last)
+	}
+}
+
 // TestAnotherServer: one that is no control socket of hostmed's is told from one that refuses.
 func TestAnotherServer(t *testing.T) {
 	for answer, says := range map[string]string{

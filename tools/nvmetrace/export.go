@@ -33,7 +33,7 @@ Examples
     nvmetrace export
     nvmetrace export --listen 127.0.0.1:9777 --control /run/hostmed.sock
 
-Labels are bounded: device and disk are this machine's, queue is a number that its driver has created (one for each core, at the most, and the admin queue), opcode is a name of the specification with dashes or "other" (some 50), controller is a socket of hostmed's. No series has a command identifier, an address or a process name. A device of 8 queues that does reads, writes and flushes has some 250 series. Histograms have 27 fixed buckets, powers of two from 1.02 us to 69 s.
+Labels are bounded: device and disk are this machine's, queue is a number that its driver has created (one for each core, at the most, and the admin queue), opcode is a name of the specification with dashes or "other" (some 50), controller is a socket of hostmed's. No series has a command identifier, an address or a process name. A device of 8 queues that does reads, writes and flushes has some 250 series, and 34 more for each kind of admin command. Histograms have 27 fixed buckets, powers of two from 1.02 us to 69 s.
 
 What was lost is in nvmetrace_lost_total. Counters of hostmed's queues begin anew when a guest creates a queue.
 
