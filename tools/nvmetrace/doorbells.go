@@ -228,6 +228,12 @@ func (c *doorbellsCmd) figures(st step) doorbellsJSON {
 				continue
 			}
 			j.Exits = append(j.Exits, exitsJSON{PID: e.PID, Exits: e.Exits, MMIO: e.MMIO, IOEventFD: e.FastMMIO, Reasons: e.Reasons})
+			if e.Exits == 0 && e.MMIO+e.FastMMIO > 0 {
+				j.Notes = append(j.Notes, "this kernel's KVM does not tell of exits (kvm_exit), only of those for MMIO")
+			}
+		}
+		if len(j.Exits) == 0 {
+			j.Exits = append(j.Exits, exitsJSON{PID: c.VM}) // it slept
 		}
 	}
 	j.perIO()
@@ -279,7 +285,7 @@ func doorbellsTable(j doorbellsJSON) string {
 		b.WriteString("  " + head + "\n")
 	}
 	for _, e := range j.Exits {
-		fmt.Fprintf(&b, "  process %d: %s exits, of them MMIO: %s ioeventfd, %s passed on", e.PID, text.Count(float64(e.Exits)), text.Count(float64(e.IOEventFD)), text.Count(float64(e.MMIO)))
+		fmt.Fprintf(&b, "  process %d: %s exits; MMIO: %s ioeventfd, %s passed on", e.PID, text.Count(float64(e.Exits)), text.Count(float64(e.IOEventFD)), text.Count(float64(e.MMIO)))
 		if e.PerIO != nil {
 			fmt.Fprintf(&b, "; for each I/O %s exits, %s MMIO", ratio(e.PerIO), ratio(e.MMIOPerIO))
 		}

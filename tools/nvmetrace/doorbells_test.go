@@ -34,8 +34,12 @@ func TestDoorbellsTable(t *testing.T) {
 	s := doorbellsTable(c.figures(st))
 	has(t, s, "2.0 s state commands SQ CQ MMIO/IO armed lost spurious IRQ/IO",
 		"/run/a shadow 2,000 20 10 0.015 18 2 4 0.50", "queue 1 polling 2,000 20 10 0.015 18 2 4 0.50", "queue 2 asleep 5.00 s 0 0 0 - 0 0 0 -", "/run/b trap",
-		"process 7: 200 exits, of them MMIO: 16 ioeventfd, 4 passed on; for each I/O 0.10 exits, 0.010 MMIO", "LOST", "/run/b did not answer in time")
+		"process 7: 200 exits; MMIO: 16 ioeventfd, 4 passed on; for each I/O 0.10 exits, 0.010 MMIO", "LOST", "/run/b did not answer in time")
 	hasNot(t, s, "process 8")
+	st.now.kernel = &trace.Snapshot{KVM: []trace.ExitCell{{PID: 7, Exits: 100, MMIO: 14}}}
+	has(t, doorbellsTable(c.figures(st)), "process 7: 0 exits; MMIO: 0 ioeventfd, 4 passed on", "this kernel's KVM does not tell of exits")
+	st.now.kernel = st.before.kernel
+	has(t, doorbellsTable(c.figures(st)), "process 7: 0 exits; MMIO: 0 ioeventfd, 0 passed on")
 	c.Socket, c.Queue = []string{"/run/a"}, []uint16{2}
 	s = doorbellsTable(c.figures(st))
 	hasNot(t, s, "  /run/b", "queue 1")
