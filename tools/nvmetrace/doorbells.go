@@ -216,11 +216,12 @@ func (c *doorbellsCmd) figures(st step) doorbellsJSON {
 		if len(c.Socket) > 0 {
 			wanted.Controllers = slices.DeleteFunc(slices.Clone(m.Controllers), func(x inspect.Controller) bool { return !slices.Contains(c.Socket, x.Socket) })
 		}
-		j.Notes = missing(&wanted)
+		st.now.mediator = &wanted
 		for i := range wanted.Controllers {
-			j.Controllers = append(j.Controllers, c.controller(st.before.mediator, &wanted, &wanted.Controllers[i]))
+			j.Controllers = append(j.Controllers, c.controller(st.before.known, &wanted, &wanted.Controllers[i]))
 		}
 	}
+	j.Notes = st.now.notes()
 	if k := st.kernel(&filterFlags{}); k != nil {
 		j.Lost = lostJSON(st.now.kernel.Losses)
 		for _, e := range k.KVM {

@@ -125,6 +125,11 @@ func (c *latencyCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return err
 	}
+	if c.Interval > 0 && printed.at.Before(total.now.at) { // what is left of the last interval
+		if err := c.print(out, step{printed, total.now}, false); err != nil {
+			return err
+		}
+	}
 	if err := c.print(out, total, true); err != nil {
 		return err
 	}

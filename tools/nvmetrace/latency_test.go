@@ -257,7 +257,7 @@ func TestLatencyIntervalsAddUp(t *testing.T) {
 	f := newFake()
 	f.useAs(t, &growing{f, rand.New(rand.NewPCG(1, 2))})
 	svg := filepath.Join(t.TempDir(), "x.svg")
-	code, stdout, stderr := run(t, "latency", "--duration", "200ms", "--interval", "50ms", "--step", "10ms", "--json", "--plot", svg)
+	code, stdout, stderr := run(t, "latency", "--duration", "180ms", "--interval", "50ms", "--step", "10ms", "--json", "--plot", svg)
 	if code != 0 || stderr != "nvmetrace: drew "+svg+"\n" {
 		t.Fatalf("exit %d: %s", code, stderr)
 	}
@@ -273,7 +273,7 @@ func TestLatencyIntervalsAddUp(t *testing.T) {
 			sum += last.Groups[0].Count
 		}
 	}
-	if !last.Total || n < 3 || last.Groups[0].Name != "nvme0 Read" || last.Groups[0].Count != sum {
+	if !last.Total || n < 2 || last.Groups[0].Name != "nvme0 Read" || last.Groups[0].Count != sum {
 		t.Errorf("%d objects, %d commands, and %+v", n, sum, last)
 	}
 	if b, err := os.ReadFile(svg); err != nil || !strings.Contains(string(b), "nvme0 Read") {

@@ -61,6 +61,9 @@ func (c *replayCmd) Run(ctx context.Context, out *cli.Output) error {
 	if err != nil {
 		return cli.Usagef("%s: %w", c.File, err)
 	}
+	if h := r.Header(); !c.JSON {
+		fmt.Fprintf(out.Stderr, "nvmetrace: %s: of %s, Linux %s, %s\n", c.File, printable(h.Host), printable(h.Kernel), h.Start.Format(time.DateTime))
+	}
 	whole := int64(0)
 	if st, err := f.Stat(); err == nil {
 		whole = st.Size()

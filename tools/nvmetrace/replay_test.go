@@ -41,7 +41,7 @@ func record(t *testing.T) (file string, events int) {
 func TestReplayAsSnoop(t *testing.T) {
 	file, events := record(t)
 	code, stdout, stderr := run(t, "replay", file, "--starts")
-	if code != 0 || !strings.Contains(stderr, "LOST: 9 events") || strings.Count(stderr, "\n") != 1 {
+	if code != 0 || !strings.Contains(stderr, "LOST: 9 events") || !strings.HasPrefix(stderr, "nvmetrace: "+file+": of ") || strings.Count(stderr, "\n") != 2 {
 		t.Fatalf("exit %d: %s", code, stderr)
 	}
 	if n := strings.Count(stdout, "\n"); n != events+1 {
@@ -156,7 +156,7 @@ func TestReplayIsBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, _, stderr := run(t, "replay", file, "--as", "latency", "--heat")
-	if code != 1 || !strings.Contains(stderr, "nothing happens for") || strings.Count(stderr, "\n") != 1 {
+	if code != 1 || !strings.Contains(stderr, "nothing happens for") || strings.Count(stderr, "\n") != 2 {
 		t.Errorf("exit %d: %s", code, stderr)
 	}
 	if code, _, stderr := run(t, "replay", file, "--as", "top"); code != 0 {

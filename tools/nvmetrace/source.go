@@ -7,6 +7,7 @@ import (
 
 	"github.com/shadowbell/shadowbell/ebpf/trace"
 	"github.com/shadowbell/shadowbell/shared/inspect"
+	"github.com/shadowbell/shadowbell/tools/internal/cli"
 )
 
 // source is what commands read: the tracer in the kernel, or what a test makes of it.
@@ -20,7 +21,9 @@ type source interface {
 type sample struct {
 	at       time.Time
 	kernel   *trace.Snapshot   // nil: not asked
-	mediator *inspect.Snapshot // nil: not asked
+	mediator *inspect.Snapshot // nil: not asked, or no answer
+	known    *inspect.Snapshot // the last answer until then, what the next is compared with
+	gone     string            // why there is no answer
 }
 
 // sampler looks. Either of its parts may be nil.
@@ -28,6 +31,7 @@ type sampler struct {
 	src     source
 	control *control
 	filter  *filterFlags
+	known   *inspect.Snapshot
 }
 
 func (s *sampler) look(ctx context.Context) (x sample, err error) {
@@ -38,9 +42,26 @@ func (s *sampler) look(ctx context.Context) (x sample, err error) {
 		}
 	}
 	if s.control != nil {
-		x.mediator, err = s.control.inspect(ctx)
+		// hostmed may be started again meanwhile; openControl has seen it once.
+		if x.mediator, err = s.control.inspect(ctx); err != nil {
+			x.gone = cli.OneLine(err)
+		} else {
+			s.known = x.mediator
+		}
+		x.known = s.known
 	}
-	return x, err
+	return x, nil
+}
+
+// notes are what a look could not see of hostmed.
+func (x *sample) notes() []string {
+	if x.gone != "" {
+		return []string{"hostmed's queues are missing: " + x.gone}
+	}
+	if x.mediator == nil {
+		return nil
+	}
+	return missing(x.mediator)
 }
 
 func (s *sampler) close() error {

@@ -189,9 +189,9 @@ func (c *topCmd) frame(st step) (f frame) {
 		f.lost = st.now.kernel.Losses
 	}
 	if m := st.now.mediator; m != nil {
-		f.nodes = append(f.nodes, mediatorNodes(st.before.mediator, m, f.seconds)...)
-		f.notes = missing(m)
+		f.nodes = append(f.nodes, mediatorNodes(st.before.known, m, f.seconds)...)
 	}
+	f.notes = st.now.notes()
 	return f
 }
 
