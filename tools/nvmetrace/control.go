@@ -163,7 +163,14 @@ func mediatorNodes(before, now *inspect.Snapshot, seconds float64) []*node {
 			if q.QID != 0 { // event requests always are
 				*n.Depth += depth
 			}
-			n.Parts = append(n.Parts, &node{Source: "hostmed", Name: queueName(q.QID), QID: &q.QID, order: int(q.QID), State: state(q, now.Taken),
+			state := printable(q.State)
+			switch {
+			case q.QID == 0:
+				state = "" // the admin queue has no worker
+			case state == "armed":
+				state = "asleep"
+			}
+			n.Parts = append(n.Parts, &node{Source: "hostmed", Name: queueName(q.QID), QID: &q.QID, order: int(q.QID), State: state,
 				Commands: x.Commands, Depth: &depth, MMIO: x.perIO(x.mmio())})
 			sum.add(x.bells)
 		}

@@ -22,7 +22,7 @@ type node struct {
 	State    string   `json:"state,omitempty"` // hostmed: of the queue
 	Commands uint64   `json:"commands"`        // completed in the interval
 	IOPS     float64  `json:"iops"`
-	MiB      float64  `json:"mib_s"`
+	MiB      *float64 `json:"mib_s,omitempty"`
 	Depth    *int64   `json:"depth,omitempty"`
 	DepthMax *int64   `json:"depth_max,omitempty"`
 	P50      *int64   `json:"p50_ns,omitempty"`
@@ -146,7 +146,11 @@ func finish[K cmp.Ordered](nodes map[K]*node, seconds float64) []*node {
 
 func (n *node) rates(seconds float64) {
 	if seconds > 0 {
-		n.IOPS, n.MiB = float64(n.Commands)/seconds, float64(n.bytes)/seconds/(1<<20)
+		n.IOPS = float64(n.Commands) / seconds
+		if n.Source != "hostmed" {
+			mib := float64(n.bytes) / seconds / (1 << 20)
+			n.MiB = &mib
+		}
 	}
 	if n.lat != nil && n.lat.Count() > 0 {
 		ns := func(d time.Duration) *int64 { v := int64(d); return &v }
@@ -219,7 +223,12 @@ func nonzero(n uint64) string {
 // columns are those of top, beside the name.
 var columns = []column{
 	{"IOPS", 9, func(n *node) string { return text.Count(n.IOPS) }, func(n *node) float64 { return n.IOPS }},
-	{"MiB/s", 7, func(n *node) string { return rate(n.MiB) }, func(n *node) float64 { return n.MiB }},
+	{"MiB/s", 7, func(n *node) string { return rate(n.MiB) }, func(n *node) float64 {
+		if n.MiB == nil {
+			return -1
+		}
+		return *n.MiB
+	}},
 	{"depth", 6, func(n *node) string { return optional(n.Depth, func(v int64) string { return fmt.Sprint(v) }) }, func(n *node) float64 { return number(n.Depth) }},
 	{"max", 5, func(n *node) string { return optional(n.DepthMax, func(v int64) string { return fmt.Sprint(v) }) }, func(n *node) float64 { return number(n.DepthMax) }},
 	{"p50", 9, func(n *node) string { return optional(n.P50, ns) }, func(n *node) float64 { return number(n.P50) }},
@@ -243,9 +252,12 @@ func ratio(v *float64) string {
 }
 
 // rate prints MiB/s: small ones with a digit.
-func rate(v float64) string {
-	if v > 0 && v < 10 {
-		return fmt.Sprintf("%.1f", v)
+func rate(v *float64) string {
+	switch {
+	case v == nil:
+		return "-"
+	case *v > 0 && *v < 10:
+		return fmt.Sprintf("%.1f", *v)
 	}
-	return text.Count(v)
+	return text.Count(*v)
 }

@@ -50,7 +50,7 @@ The fields of --json, an object for each interval
     depth         commands under way at the end; depth_max: at any time since the start; of a device: of any one queue. The admin
                   queue is not in a device's
     p50_ns, p99_ns, max_ns   latencies; max_ns is the end of the histogram's bucket
-    errors, retries          with a status; tried before
+    errors, retries          with a status; tried before; like the next, of nvme's, and 0 of others
     timeouts, resets, async_events
     orphans                  commands that began before nvmetrace did, and are not counted
     tail_moves, interrupts   times that the driver moved the SQ tail (a doorbell, unless shared doorbells spare it), and interrupts

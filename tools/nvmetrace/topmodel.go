@@ -229,14 +229,15 @@ func (m topModel) content() string {
 		b.WriteString(topKeyHelp + "\n" + dimStyle.Render(m.cut(topKeys)))
 		return b.String()
 	}
-	b.WriteString(headStyle.Render(m.cut(m.head())) + "\n")
 	lines := m.lines()
+	b.WriteString(headStyle.Render(m.cut(m.head(lines))) + "\n")
+	wide, fit := m.layout(lines)
 	at := max(slices.IndexFunc(lines, func(l topLine) bool { return l.id == m.selected }), 0)
 	room := m.room()
 	first := max(0, at-room+1)
 	used := 0
 	for i := first; i < min(first+room, len(lines)); i++ {
-		line := m.cut(m.line(lines[i]))
+		line := m.cut(m.line(lines[i], wide, fit))
 		switch {
 		case i == at:
 			line = selectedStyle.Render(line)
@@ -265,20 +266,30 @@ func (m topModel) content() string {
 	return b.String()
 }
 
-// layout is how wide names are, and which columns fit beside them: the last ones go first.
-func (m topModel) layout() (name int, fit []column) {
-	name = nameLeast
-	for _, c := range columns {
-		if name+c.wide > m.width {
-			break
+// layout is how wide names are, and which columns are beside them. Where not all fit, those that say nothing of any line go first, and then the last ones.
+func (m topModel) layout(lines []topLine) (name int, fit []column) {
+	fit = slices.Clone(columns)
+	wide := func() (n int) {
+		n = nameLeast
+		for _, c := range fit {
+			n += c.wide
 		}
-		name += c.wide
-		fit = append(fit, c)
+		return n
 	}
-	return nameLeast + min(max(m.width-name, 0), nameMost-nameLeast), fit
+	for i := len(fit) - 1; i >= 0 && wide() > m.width; i-- {
+		if m.sort < 0 || fit[i].head != columns[m.sort].head {
+			if !slices.ContainsFunc(lines, func(l topLine) bool { return fit[i].cell(l.node) != "-" }) {
+				fit = slices.Delete(fit, i, i+1)
+			}
+		}
+	}
+	for len(fit) > 0 && wide() > m.width {
+		fit = fit[:len(fit)-1]
+	}
+	return nameLeast + min(max(m.width-wide(), 0), nameMost-nameLeast), fit
 }
 
-func (m topModel) head() string {
+func (m topModel) head(lines []topLine) string {
 	mark := "v"
 	if m.rising {
 		mark = "^"
@@ -287,11 +298,11 @@ func (m topModel) head() string {
 	if m.sort < 0 {
 		name = "name " + mark
 	}
-	wide, fit := m.layout()
+	wide, fit := m.layout(lines)
 	line := fmt.Sprintf("%-*s", wide, name)
-	for i, c := range fit {
+	for _, c := range fit {
 		h := c.head
-		if i == m.sort {
+		if m.sort >= 0 && h == columns[m.sort].head {
 			h += mark
 		}
 		line += fmt.Sprintf("%*s", c.wide, h)
@@ -299,11 +310,10 @@ func (m topModel) head() string {
 	return line
 }
 
-func (m topModel) line(l topLine) string {
-	wide, fit := m.layout()
+func (m topModel) line(l topLine, wide int, fit []column) string {
 	name := strings.Repeat("  ", l.depth) + l.node.Name
 	if l.node.State != "" {
-		name += "  " + l.node.State
+		name += " " + l.node.State
 	}
 	if r := []rune(name); len(r) > wide {
 		name = string(r[:wide-1]) + "~"
@@ -325,7 +335,7 @@ const topKeyHelp = `
   ?                     this help
   q, Ctrl-C             end, and print the totals
 
-  Columns that do not fit are left out: a wider terminal has them.
+  Columns that do not fit are left out, empty ones first: a wider terminal has them.
   depth   commands under way now; max: at any time since the start
   p50 p99 latencies of what ended in the interval
   t.outs  commands that timed out; resets: of the controller
