@@ -113,7 +113,7 @@ func (f *fakeTaps) traffic(k *fake, guest *events.Writer, n int) {
 	}
 }
 
-// runPath runs path with k for two seconds, in which do does something.
+// runPath runs path with k for a second, in which do does something.
 func runPath(t *testing.T, k *fake, do func(), args ...string) string {
 	t.Helper()
 	r := &reading{k, make(chan struct{})}
@@ -124,7 +124,7 @@ func runPath(t *testing.T, k *fake, do func(), args ...string) string {
 		<-r.begun
 		do()
 	}()
-	code, stdout, stderr := run(t, append([]string{"path", "--control", "/nowhere", "--duration", "2s"}, args...)...)
+	code, stdout, stderr := run(t, append([]string{"path", "--control", "/nowhere", "--duration", "1s"}, args...)...)
 	<-done
 	if code != 0 {
 		t.Fatalf("exit %d: %s%s", code, stdout, stderr)
