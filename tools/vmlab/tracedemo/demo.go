@@ -75,7 +75,16 @@ kill $fio; wait $fio; true`, r.disks[0], latency, file, top, mark))
 
 // path has hostmed serve a disk by each of two backends, and a guest for each.
 func (r *rig) path(ctx context.Context, out io.Writer, picture string, poll time.Duration) error {
-	const path = "nvmetrace path --control /tmp/control --guest /dev/shm/a --guest /dev/shm/b --plot "
+	const path = "nvmetrace path --control /tmp/control --plot "
+	// The guests take turns, so that what else the machine does falls on both.
+	var guests, benches strings.Builder
+	for turn := range 4 {
+		for i := range 2 {
+			record := fmt.Sprintf("/dev/shm/guest%d.%d", i, turn)
+			guests.WriteString(" --guest " + record)
+			fmt.Fprintf(&benches, "guestdrv bench vfio-user:/tmp/%d.sock --events %s --rw randread --bs 4k --qd 1 --jobs 1 --runtime 2s >/tmp/bench 2>&1 || { cat /tmp/bench >&2; exit 1; }\n", i, record)
+		}
+	}
 	file := "/tmp/path" + filepath.Ext(picture)
 	char := strings.Replace(r.disks[1], "/dev/nvme", "/dev/ng", 1)
 	config := fmt.Sprintf("control = \"/tmp/control\"\npoll = %q\n", poll)
@@ -87,18 +96,15 @@ func (r *rig) path(ctx context.Context, out io.Writer, picture string, poll time
 	}
 	printed, err := r.exec(ctx, 3*time.Minute, fmt.Sprintf(`setsid hostmed serve --config /tmp/hostmed.toml >/tmp/hostmed.log 2>&1 </dev/null & hostmed=$!
 until [ -S /tmp/control ] && [ -S /tmp/1.sock ]; do kill -0 $hostmed || { cat /tmp/hostmed.log >&2; exit 1; }; sleep 0.05; done
-%s%s >/tmp/out 2>/tmp/err & path=$!
+%s%s%s >/tmp/out 2>/tmp/err & path=$!
 until grep -q following /tmp/err; do kill -0 $path || { cat /tmp/err >&2; exit 1; }; sleep 0.05; done
-bench() { guestdrv bench vfio-user:/tmp/$1.sock --events /dev/shm/$2 --rw randread --bs 4k --qd 1 --jobs 1 --runtime 6s >/tmp/bench 2>&1 || { cat /tmp/bench >&2; exit 1; }; }
-bench 0 a
-bench 1 b
-kill -INT $path; wait $path || { cat /tmp/err >&2; exit 1; }
+%skill -INT $path; wait $path || { cat /tmp/err >&2; exit 1; }
 cat /tmp/out
-kill $hostmed; wait $hostmed; true`, path, file))
+kill $hostmed; wait $hostmed; true`, path, file, guests.String(), benches.String()))
 	if err != nil {
 		return err
 	}
-	if err := show(out, path+filepath.Base(picture), printed); err != nil {
+	if err := show(out, path+filepath.Base(picture)+" --guest /dev/shm/guest0.0 --guest …", printed); err != nil {
 		return err
 	}
 	return r.take(ctx, file, picture)
