@@ -31,7 +31,7 @@ type test struct {
 
 func TestStable(t *testing.T) {
 	all(t, vmlab.Stable, test{"counts", counts}, test{"latency", latencies}, test{"highest rate", highestRate},
-		test{"passthrough", passthrough}, test{"classic", classic}, test{"filters", filters}, test{"timeout", timeout}, test{"reset", reset})
+		test{"passthrough", passthrough}, test{"classic", classic}, test{"filters", filters}, test{"timeout", timeout}, test{"asynchronous event", asyncEvent}, test{"reset", reset})
 }
 
 // TestBackports has what hangs on the kernel.
@@ -46,7 +46,7 @@ func all(t *testing.T, kernel vmlab.Kernel, tests ...test) {
 		t.Run(c.name, func(t *testing.T) { c.run(t, g) })
 	}
 	if !t.Failed() {
-		g.CheckDmesg(t, "resetting controller", "Ignoring bogus Namespace Identifiers", "I/O tag .*timeout", "Abort status", "timeout, (aborting|completion polled|reset)", "I/O Cmd.*sct 0x0 / sc 0x7", "I/O error, dev nvme")
+		g.CheckDmesg(t, "resetting controller", "Ignoring bogus Namespace Identifiers", "I/O tag .*timeout", "Abort status", "timeout, (aborting|completion polled|reset)", "I/O Cmd.*sct 0x0 / sc 0x7", "I/O error, dev nvme", "rescanning namespaces", "controller capabilities changed")
 	}
 }
 
@@ -366,6 +366,34 @@ func timeout(t *testing.T, g *guest) {
 	}
 	if timeouts == 0 || events != timeouts || s.Hooks["nvme_timeout()"].Hits != timeouts {
 		t.Errorf("%d timeouts, %d events, %d hits", timeouts, events, s.Hooks["nvme_timeout()"].Hits)
+	}
+}
+
+// asyncEvent: a namespace that goes and comes back makes the controller say so. NVMe Base 2.0c figure 145: Namespace Attribute Changed is a notice (2), information 0.
+func asyncEvent(t *testing.T, g *guest) {
+	// counted gives its privileges up, and admin commands need them.
+	g.Run(t, fmt.Sprintf("c=$(cat /sys/class/nvme/%[1]s/cntlid); rm -f /tmp/record; counted -events -file /tmp/record -- sleep 2 >/tmp/report & "+
+		"while [ ! -e /tmp/record ]; do sleep 0.1; done; sleep 0.2; nvme detach-ns /dev/%[1]s -n 1 -c $c && nvme attach-ns /dev/%[1]s -n 1 -c $c && wait $!", g.slow.Name))
+	s := new(seen)
+	s.replay(t, g.file(t, "/tmp/record"))
+	var counted, events uint64
+	for _, q := range s.Queues {
+		counted += q.AERs
+		if q.AERs > 0 && (q.QID != 0 || q.Device != device(t, g.slow)) {
+			t.Errorf("%+v", q)
+		}
+	}
+	for _, e := range s.Events {
+		if e.Kind != trace.AsyncEvent {
+			continue
+		}
+		events++
+		if e.Device != device(t, g.slow) || e.QID != 0 || e.Result&0xffff != 2 {
+			t.Errorf("%+v", e)
+		}
+	}
+	if counted == 0 || events != counted {
+		t.Errorf("%d asynchronous events, %d in the ring", counted, events)
 	}
 }
 
