@@ -21,7 +21,7 @@ SOURCES  := $(wildcard shared guestdrv hostmed ebpf tools)
 FUZZTIME ?= 10s
 SOAKTIME ?= 60s
 # Everything of ours but the Promela models and most tools: what runs on heap memory when a test asks for it.
-RACE_PACKAGES = $$($(GO) list ./shared/... ./guestdrv/... ./hostmed/... ./tools/inproc/... | grep -v '/dbbuf/model$$')
+RACE_PACKAGES = $$($(GO) list ./shared/... ./guestdrv/... ./hostmed/... ./ebpf/path ./ebpf/doctor ./tools/inproc/... | grep -v '/dbbuf/model$$')
 
 ##@ Use
 .PHONY: run
