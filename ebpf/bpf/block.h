@@ -28,35 +28,38 @@ static __always_inline __u8 op_letter(__u32 cmd_flags)
 	return 'O';
 }
 
-static __always_inline void block_step(struct request *req, _Bool issue, _Bool again)
+static __always_inline void block_step(enum counter program, struct request *req, _Bool issue, _Bool again)
 {
-	struct block_start s = {}, *old;
-	__u64 key = (__u64)req, now = bpf_ktime_get_ns();
+	struct block_start *s;
+	__u64 key = number(program, req), now = bpf_ktime_get_ns();
 	struct gendisk *disk = req->q->disk;
 
 	if (!disk)
 		return; /* the admin queue */
-	old = bpf_map_lookup_elem(&block_starts, &key);
-	if (again && old && old->issued)
+	s = block_starts_find(key);
+	if (again && s && s->issued)
 		return;
-	if (old && issue)
-		s.inserted = old->inserted;
-	if (issue)
-		s.issued = now;
-	else
-		s.inserted = now;
-	s.dev = (__u32)disk->major << 20 | disk->first_minor;
-	s.bytes = req->__data_len;
-	s.op = op_letter(req->cmd_flags);
-	if (bpf_map_update_elem(&block_starts, &key, &s, BPF_ANY))
-		count(LOST_MAP);
+	if (!s) {
+		s = block_starts_claim(key);
+		if (!s) {
+			count(LOST_MAP);
+			return;
+		}
+		s->inserted = 0;
+	}
+	if (!issue)
+		s->inserted = now;
+	s->issued = issue ? now : 0;
+	s->dev = (__u32)disk->major << 20 | disk->first_minor;
+	s->bytes = req->__data_len;
+	s->op = op_letter(req->cmd_flags);
 }
 
 SEC("tp_btf/block_rq_insert")
 int BPF_PROG(btf_rq_insert, struct request *req)
 {
 	count(HIT_INSERT);
-	block_step(req, 0, 0);
+	block_step(HIT_INSERT, req, 0, 0);
 	return 0;
 }
 
@@ -64,22 +67,22 @@ SEC("tp_btf/block_rq_issue")
 int BPF_PROG(btf_rq_issue, struct request *req)
 {
 	count(HIT_ISSUE);
-	block_step(req, 1, 0);
+	block_step(HIT_ISSUE, req, 1, 0);
 	return 0;
 }
 
 SEC("tp_btf/block_rq_issue")
 int BPF_PROG(again_rq_issue, struct request *req)
 {
-	block_step(req, 1, 1);
+	block_step(AGAIN_ISSUE, req, 1, 1);
 	return 0;
 }
 
 SEC("tp_btf/block_rq_complete")
 int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes)
 {
-	__u64 key = (__u64)req, now = bpf_ktime_get_ns();
-	struct block_start *s = bpf_map_lookup_elem(&block_starts, &key);
+	__u64 key = number(HIT_RQ_COMPLETE, req), now = bpf_ktime_get_ns();
+	struct block_start *s = block_starts_find(key);
 	struct block_key bk = {};
 	struct block_cell *c;
 
@@ -103,7 +106,7 @@ int BPF_PROG(btf_rq_complete, struct request *req, int error, unsigned int bytes
 			count(LOST_MAP);
 		}
 	}
-	bpf_map_delete_elem(&block_starts, &key);
+	block_starts_free(s, key);
 	return 0;
 }
 

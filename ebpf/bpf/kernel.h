@@ -18,6 +18,7 @@ typedef __u32 __wsum;
 /* enum bpf_map_type and flags: the kernel's ABI */
 enum {
 	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_HASH = 5,
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
 	BPF_MAP_TYPE_RINGBUF = 27,
@@ -85,6 +86,23 @@ struct nvme_queue {
 	__u16 sq_tail;
 	__u16 last_sq_tail;
 	__u16 qid;
+};
+
+/* NVMe Base 2.0c figure 88: the command as it is in memory, little endian like every machine that this is compiled for. */
+struct nvme_common_command {
+	__u8 opcode;
+	__u16 command_id;
+	__le32 nsid;
+	__le32 cdw10;
+	__le32 cdw11;
+	__le32 cdw12;
+	__le32 cdw13;
+	__le32 cdw14;
+	__le32 cdw15;
+};
+
+struct nvme_command {
+	struct nvme_common_command common;
 };
 
 union nvme_result {

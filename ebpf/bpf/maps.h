@@ -35,6 +35,7 @@ const volatile __u32 exit_reason_at;
 
 /* A command that is under way. */
 struct start {
+	__u64 key; /* 0: the slot is free */
 	__u64 at;
 	__u64 slba;
 	__u64 user_data;
@@ -47,7 +48,7 @@ struct start {
 	__u16 qid;
 	__u16 cid;
 	__u8 opcode;
-	__u8 pad;
+	__u8 spilled;
 	char comm[16];
 	char disk[32];
 };
@@ -90,12 +91,14 @@ struct queue {
 };
 
 struct block_start {
+	__u64 key; /* as in struct start */
 	__u64 inserted;
 	__u64 issued;
 	__u32 dev;
 	__u32 bytes;
 	__u8 op;
-	__u8 pad[7];
+	__u8 spilled;
+	__u8 pad[6];
 };
 
 struct block_key {
@@ -176,6 +179,8 @@ enum counter {
 	HIT_TIMEOUT,
 	HIT_RESET,
 	HIT_URING_CMD,
+	AGAIN_SETUP, /* of no hook: places in scratch */
+	AGAIN_ISSUE,
 	COUNTERS,
 };
 
@@ -188,16 +193,16 @@ enum counter {
 		__type(value, value_type);          \
 	} name SEC(".maps")
 
-MAP(starts, BPF_MAP_TYPE_HASH, 16384, __u64, struct start);
 MAP(cells, BPF_MAP_TYPE_PERCPU_HASH, 1024, struct cell_key, struct cell);
 MAP(queue_states, BPF_MAP_TYPE_HASH, 1024, struct queue_key, struct queue);
-MAP(block_starts, BPF_MAP_TYPE_HASH, 16384, __u64, struct block_start);
+MAP(first_queues, BPF_MAP_TYPE_ARRAY, 1024, __u32, struct queue); /* of nvme0 to nvme15, those below 64 */
 MAP(block_cells, BPF_MAP_TYPE_PERCPU_HASH, 128, struct block_key, struct block_cell);
 MAP(vm_cells, BPF_MAP_TYPE_PERCPU_HASH, 256, __u32, struct vm_cell);
 MAP(exit_reasons, BPF_MAP_TYPE_PERCPU_HASH, 2048, struct reason_key, __u64);
 MAP(uring_cmds, BPF_MAP_TYPE_HASH, 16384, __u64, __u64);
 MAP(block_sizes, BPF_MAP_TYPE_HASH, 1024, __u64, __u32); /* controller<<32 | NSID; for kernels without BTF */
 MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, COUNTERS, __u32, __u64);
+MAP(scratch, BPF_MAP_TYPE_PERCPU_ARRAY, COUNTERS, __u32, __u64);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -216,6 +221,77 @@ static __always_inline void count(enum counter c)
 	if (n)
 		__sync_fetch_and_add(n, 1);
 }
+
+/*
+ * The verifier lets no pointer of the kernel's be multiplied; what was in memory is a number. The place is the program's own: an interrupt may come in
+ * between, and with it another program, but not this one.
+ */
+static __always_inline __u64 number(enum counter program, const void *p)
+{
+	__u32 index = program;
+	__u64 *n = bpf_map_lookup_elem(&scratch, &index);
+
+	if (!n)
+		return 1; /* never */
+	*(const void *volatile *)n = p;
+	return *(volatile __u64 *)n;
+}
+
+/*
+ * What is under way, by its request. Putting something into a hash of the kernel's and taking it out costs more than all the rest, so a request has one
+ * place in an array, which it claims; if that is taken it goes to a hash. A key is not 0, and its request is begun and ended by one CPU at a time.
+ */
+#define SLOT_BITS 14
+
+#define TABLE(name, type)                                                                     \
+	MAP(name, BPF_MAP_TYPE_ARRAY, 1 << SLOT_BITS, __u32, type);                           \
+	MAP(name##_spilled, BPF_MAP_TYPE_HASH, 16384, __u64, type);                           \
+	static const type no_##name;                                                          \
+	__u64 name##_spills; /* how many are in the hash */                                   \
+                                                                                              \
+	static __always_inline type *name##_find(__u64 key)                                   \
+	{                                                                                     \
+		__u32 i = key * 0x9E3779B97F4A7C15ULL >> (64 - SLOT_BITS);                    \
+		type *s;                                                                      \
+                                                                                              \
+		if (name##_spills) {                                                          \
+			s = bpf_map_lookup_elem(&name##_spilled, &key);                       \
+			if (s)                                                                \
+				return s;                                                     \
+		}                                                                             \
+		s = bpf_map_lookup_elem(&name, &i);                                           \
+		return s && s->key == key ? s : 0;                                            \
+	}                                                                                     \
+                                                                                              \
+	/* The place of a request that has none; 0: there is no room. */                      \
+	static __always_inline type *name##_claim(__u64 key)                                  \
+	{                                                                                     \
+		__u32 i = key * 0x9E3779B97F4A7C15ULL >> (64 - SLOT_BITS);                    \
+		type *s = bpf_map_lookup_elem(&name, &i);                                     \
+                                                                                              \
+		if (s && !s->key && !__sync_val_compare_and_swap(&s->key, 0, key))            \
+			return s;                                                             \
+		if (bpf_map_update_elem(&name##_spilled, &key, &no_##name, BPF_NOEXIST))      \
+			return 0;                                                             \
+		__sync_fetch_and_add(&name##_spills, 1);                                      \
+		s = bpf_map_lookup_elem(&name##_spilled, &key);                               \
+		if (s) {                                                                      \
+			s->key = key;                                                         \
+			s->spilled = 1;                                                       \
+		}                                                                             \
+		return s;                                                                     \
+	}                                                                                     \
+                                                                                              \
+	static __always_inline void name##_free(type *s, __u64 key)                           \
+	{                                                                                     \
+		if (!s->spilled)                                                              \
+			__sync_lock_test_and_set(&s->key, 0);                                 \
+		else if (!bpf_map_delete_elem(&name##_spilled, &key))                         \
+			__sync_fetch_and_add(&name##_spills, -1);                             \
+	}
+
+TABLE(starts, struct start)
+TABLE(block_starts, struct block_start)
 
 /* The number of the highest bit of a v that is not 0. */
 static __always_inline __u32 log2(__u64 v)
@@ -287,8 +363,14 @@ static __always_inline _Bool wanted_opcode(__u32 opcode)
 static __always_inline struct queue *queue_of(__u16 device, __u16 qid)
 {
 	struct queue_key key = { .device = device, .qid = qid };
-	struct queue *q = bpf_map_lookup_elem(&queue_states, &key);
+	struct queue *q;
 
+	if (device < 16 && qid < 64) {
+		__u32 i = device << 6 | qid;
+
+		return bpf_map_lookup_elem(&first_queues, &i);
+	}
+	q = bpf_map_lookup_elem(&queue_states, &key);
 	if (!q) {
 		struct queue none = {};
 

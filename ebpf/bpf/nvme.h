@@ -4,16 +4,6 @@
 
 #include "maps.h"
 
-/* NVMe Base 2.0c figure 88: the command as it is in memory, little endian like every machine that this is compiled for. */
-struct sqe {
-	__u8 opcode;
-	__u8 flags;
-	__u16 cid;
-	__u32 nsid;
-	__u32 cdw2[8];
-	__u32 cdw10[6];
-};
-
 /* NVM Command Set 1.0c: commands with SLBA in CDW10 and 11 and a zero-based NLB in CDW12. */
 enum {
 	NVM_WRITE = 0x01,
@@ -80,7 +70,8 @@ static __always_inline void emit_command(struct start *s, __u8 kind, __u64 at, _
 static __always_inline void started(__u64 key, struct start *s)
 {
 	struct queue *q = queue_of(s->device, s->qid);
-	_Bool replaced = bpf_map_lookup_elem(&starts, &key) != 0;
+	struct start *place = starts_find(key);
+	_Bool replaced = place != 0;
 
 	if (want_events) {
 		s->tid = bpf_get_current_pid_tgid();
@@ -90,10 +81,24 @@ static __always_inline void started(__u64 key, struct start *s)
 		count(LOST_MAP);
 		return;
 	}
-	s->at = bpf_ktime_get_ns();
-	if (bpf_map_update_elem(&starts, &key, s, BPF_ANY)) {
+	if (!replaced)
+		place = starts_claim(key);
+	if (!place) {
 		count(LOST_MAP);
 		return;
+	}
+	s->key = key;
+	s->spilled = place->spilled;
+	s->at = bpf_ktime_get_ns();
+	if (want_events) {
+		*place = *s;
+	} else { /* what ended looks at */
+		place->at = s->at;
+		place->bytes = s->bytes;
+		place->device = s->device;
+		place->qid = s->qid;
+		place->cid = s->cid;
+		place->opcode = s->opcode;
 	}
 	__sync_fetch_and_add(&q->started, 1);
 	if (replaced) {
@@ -112,28 +117,29 @@ static __always_inline void started(__u64 key, struct start *s)
 		emit_command(s, KIND_START, s->at, 0, 0, 0, 0);
 }
 
+/* orphan counts an end that started knows nothing of. Its opcode is not known: it may be one that the filter has left out. */
+static __always_inline void orphan(__u16 device, __u16 qid)
+{
+	struct queue *q;
+
+	if (filter_opcodes || !wanted(device, qid))
+		return;
+	q = queue_of(device, qid);
+	if (q)
+		__sync_fetch_and_add(&q->orphans, 1);
+	else
+		count(LOST_MAP);
+}
+
 /* ended counts what started kept under key. */
-static __always_inline void ended(__u64 key, __u16 device, __u16 qid, __u64 result, __u16 status, __u8 retries)
+static __always_inline void ended(struct start *s, __u64 key, __u64 result, __u16 status, __u8 retries)
 {
 	__u64 now = bpf_ktime_get_ns();
 	struct cell_key ck = {};
-	struct start *s = bpf_map_lookup_elem(&starts, &key);
 	struct queue *q;
 	struct cell *c;
-	__u64 latency;
+	__u64 latency = now - s->at;
 
-	if (!s) {
-		/* Its opcode is not known: it may be one that the filter has left out. */
-		if (!filter_opcodes && wanted(device, qid)) {
-			q = queue_of(device, qid);
-			if (q)
-				__sync_fetch_and_add(&q->orphans, 1);
-			else
-				count(LOST_MAP);
-		}
-		return;
-	}
-	latency = now - s->at;
 	q = queue_of(s->device, s->qid);
 	if (q) {
 		__sync_fetch_and_add(&q->ended, 1);
@@ -160,7 +166,7 @@ static __always_inline void ended(__u64 key, __u16 device, __u16 qid, __u64 resu
 	}
 	if (want_events && latency >= min_latency)
 		emit_command(s, KIND_END, now, latency, result, status, retries);
-	bpf_map_delete_elem(&starts, &key);
+	starts_free(s, key);
 }
 
 static __always_inline void moved(__u16 device, __u16 qid, __u32 head, __u32 tail)

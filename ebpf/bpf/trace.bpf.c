@@ -40,30 +40,32 @@ static __always_inline __u16 qid(struct request *req)
 	return req->q->queuedata ? req->mq_hctx->queue_num + 1 : 0;
 }
 
-static __always_inline void setup_cmd(struct request *req, void *cmd, _Bool again)
+static __always_inline void setup_cmd(struct request *req, struct nvme_command *cmd, _Bool again)
 {
-	__u64 key = (__u64)req;
+	__u64 key = number(again ? AGAIN_SETUP : HIT_SETUP, req);
 	struct start s = {}, *old;
-	struct sqe sqe;
 
 	if (!again)
 		count(HIT_SETUP);
 	s.device = instance(req);
 	s.qid = qid(req);
-	if (!wanted(s.device, s.qid) || bpf_probe_read_kernel(&sqe, sizeof(sqe), cmd))
+	s.opcode = cmd->common.opcode;
+	if (!wanted(s.device, s.qid) || !wanted_opcode(s.opcode))
 		return;
-	if (!wanted_opcode(sqe.opcode))
-		return;
+	s.cid = cmd->common.command_id;
 	if (again) {
-		old = bpf_map_lookup_elem(&starts, &key);
-		if (old && old->cid == sqe.cid) /* with its generation: this very command */
+		old = starts_find(key);
+		if (old && old->cid == s.cid) /* with its generation: this very command */
 			return;
 		count(HIT_SETUP);
 	}
-	s.opcode = sqe.opcode;
-	s.cid = sqe.cid;
-	s.nsid = sqe.nsid;
-	__builtin_memcpy(s.cdw10, sqe.cdw10, sizeof(s.cdw10));
+	s.nsid = cmd->common.nsid;
+	s.cdw10[0] = cmd->common.cdw10;
+	s.cdw10[1] = cmd->common.cdw11;
+	s.cdw10[2] = cmd->common.cdw12;
+	s.cdw10[3] = cmd->common.cdw13;
+	s.cdw10[4] = cmd->common.cdw14;
+	s.cdw10[5] = cmd->common.cdw15;
 	read_lengths(&s, req->q->limits.logical_block_size);
 	if (!s.bytes && (s.opcode & 3)) /* Base 2.0c 3.3.3.1: bits 1:0 say whether there is data */
 		s.bytes = req->__data_len;
@@ -83,7 +85,7 @@ static __always_inline void setup_cmd(struct request *req, void *cmd, _Bool agai
 }
 
 SEC("tp_btf/nvme_setup_cmd")
-int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
+int BPF_PROG(btf_setup_cmd, struct request *req, struct nvme_command *cmd)
 {
 	setup_cmd(req, cmd, 0);
 	return 0;
@@ -95,7 +97,7 @@ int BPF_PROG(btf_setup_cmd, struct request *req, void *cmd)
  * ends mostly come in interrupts.
  */
 SEC("tp_btf/nvme_setup_cmd")
-int BPF_PROG(again_setup_cmd, struct request *req, void *cmd)
+int BPF_PROG(again_setup_cmd, struct request *req, struct nvme_command *cmd)
 {
 	setup_cmd(req, cmd, 1);
 	return 0;
@@ -105,9 +107,14 @@ SEC("tp_btf/nvme_complete_rq")
 int BPF_PROG(btf_complete_rq, struct request *req)
 {
 	struct nvme_request *r = nvme_req(req);
+	__u64 key = number(HIT_COMPLETE, req);
+	struct start *s = starts_find(key);
 
 	count(HIT_COMPLETE);
-	ended((__u64)req, instance(req), qid(req), BPF_CORE_READ(r, result.u64), BPF_CORE_READ(r, status), BPF_CORE_READ(r, retries));
+	if (s)
+		ended(s, key, want_events ? BPF_CORE_READ(r, result.u64) : 0, BPF_CORE_READ(r, status), BPF_CORE_READ(r, retries));
+	else
+		orphan(instance(req), qid(req));
 	return 0;
 }
 
@@ -162,7 +169,7 @@ int BPF_PROG(btf_async_event, struct nvme_ctrl *ctrl, __u32 result)
 
 static __always_inline __u64 tag_key(__u32 ctrl, __u32 qid, __u32 cid)
 {
-	return (__u64)ctrl << 32 | qid << 16 | (cid & TAG_MASK);
+	return 1ULL << 63 | (__u64)ctrl << 32 | qid << 16 | (cid & TAG_MASK);
 }
 
 SEC("tracepoint/nvme/nvme_setup_cmd")
@@ -194,12 +201,18 @@ SEC("tracepoint/nvme/nvme_complete_rq")
 int tp_complete_rq(void *ctx)
 {
 	__u32 device, qid;
+	__u64 key;
+	struct start *s;
 
 	count(HIT_COMPLETE);
 	device = FIELD(__u32, complete_ctrl);
 	qid = FIELD(__u32, complete_qid);
-	ended(tag_key(device, qid, FIELD(__u16, complete_cid)), device, qid, FIELD(__u64, complete_result),
-	      FIELD(__u16, complete_status), FIELD(__u8, complete_retries));
+	key = tag_key(device, qid, FIELD(__u16, complete_cid));
+	s = starts_find(key);
+	if (s)
+		ended(s, key, FIELD(__u64, complete_result), FIELD(__u16, complete_status), FIELD(__u8, complete_retries));
+	else
+		orphan(device, qid);
 	return 0;
 }
 
@@ -238,7 +251,7 @@ SEC("fentry/nvme_timeout")
 int BPF_PROG(fn_timeout, struct request *req)
 {
 	__u16 device = instance(req), id = qid(req);
-	__u64 key = (__u64)req;
+	__u64 key = number(HIT_TIMEOUT, req);
 	struct start *s;
 	struct queue *q;
 
@@ -250,7 +263,7 @@ int BPF_PROG(fn_timeout, struct request *req)
 		__sync_fetch_and_add(&q->timeouts, 1);
 	else
 		count(LOST_MAP);
-	s = bpf_map_lookup_elem(&starts, &key);
+	s = starts_find(key);
 	if (want_events && s)
 		emit_command(s, KIND_TIMEOUT, bpf_ktime_get_ns(), bpf_ktime_get_ns() - s->at, 0, 0, 0);
 	else
@@ -384,4 +397,20 @@ SEC("raw_tp/test_size_class")
 int test_size_class(__u64 *ctx)
 {
 	return size_class(ctx[0]);
+}
+
+/* Of the table of what is under way: argument 0 is what to do, 1 the key. Returns 0 for nothing, 1 for a place in the array, 2 for one in the hash. */
+SEC("raw_tp/test_table")
+int test_table(__u64 *ctx)
+{
+	__u64 key = ctx[1];
+	struct start *s = ctx[0] == 1 ? starts_claim(key) : starts_find(key);
+	int where;
+
+	if (!s)
+		return 0;
+	where = 1 + s->spilled;
+	if (ctx[0] == 2)
+		starts_free(s, key);
+	return where;
 }

@@ -39,12 +39,14 @@ type TraceBlockKey struct {
 
 type TraceBlockStart struct {
 	_        structs.HostLayout
+	Key      uint64
 	Inserted uint64
 	Issued   uint64
 	Dev      uint32
 	Bytes    uint32
 	Op       uint8
-	Pad      [7]uint8
+	Spilled  uint8
+	Pad      [6]uint8
 }
 
 type TraceCell struct {
@@ -91,7 +93,9 @@ const (
 	TraceCounterHIT_TIMEOUT       TraceCounter = 16
 	TraceCounterHIT_RESET         TraceCounter = 17
 	TraceCounterHIT_URING_CMD     TraceCounter = 18
-	TraceCounterCOUNTERS          TraceCounter = 19
+	TraceCounterAGAIN_SETUP       TraceCounter = 19
+	TraceCounterAGAIN_ISSUE       TraceCounter = 20
+	TraceCounterCOUNTERS          TraceCounter = 21
 )
 
 type TraceEvent struct {
@@ -151,6 +155,7 @@ type TraceReasonKey struct {
 
 type TraceStart struct {
 	_        structs.HostLayout
+	Key      uint64
 	At       uint64
 	Slba     uint64
 	UserData uint64
@@ -163,7 +168,7 @@ type TraceStart struct {
 	Qid      uint16
 	Cid      uint16
 	Opcode   uint8
-	Pad      uint8
+	Spilled  uint8
 	Comm     [16]int8
 	Disk     [32]int8
 }
@@ -179,76 +184,83 @@ type TraceVmCell struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	TraceMapBlockCells      = "block_cells"
-	TraceMapBlockSizes      = "block_sizes"
-	TraceMapBlockStarts     = "block_starts"
-	TraceMapCells           = "cells"
-	TraceMapCounters        = "counters"
-	TraceMapEvents          = "events"
-	TraceMapExitReasons     = "exit_reasons"
-	TraceMapQueueStates     = "queue_states"
-	TraceMapStarts          = "starts"
-	TraceMapUringCmds       = "uring_cmds"
-	TraceMapVmCells         = "vm_cells"
-	TraceProgAgainRqIssue   = "again_rq_issue"
-	TraceProgAgainSetupCmd  = "again_setup_cmd"
-	TraceProgBtfAsyncEvent  = "btf_async_event"
-	TraceProgBtfCompleteRq  = "btf_complete_rq"
-	TraceProgBtfRqComplete  = "btf_rq_complete"
-	TraceProgBtfRqInsert    = "btf_rq_insert"
-	TraceProgBtfRqIssue     = "btf_rq_issue"
-	TraceProgBtfSetupCmd    = "btf_setup_cmd"
-	TraceProgBtfSq          = "btf_sq"
-	TraceProgFnCommitRqs    = "fn_commit_rqs"
-	TraceProgFnIrq          = "fn_irq"
-	TraceProgFnQueueRq      = "fn_queue_rq"
-	TraceProgFnQueueRqs     = "fn_queue_rqs"
-	TraceProgFnResetWork    = "fn_reset_work"
-	TraceProgFnTimeout      = "fn_timeout"
-	TraceProgFnUringCmdIo   = "fn_uring_cmd_io"
-	TraceProgRawKvmExit     = "raw_kvm_exit"
-	TraceProgRawKvmFastMmio = "raw_kvm_fast_mmio"
-	TraceProgRawKvmMmio     = "raw_kvm_mmio"
-	TraceProgTestBucket     = "test_bucket"
-	TraceProgTestSizeClass  = "test_size_class"
-	TraceProgTpAsyncEvent   = "tp_async_event"
-	TraceProgTpCompleteRq   = "tp_complete_rq"
-	TraceProgTpKvmExit      = "tp_kvm_exit"
-	TraceProgTpSetupCmd     = "tp_setup_cmd"
-	TraceProgTpSq           = "tp_sq"
-	TraceVarAsyncCtrl       = "async_ctrl"
-	TraceVarAsyncResult     = "async_result"
-	TraceVarCompleteCid     = "complete_cid"
-	TraceVarCompleteCtrl    = "complete_ctrl"
-	TraceVarCompleteQid     = "complete_qid"
-	TraceVarCompleteResult  = "complete_result"
-	TraceVarCompleteRetries = "complete_retries"
-	TraceVarCompleteStatus  = "complete_status"
-	TraceVarCounterType     = "counter_type"
-	TraceVarDevices         = "devices"
-	TraceVarEventType       = "event_type"
-	TraceVarExitReasonAt    = "exit_reason_at"
-	TraceVarFilterDevices   = "filter_devices"
-	TraceVarFilterOpcodes   = "filter_opcodes"
-	TraceVarFilterQueues    = "filter_queues"
-	TraceVarMinLatency      = "min_latency"
-	TraceVarOpcodes         = "opcodes"
-	TraceVarQueues          = "queues"
-	TraceVarSetupCdw10      = "setup_cdw10"
-	TraceVarSetupCid        = "setup_cid"
-	TraceVarSetupCtrl       = "setup_ctrl"
-	TraceVarSetupDisk       = "setup_disk"
-	TraceVarSetupNsid       = "setup_nsid"
-	TraceVarSetupOpcode     = "setup_opcode"
-	TraceVarSetupQid        = "setup_qid"
-	TraceVarSqCtrl          = "sq_ctrl"
-	TraceVarSqHeadAt        = "sq_head_at"
-	TraceVarSqQid           = "sq_qid"
-	TraceVarSqTailAt        = "sq_tail_at"
-	TraceVarVm              = "vm"
-	TraceVarWakeupBytes     = "wakeup_bytes"
-	TraceVarWantDoorbells   = "want_doorbells"
-	TraceVarWantEvents      = "want_events"
+	TraceMapBlockCells         = "block_cells"
+	TraceMapBlockSizes         = "block_sizes"
+	TraceMapBlockStarts        = "block_starts"
+	TraceMapBlockStartsSpilled = "block_starts_spilled"
+	TraceMapCells              = "cells"
+	TraceMapCounters           = "counters"
+	TraceMapEvents             = "events"
+	TraceMapExitReasons        = "exit_reasons"
+	TraceMapFirstQueues        = "first_queues"
+	TraceMapQueueStates        = "queue_states"
+	TraceMapScratch            = "scratch"
+	TraceMapStarts             = "starts"
+	TraceMapStartsSpilled      = "starts_spilled"
+	TraceMapUringCmds          = "uring_cmds"
+	TraceMapVmCells            = "vm_cells"
+	TraceProgAgainRqIssue      = "again_rq_issue"
+	TraceProgAgainSetupCmd     = "again_setup_cmd"
+	TraceProgBtfAsyncEvent     = "btf_async_event"
+	TraceProgBtfCompleteRq     = "btf_complete_rq"
+	TraceProgBtfRqComplete     = "btf_rq_complete"
+	TraceProgBtfRqInsert       = "btf_rq_insert"
+	TraceProgBtfRqIssue        = "btf_rq_issue"
+	TraceProgBtfSetupCmd       = "btf_setup_cmd"
+	TraceProgBtfSq             = "btf_sq"
+	TraceProgFnCommitRqs       = "fn_commit_rqs"
+	TraceProgFnIrq             = "fn_irq"
+	TraceProgFnQueueRq         = "fn_queue_rq"
+	TraceProgFnQueueRqs        = "fn_queue_rqs"
+	TraceProgFnResetWork       = "fn_reset_work"
+	TraceProgFnTimeout         = "fn_timeout"
+	TraceProgFnUringCmdIo      = "fn_uring_cmd_io"
+	TraceProgRawKvmExit        = "raw_kvm_exit"
+	TraceProgRawKvmFastMmio    = "raw_kvm_fast_mmio"
+	TraceProgRawKvmMmio        = "raw_kvm_mmio"
+	TraceProgTestBucket        = "test_bucket"
+	TraceProgTestSizeClass     = "test_size_class"
+	TraceProgTestTable         = "test_table"
+	TraceProgTpAsyncEvent      = "tp_async_event"
+	TraceProgTpCompleteRq      = "tp_complete_rq"
+	TraceProgTpKvmExit         = "tp_kvm_exit"
+	TraceProgTpSetupCmd        = "tp_setup_cmd"
+	TraceProgTpSq              = "tp_sq"
+	TraceVarAsyncCtrl          = "async_ctrl"
+	TraceVarAsyncResult        = "async_result"
+	TraceVarBlockStartsSpills  = "block_starts_spills"
+	TraceVarCompleteCid        = "complete_cid"
+	TraceVarCompleteCtrl       = "complete_ctrl"
+	TraceVarCompleteQid        = "complete_qid"
+	TraceVarCompleteResult     = "complete_result"
+	TraceVarCompleteRetries    = "complete_retries"
+	TraceVarCompleteStatus     = "complete_status"
+	TraceVarCounterType        = "counter_type"
+	TraceVarDevices            = "devices"
+	TraceVarEventType          = "event_type"
+	TraceVarExitReasonAt       = "exit_reason_at"
+	TraceVarFilterDevices      = "filter_devices"
+	TraceVarFilterOpcodes      = "filter_opcodes"
+	TraceVarFilterQueues       = "filter_queues"
+	TraceVarMinLatency         = "min_latency"
+	TraceVarOpcodes            = "opcodes"
+	TraceVarQueues             = "queues"
+	TraceVarSetupCdw10         = "setup_cdw10"
+	TraceVarSetupCid           = "setup_cid"
+	TraceVarSetupCtrl          = "setup_ctrl"
+	TraceVarSetupDisk          = "setup_disk"
+	TraceVarSetupNsid          = "setup_nsid"
+	TraceVarSetupOpcode        = "setup_opcode"
+	TraceVarSetupQid           = "setup_qid"
+	TraceVarSqCtrl             = "sq_ctrl"
+	TraceVarSqHeadAt           = "sq_head_at"
+	TraceVarSqQid              = "sq_qid"
+	TraceVarSqTailAt           = "sq_tail_at"
+	TraceVarStartsSpills       = "starts_spills"
+	TraceVarVm                 = "vm"
+	TraceVarWakeupBytes        = "wakeup_bytes"
+	TraceVarWantDoorbells      = "want_doorbells"
+	TraceVarWantEvents         = "want_events"
 )
 
 // LoadTrace returns the embedded CollectionSpec for Trace.
@@ -314,6 +326,7 @@ type TraceProgramSpecs struct {
 	RawKvmMmio     *ebpf.ProgramSpec `ebpf:"raw_kvm_mmio"`
 	TestBucket     *ebpf.ProgramSpec `ebpf:"test_bucket"`
 	TestSizeClass  *ebpf.ProgramSpec `ebpf:"test_size_class"`
+	TestTable      *ebpf.ProgramSpec `ebpf:"test_table"`
 	TpAsyncEvent   *ebpf.ProgramSpec `ebpf:"tp_async_event"`
 	TpCompleteRq   *ebpf.ProgramSpec `ebpf:"tp_complete_rq"`
 	TpKvmExit      *ebpf.ProgramSpec `ebpf:"tp_kvm_exit"`
@@ -325,56 +338,62 @@ type TraceProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TraceMapSpecs struct {
-	BlockCells  *ebpf.MapSpec `ebpf:"block_cells"`
-	BlockSizes  *ebpf.MapSpec `ebpf:"block_sizes"`
-	BlockStarts *ebpf.MapSpec `ebpf:"block_starts"`
-	Cells       *ebpf.MapSpec `ebpf:"cells"`
-	Counters    *ebpf.MapSpec `ebpf:"counters"`
-	Events      *ebpf.MapSpec `ebpf:"events"`
-	ExitReasons *ebpf.MapSpec `ebpf:"exit_reasons"`
-	QueueStates *ebpf.MapSpec `ebpf:"queue_states"`
-	Starts      *ebpf.MapSpec `ebpf:"starts"`
-	UringCmds   *ebpf.MapSpec `ebpf:"uring_cmds"`
-	VmCells     *ebpf.MapSpec `ebpf:"vm_cells"`
+	BlockCells         *ebpf.MapSpec `ebpf:"block_cells"`
+	BlockSizes         *ebpf.MapSpec `ebpf:"block_sizes"`
+	BlockStarts        *ebpf.MapSpec `ebpf:"block_starts"`
+	BlockStartsSpilled *ebpf.MapSpec `ebpf:"block_starts_spilled"`
+	Cells              *ebpf.MapSpec `ebpf:"cells"`
+	Counters           *ebpf.MapSpec `ebpf:"counters"`
+	Events             *ebpf.MapSpec `ebpf:"events"`
+	ExitReasons        *ebpf.MapSpec `ebpf:"exit_reasons"`
+	FirstQueues        *ebpf.MapSpec `ebpf:"first_queues"`
+	QueueStates        *ebpf.MapSpec `ebpf:"queue_states"`
+	Scratch            *ebpf.MapSpec `ebpf:"scratch"`
+	Starts             *ebpf.MapSpec `ebpf:"starts"`
+	StartsSpilled      *ebpf.MapSpec `ebpf:"starts_spilled"`
+	UringCmds          *ebpf.MapSpec `ebpf:"uring_cmds"`
+	VmCells            *ebpf.MapSpec `ebpf:"vm_cells"`
 }
 
 // TraceVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TraceVariableSpecs struct {
-	AsyncCtrl       *ebpf.VariableSpec `ebpf:"async_ctrl"`
-	AsyncResult     *ebpf.VariableSpec `ebpf:"async_result"`
-	CompleteCid     *ebpf.VariableSpec `ebpf:"complete_cid"`
-	CompleteCtrl    *ebpf.VariableSpec `ebpf:"complete_ctrl"`
-	CompleteQid     *ebpf.VariableSpec `ebpf:"complete_qid"`
-	CompleteResult  *ebpf.VariableSpec `ebpf:"complete_result"`
-	CompleteRetries *ebpf.VariableSpec `ebpf:"complete_retries"`
-	CompleteStatus  *ebpf.VariableSpec `ebpf:"complete_status"`
-	CounterType     *ebpf.VariableSpec `ebpf:"counter_type"`
-	Devices         *ebpf.VariableSpec `ebpf:"devices"`
-	EventType       *ebpf.VariableSpec `ebpf:"event_type"`
-	ExitReasonAt    *ebpf.VariableSpec `ebpf:"exit_reason_at"`
-	FilterDevices   *ebpf.VariableSpec `ebpf:"filter_devices"`
-	FilterOpcodes   *ebpf.VariableSpec `ebpf:"filter_opcodes"`
-	FilterQueues    *ebpf.VariableSpec `ebpf:"filter_queues"`
-	MinLatency      *ebpf.VariableSpec `ebpf:"min_latency"`
-	Opcodes         *ebpf.VariableSpec `ebpf:"opcodes"`
-	Queues          *ebpf.VariableSpec `ebpf:"queues"`
-	SetupCdw10      *ebpf.VariableSpec `ebpf:"setup_cdw10"`
-	SetupCid        *ebpf.VariableSpec `ebpf:"setup_cid"`
-	SetupCtrl       *ebpf.VariableSpec `ebpf:"setup_ctrl"`
-	SetupDisk       *ebpf.VariableSpec `ebpf:"setup_disk"`
-	SetupNsid       *ebpf.VariableSpec `ebpf:"setup_nsid"`
-	SetupOpcode     *ebpf.VariableSpec `ebpf:"setup_opcode"`
-	SetupQid        *ebpf.VariableSpec `ebpf:"setup_qid"`
-	SqCtrl          *ebpf.VariableSpec `ebpf:"sq_ctrl"`
-	SqHeadAt        *ebpf.VariableSpec `ebpf:"sq_head_at"`
-	SqQid           *ebpf.VariableSpec `ebpf:"sq_qid"`
-	SqTailAt        *ebpf.VariableSpec `ebpf:"sq_tail_at"`
-	Vm              *ebpf.VariableSpec `ebpf:"vm"`
-	WakeupBytes     *ebpf.VariableSpec `ebpf:"wakeup_bytes"`
-	WantDoorbells   *ebpf.VariableSpec `ebpf:"want_doorbells"`
-	WantEvents      *ebpf.VariableSpec `ebpf:"want_events"`
+	AsyncCtrl         *ebpf.VariableSpec `ebpf:"async_ctrl"`
+	AsyncResult       *ebpf.VariableSpec `ebpf:"async_result"`
+	BlockStartsSpills *ebpf.VariableSpec `ebpf:"block_starts_spills"`
+	CompleteCid       *ebpf.VariableSpec `ebpf:"complete_cid"`
+	CompleteCtrl      *ebpf.VariableSpec `ebpf:"complete_ctrl"`
+	CompleteQid       *ebpf.VariableSpec `ebpf:"complete_qid"`
+	CompleteResult    *ebpf.VariableSpec `ebpf:"complete_result"`
+	CompleteRetries   *ebpf.VariableSpec `ebpf:"complete_retries"`
+	CompleteStatus    *ebpf.VariableSpec `ebpf:"complete_status"`
+	CounterType       *ebpf.VariableSpec `ebpf:"counter_type"`
+	Devices           *ebpf.VariableSpec `ebpf:"devices"`
+	EventType         *ebpf.VariableSpec `ebpf:"event_type"`
+	ExitReasonAt      *ebpf.VariableSpec `ebpf:"exit_reason_at"`
+	FilterDevices     *ebpf.VariableSpec `ebpf:"filter_devices"`
+	FilterOpcodes     *ebpf.VariableSpec `ebpf:"filter_opcodes"`
+	FilterQueues      *ebpf.VariableSpec `ebpf:"filter_queues"`
+	MinLatency        *ebpf.VariableSpec `ebpf:"min_latency"`
+	Opcodes           *ebpf.VariableSpec `ebpf:"opcodes"`
+	Queues            *ebpf.VariableSpec `ebpf:"queues"`
+	SetupCdw10        *ebpf.VariableSpec `ebpf:"setup_cdw10"`
+	SetupCid          *ebpf.VariableSpec `ebpf:"setup_cid"`
+	SetupCtrl         *ebpf.VariableSpec `ebpf:"setup_ctrl"`
+	SetupDisk         *ebpf.VariableSpec `ebpf:"setup_disk"`
+	SetupNsid         *ebpf.VariableSpec `ebpf:"setup_nsid"`
+	SetupOpcode       *ebpf.VariableSpec `ebpf:"setup_opcode"`
+	SetupQid          *ebpf.VariableSpec `ebpf:"setup_qid"`
+	SqCtrl            *ebpf.VariableSpec `ebpf:"sq_ctrl"`
+	SqHeadAt          *ebpf.VariableSpec `ebpf:"sq_head_at"`
+	SqQid             *ebpf.VariableSpec `ebpf:"sq_qid"`
+	SqTailAt          *ebpf.VariableSpec `ebpf:"sq_tail_at"`
+	StartsSpills      *ebpf.VariableSpec `ebpf:"starts_spills"`
+	Vm                *ebpf.VariableSpec `ebpf:"vm"`
+	WakeupBytes       *ebpf.VariableSpec `ebpf:"wakeup_bytes"`
+	WantDoorbells     *ebpf.VariableSpec `ebpf:"want_doorbells"`
+	WantEvents        *ebpf.VariableSpec `ebpf:"want_events"`
 }
 
 // TraceObjects contains all objects after they have been loaded into the kernel.
@@ -397,17 +416,21 @@ func (o *TraceObjects) Close() error {
 //
 // It can be passed to LoadTraceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TraceMaps struct {
-	BlockCells  *ebpf.Map `ebpf:"block_cells"`
-	BlockSizes  *ebpf.Map `ebpf:"block_sizes"`
-	BlockStarts *ebpf.Map `ebpf:"block_starts"`
-	Cells       *ebpf.Map `ebpf:"cells"`
-	Counters    *ebpf.Map `ebpf:"counters"`
-	Events      *ebpf.Map `ebpf:"events"`
-	ExitReasons *ebpf.Map `ebpf:"exit_reasons"`
-	QueueStates *ebpf.Map `ebpf:"queue_states"`
-	Starts      *ebpf.Map `ebpf:"starts"`
-	UringCmds   *ebpf.Map `ebpf:"uring_cmds"`
-	VmCells     *ebpf.Map `ebpf:"vm_cells"`
+	BlockCells         *ebpf.Map `ebpf:"block_cells"`
+	BlockSizes         *ebpf.Map `ebpf:"block_sizes"`
+	BlockStarts        *ebpf.Map `ebpf:"block_starts"`
+	BlockStartsSpilled *ebpf.Map `ebpf:"block_starts_spilled"`
+	Cells              *ebpf.Map `ebpf:"cells"`
+	Counters           *ebpf.Map `ebpf:"counters"`
+	Events             *ebpf.Map `ebpf:"events"`
+	ExitReasons        *ebpf.Map `ebpf:"exit_reasons"`
+	FirstQueues        *ebpf.Map `ebpf:"first_queues"`
+	QueueStates        *ebpf.Map `ebpf:"queue_states"`
+	Scratch            *ebpf.Map `ebpf:"scratch"`
+	Starts             *ebpf.Map `ebpf:"starts"`
+	StartsSpilled      *ebpf.Map `ebpf:"starts_spilled"`
+	UringCmds          *ebpf.Map `ebpf:"uring_cmds"`
+	VmCells            *ebpf.Map `ebpf:"vm_cells"`
 }
 
 func (m *TraceMaps) Close() error {
@@ -415,12 +438,16 @@ func (m *TraceMaps) Close() error {
 		m.BlockCells,
 		m.BlockSizes,
 		m.BlockStarts,
+		m.BlockStartsSpilled,
 		m.Cells,
 		m.Counters,
 		m.Events,
 		m.ExitReasons,
+		m.FirstQueues,
 		m.QueueStates,
+		m.Scratch,
 		m.Starts,
+		m.StartsSpilled,
 		m.UringCmds,
 		m.VmCells,
 	)
@@ -430,39 +457,41 @@ func (m *TraceMaps) Close() error {
 //
 // It can be passed to LoadTraceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TraceVariables struct {
-	AsyncCtrl       *ebpf.Variable `ebpf:"async_ctrl"`
-	AsyncResult     *ebpf.Variable `ebpf:"async_result"`
-	CompleteCid     *ebpf.Variable `ebpf:"complete_cid"`
-	CompleteCtrl    *ebpf.Variable `ebpf:"complete_ctrl"`
-	CompleteQid     *ebpf.Variable `ebpf:"complete_qid"`
-	CompleteResult  *ebpf.Variable `ebpf:"complete_result"`
-	CompleteRetries *ebpf.Variable `ebpf:"complete_retries"`
-	CompleteStatus  *ebpf.Variable `ebpf:"complete_status"`
-	CounterType     *ebpf.Variable `ebpf:"counter_type"`
-	Devices         *ebpf.Variable `ebpf:"devices"`
-	EventType       *ebpf.Variable `ebpf:"event_type"`
-	ExitReasonAt    *ebpf.Variable `ebpf:"exit_reason_at"`
-	FilterDevices   *ebpf.Variable `ebpf:"filter_devices"`
-	FilterOpcodes   *ebpf.Variable `ebpf:"filter_opcodes"`
-	FilterQueues    *ebpf.Variable `ebpf:"filter_queues"`
-	MinLatency      *ebpf.Variable `ebpf:"min_latency"`
-	Opcodes         *ebpf.Variable `ebpf:"opcodes"`
-	Queues          *ebpf.Variable `ebpf:"queues"`
-	SetupCdw10      *ebpf.Variable `ebpf:"setup_cdw10"`
-	SetupCid        *ebpf.Variable `ebpf:"setup_cid"`
-	SetupCtrl       *ebpf.Variable `ebpf:"setup_ctrl"`
-	SetupDisk       *ebpf.Variable `ebpf:"setup_disk"`
-	SetupNsid       *ebpf.Variable `ebpf:"setup_nsid"`
-	SetupOpcode     *ebpf.Variable `ebpf:"setup_opcode"`
-	SetupQid        *ebpf.Variable `ebpf:"setup_qid"`
-	SqCtrl          *ebpf.Variable `ebpf:"sq_ctrl"`
-	SqHeadAt        *ebpf.Variable `ebpf:"sq_head_at"`
-	SqQid           *ebpf.Variable `ebpf:"sq_qid"`
-	SqTailAt        *ebpf.Variable `ebpf:"sq_tail_at"`
-	Vm              *ebpf.Variable `ebpf:"vm"`
-	WakeupBytes     *ebpf.Variable `ebpf:"wakeup_bytes"`
-	WantDoorbells   *ebpf.Variable `ebpf:"want_doorbells"`
-	WantEvents      *ebpf.Variable `ebpf:"want_events"`
+	AsyncCtrl         *ebpf.Variable `ebpf:"async_ctrl"`
+	AsyncResult       *ebpf.Variable `ebpf:"async_result"`
+	BlockStartsSpills *ebpf.Variable `ebpf:"block_starts_spills"`
+	CompleteCid       *ebpf.Variable `ebpf:"complete_cid"`
+	CompleteCtrl      *ebpf.Variable `ebpf:"complete_ctrl"`
+	CompleteQid       *ebpf.Variable `ebpf:"complete_qid"`
+	CompleteResult    *ebpf.Variable `ebpf:"complete_result"`
+	CompleteRetries   *ebpf.Variable `ebpf:"complete_retries"`
+	CompleteStatus    *ebpf.Variable `ebpf:"complete_status"`
+	CounterType       *ebpf.Variable `ebpf:"counter_type"`
+	Devices           *ebpf.Variable `ebpf:"devices"`
+	EventType         *ebpf.Variable `ebpf:"event_type"`
+	ExitReasonAt      *ebpf.Variable `ebpf:"exit_reason_at"`
+	FilterDevices     *ebpf.Variable `ebpf:"filter_devices"`
+	FilterOpcodes     *ebpf.Variable `ebpf:"filter_opcodes"`
+	FilterQueues      *ebpf.Variable `ebpf:"filter_queues"`
+	MinLatency        *ebpf.Variable `ebpf:"min_latency"`
+	Opcodes           *ebpf.Variable `ebpf:"opcodes"`
+	Queues            *ebpf.Variable `ebpf:"queues"`
+	SetupCdw10        *ebpf.Variable `ebpf:"setup_cdw10"`
+	SetupCid          *ebpf.Variable `ebpf:"setup_cid"`
+	SetupCtrl         *ebpf.Variable `ebpf:"setup_ctrl"`
+	SetupDisk         *ebpf.Variable `ebpf:"setup_disk"`
+	SetupNsid         *ebpf.Variable `ebpf:"setup_nsid"`
+	SetupOpcode       *ebpf.Variable `ebpf:"setup_opcode"`
+	SetupQid          *ebpf.Variable `ebpf:"setup_qid"`
+	SqCtrl            *ebpf.Variable `ebpf:"sq_ctrl"`
+	SqHeadAt          *ebpf.Variable `ebpf:"sq_head_at"`
+	SqQid             *ebpf.Variable `ebpf:"sq_qid"`
+	SqTailAt          *ebpf.Variable `ebpf:"sq_tail_at"`
+	StartsSpills      *ebpf.Variable `ebpf:"starts_spills"`
+	Vm                *ebpf.Variable `ebpf:"vm"`
+	WakeupBytes       *ebpf.Variable `ebpf:"wakeup_bytes"`
+	WantDoorbells     *ebpf.Variable `ebpf:"want_doorbells"`
+	WantEvents        *ebpf.Variable `ebpf:"want_events"`
 }
 
 // TracePrograms contains all programs after they have been loaded into the kernel.
@@ -490,6 +519,7 @@ type TracePrograms struct {
 	RawKvmMmio     *ebpf.Program `ebpf:"raw_kvm_mmio"`
 	TestBucket     *ebpf.Program `ebpf:"test_bucket"`
 	TestSizeClass  *ebpf.Program `ebpf:"test_size_class"`
+	TestTable      *ebpf.Program `ebpf:"test_table"`
 	TpAsyncEvent   *ebpf.Program `ebpf:"tp_async_event"`
 	TpCompleteRq   *ebpf.Program `ebpf:"tp_complete_rq"`
 	TpKvmExit      *ebpf.Program `ebpf:"tp_kvm_exit"`
@@ -520,6 +550,7 @@ func (p *TracePrograms) Close() error {
 		p.RawKvmMmio,
 		p.TestBucket,
 		p.TestSizeClass,
+		p.TestTable,
 		p.TpAsyncEvent,
 		p.TpCompleteRq,
 		p.TpKvmExit,

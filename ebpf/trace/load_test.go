@@ -152,3 +152,59 @@ func TestEventHasTheSizeOfItsType(t *testing.T) {
 		t.Errorf("%d bytes, decode expects %d", eventSize, want)
 	}
 }
+
+// TestTable: each key has a place of its own, in the array or, if another has that, in the hash; and has none after it was freed.
+func TestTable(t *testing.T) {
+	l := bare(t)
+	p, err := l.program(bpf.TraceProgTestTable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.tracer.programs[bpf.TraceProgTestTable] = p
+	const find, claim, free = 0, 1, 2
+	do := func(what, key uint64) uint32 {
+		n, err := p.Run(&ebpf.RunOptions{Context: binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, what), key)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	slot := func(key uint64) uint64 { return key * 0x9E3779B97F4A7C15 >> (64 - 14) }
+	same := []uint64{0xffff888012345600} // keys of one place
+	for k := same[0] + 256; len(same) < 4; k += 256 {
+		if slot(k) == slot(same[0]) {
+			same = append(same, k)
+		}
+	}
+	a, b, c, d := same[0], same[1], same[2], same[3]
+	for i, x := range []struct {
+		what, key uint64
+		want      uint32
+	}{
+		{find, a, 0}, {claim, a, 1}, {find, a, 1}, {find, b, 0},
+		{claim, b, 2}, {claim, c, 2}, {find, a, 1}, {find, b, 2}, {find, c, 2}, {find, d, 0},
+		{free, a, 1}, {find, a, 0}, {find, b, 2}, {free, a, 0}, // freed once
+		{claim, d, 1}, {find, d, 1}, {free, b, 2}, {find, b, 0}, {find, c, 2},
+		{free, c, 2}, {free, d, 1}, {claim, b, 1}, {find, b, 1}, {find, d, 0}, {free, b, 1},
+	} {
+		if got := do(x.what, x.key); got != x.want {
+			t.Fatalf("step %d: %+v: got %d", i, x, got)
+		}
+	}
+	// As many as fit: every one is found where it was put.
+	const requests = 2000
+	hash := 0
+	for i := range uint64(requests) {
+		if do(claim, a+i*512) == 2 {
+			hash++
+		}
+	}
+	for i := range uint64(requests) {
+		if do(free, a+i*512) == 0 {
+			t.Fatalf("key %d is lost", i)
+		}
+	}
+	if hash > requests/8 {
+		t.Errorf("%d of %d went to the hash", hash, requests)
+	}
+}

@@ -202,7 +202,7 @@ func sizes(spec *ebpf.CollectionSpec, o *Options, cpus int) {
 		spec.Maps[bpf.TraceMapEvents].MaxEntries = uint32(os.Getpagesize())
 	}
 	if !o.Block {
-		spec.Maps[bpf.TraceMapBlockCells].MaxEntries, spec.Maps[bpf.TraceMapBlockStarts].MaxEntries = 1, 1
+		spec.Maps[bpf.TraceMapBlockCells].MaxEntries, spec.Maps[bpf.TraceMapBlockStartsSpilled].MaxEntries = 1, 1
 	}
 	if !o.KVM {
 		spec.Maps[bpf.TraceMapVmCells].MaxEntries, spec.Maps[bpf.TraceMapExitReasons].MaxEntries = 1, 1

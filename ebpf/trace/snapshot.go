@@ -2,6 +2,7 @@ package trace
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -52,16 +53,29 @@ func (k Key) compare(o Key) int {
 	return cmp.Or(cmp.Compare(k.Device, o.Device), cmp.Compare(k.QID, o.QID), cmp.Compare(k.Opcode, o.Opcode), cmp.Compare(k.SizeClass, o.SizeClass))
 }
 
+// firstQueueBits is how many queues of a device the array of first queues has, by its logarithm.
+const firstQueueBits = 6
+
 func (t *Tracer) queues(s *Snapshot) error {
 	var key bpf.TraceQueueKey
 	var q bpf.TraceQueue
-	err := scan(t.maps[bpf.TraceMapQueueStates], &key, &q, func() {
+	add := func(device, qid uint16) {
 		s.Queues = append(s.Queues, Queue{
-			Device: key.Device, QID: key.Qid, Started: q.Started, Ended: q.Ended, Orphans: q.Orphans, Replaced: q.Replaced,
+			Device: device, QID: qid, Started: q.Started, Ended: q.Ended, Orphans: q.Orphans, Replaced: q.Replaced,
 			Depth: q.Depth, DepthMax: q.DepthMax, Publishes: q.Publishes, Interrupts: q.Interrupts,
 			SQHead: q.SqHead, SQTail: q.SqTail, Timeouts: q.Timeouts, Resets: q.Resets, AERs: q.Aers,
 		})
-	})
+	}
+	first, err := array[bpf.TraceQueue](t.maps[bpf.TraceMapFirstQueues])
+	if err != nil {
+		return err
+	}
+	for i := range first {
+		if q = first[i]; q != (bpf.TraceQueue{}) {
+			add(uint16(i>>firstQueueBits), uint16(i&(1<<firstQueueBits-1)))
+		}
+	}
+	err = scan(t.maps[bpf.TraceMapQueueStates], &key, &q, func() { add(key.Device, key.Qid) })
 	slices.SortFunc(s.Queues, func(a, b Queue) int { return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.QID, b.QID)) })
 	return err
 }
@@ -166,6 +180,22 @@ func (t *Tracer) missed(p *place) (uint64, error) {
 		return n, err
 	}
 	return 0, nil
+}
+
+// array returns all values of an array.
+func array[T any](m *ebpf.Map) ([]T, error) {
+	keys, values := make([]uint32, m.MaxEntries()), make([]T, m.MaxEntries())
+	var cursor ebpf.MapBatchCursor
+	for n := 0; n < len(values); {
+		k, err := m.BatchLookup(&cursor, keys[n:], values[n:], nil)
+		if n += k; err != nil {
+			if errors.Is(err, ebpf.ErrKeyNotExist) && n == len(values) {
+				break
+			}
+			return nil, fmt.Errorf("%s: %w", m, err)
+		}
+	}
+	return values, nil
 }
 
 // scan calls f for each entry of a map that nothing is deleted from.
