@@ -51,6 +51,7 @@ type place struct {
 	target  string // the tracepoint's name, or the function's
 	counter bpf.TraceCounter
 	options []candidate
+	asked   func(*Options) bool // nil: always
 }
 
 // again are programs that come second at a hook, by the first: see trace.bpf.c. They are attached where the kernel preempts tracepoints, which it does
@@ -59,41 +60,43 @@ var again = map[string]string{bpf.TraceProgBtfSetupCmd: bpf.TraceProgAgainSetupC
 
 const preemptsSince = 7
 
+func driver(o *Options) bool { return o.Driver }
+
 // places are in the order in which they are attached: ends before starts, so that no start is left without its end.
 var places = []place{
 	{"nvme:nvme_complete_rq", NVMe, true, "commands", "nvme", "nvme_complete_rq", bpf.TraceCounterHIT_COMPLETE,
-		[]candidate{{bpf.TraceProgBtfCompleteRq, TPBTF}, {bpf.TraceProgTpCompleteRq, Tracepoint}}},
+		[]candidate{{bpf.TraceProgBtfCompleteRq, TPBTF}, {bpf.TraceProgTpCompleteRq, Tracepoint}}, nil},
 	{"nvme:nvme_setup_cmd", NVMe, true, "commands", "nvme", "nvme_setup_cmd", bpf.TraceCounterHIT_SETUP,
-		[]candidate{{bpf.TraceProgBtfSetupCmd, TPBTF}, {bpf.TraceProgTpSetupCmd, Tracepoint}}},
+		[]candidate{{bpf.TraceProgBtfSetupCmd, TPBTF}, {bpf.TraceProgTpSetupCmd, Tracepoint}}, nil},
 	{"nvme:nvme_sq", NVMe, false, "SQ head and tail", "nvme", "nvme_sq", bpf.TraceCounterHIT_SQ,
-		[]candidate{{bpf.TraceProgBtfSq, TPBTF}, {bpf.TraceProgTpSq, Tracepoint}}},
+		[]candidate{{bpf.TraceProgBtfSq, TPBTF}, {bpf.TraceProgTpSq, Tracepoint}}, func(o *Options) bool { return o.Driver || o.Doorbells }},
 	{"nvme:nvme_async_event", NVMe, false, "asynchronous events", "nvme", "nvme_async_event", bpf.TraceCounterHIT_ASYNC,
-		[]candidate{{bpf.TraceProgBtfAsyncEvent, TPBTF}, {bpf.TraceProgTpAsyncEvent, Tracepoint}}},
-	function("nvme_timeout", bpf.TraceCounterHIT_TIMEOUT, bpf.TraceProgFnTimeout, "timeouts"),
-	function("nvme_reset_work", bpf.TraceCounterHIT_RESET, bpf.TraceProgFnResetWork, "resets"),
-	function("nvme_queue_rq", bpf.TraceCounterHIT_QUEUE_RQ, bpf.TraceProgFnQueueRq, "how often the SQ tail is moved"),
-	function("nvme_queue_rqs", bpf.TraceCounterHIT_QUEUE_RQS, bpf.TraceProgFnQueueRqs, "how often the SQ tail is moved"),
-	function("nvme_commit_rqs", bpf.TraceCounterHIT_COMMIT_RQS, bpf.TraceProgFnCommitRqs, "how often the SQ tail is moved"),
-	function("nvme_irq", bpf.TraceCounterHIT_IRQ, bpf.TraceProgFnIrq, "interrupts"),
-	function("nvme_uring_cmd_io", bpf.TraceCounterHIT_URING_CMD, bpf.TraceProgFnUringCmdIo, "user_data of passthrough by io_uring"),
+		[]candidate{{bpf.TraceProgBtfAsyncEvent, TPBTF}, {bpf.TraceProgTpAsyncEvent, Tracepoint}}, nil},
+	function("nvme_timeout", bpf.TraceCounterHIT_TIMEOUT, bpf.TraceProgFnTimeout, "timeouts", nil),
+	function("nvme_reset_work", bpf.TraceCounterHIT_RESET, bpf.TraceProgFnResetWork, "resets", nil),
+	function("nvme_queue_rq", bpf.TraceCounterHIT_QUEUE_RQ, bpf.TraceProgFnQueueRq, "how often the SQ tail is moved", driver),
+	function("nvme_queue_rqs", bpf.TraceCounterHIT_QUEUE_RQS, bpf.TraceProgFnQueueRqs, "how often the SQ tail is moved", driver),
+	function("nvme_commit_rqs", bpf.TraceCounterHIT_COMMIT_RQS, bpf.TraceProgFnCommitRqs, "how often the SQ tail is moved", driver),
+	function("nvme_irq", bpf.TraceCounterHIT_IRQ, bpf.TraceProgFnIrq, "interrupts", driver),
+	function("nvme_uring_cmd_io", bpf.TraceCounterHIT_URING_CMD, bpf.TraceProgFnUringCmdIo, "user_data of passthrough by io_uring", func(o *Options) bool { return o.Events }),
 
 	{"block:block_rq_complete", Block, true, "the block layer", "block", "block_rq_complete", bpf.TraceCounterHIT_RQ_COMPLETE,
-		[]candidate{{bpf.TraceProgBtfRqComplete, TPBTF}}},
+		[]candidate{{bpf.TraceProgBtfRqComplete, TPBTF}}, nil},
 	{"block:block_rq_issue", Block, true, "the block layer", "block", "block_rq_issue", bpf.TraceCounterHIT_ISSUE,
-		[]candidate{{bpf.TraceProgBtfRqIssue, TPBTF}}},
+		[]candidate{{bpf.TraceProgBtfRqIssue, TPBTF}}, nil},
 	{"block:block_rq_insert", Block, false, "time in the I/O scheduler", "block", "block_rq_insert", bpf.TraceCounterHIT_INSERT,
-		[]candidate{{bpf.TraceProgBtfRqInsert, TPBTF}}},
+		[]candidate{{bpf.TraceProgBtfRqInsert, TPBTF}}, nil},
 
 	{"kvm:kvm_exit", KVM, true, "exits of virtual machines", "kvm", "kvm_exit", bpf.TraceCounterHIT_KVM_EXIT,
-		[]candidate{{bpf.TraceProgTpKvmExit, Tracepoint}, {bpf.TraceProgRawKvmExit, RawTP}}},
+		[]candidate{{bpf.TraceProgTpKvmExit, Tracepoint}, {bpf.TraceProgRawKvmExit, RawTP}}, nil},
 	{"kvm:kvm_mmio", KVM, false, "MMIO writes that leave KVM", "kvm", "kvm_mmio", bpf.TraceCounterHIT_KVM_MMIO,
-		[]candidate{{bpf.TraceProgRawKvmMmio, RawTP}}},
+		[]candidate{{bpf.TraceProgRawKvmMmio, RawTP}}, nil},
 	{"kvm:kvm_fast_mmio", KVM, false, "doorbells that are ioeventfds", "kvm", "kvm_fast_mmio", bpf.TraceCounterHIT_KVM_FAST_MMIO,
-		[]candidate{{bpf.TraceProgRawKvmFastMmio, RawTP}}},
+		[]candidate{{bpf.TraceProgRawKvmFastMmio, RawTP}}, nil},
 }
 
-func function(name string, counter bpf.TraceCounter, program, without string) place {
-	return place{name + "()", NVMe, false, without, "", name, counter, []candidate{{program, Fentry}}}
+func function(name string, counter bpf.TraceCounter, program, without string, asked func(*Options) bool) place {
+	return place{name + "()", NVMe, false, without, "", name, counter, []candidate{{program, Fentry}}, asked}
 }
 
 // offsets are the fields of classic tracepoints' records that programs read: by program, tracefs' name to the variable that gets the offset.

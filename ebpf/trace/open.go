@@ -30,6 +30,10 @@ type Options struct {
 	KVM   bool   // count exits of virtual machines too
 	VM    uint32 // only of the virtual machine that this process runs; 0: of each
 
+	// Driver counts how often the driver moves its SQ tails and takes interrupts, and shows SQ head and tail: three programs more for each command,
+	// where counting commands takes two.
+	Driver bool
+
 	Events bool // hand commands to Read
 	// MinLatency leaves out what ended sooner, and all Starts, since nobody knows then. It is for events only.
 	MinLatency time.Duration
@@ -123,7 +127,7 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if o.wants(p.part) {
+		if o.wantsHook(&p) {
 			t.hooks = append(t.hooks, l.attach(&p))
 		}
 	}
@@ -133,6 +137,11 @@ func Open(ctx context.Context, o Options) (_ *Tracer, err error) {
 		return nil, t.Missing(NVMe)
 	}
 	return t, nil
+}
+
+// wantsHook says whether a hook has anything to tell that was asked for.
+func (o *Options) wantsHook(p *place) bool {
+	return o.wants(p.part) && (p.asked == nil || p.asked(o))
 }
 
 func (o *Options) wants(p Part) bool { return p == NVMe || p == Block && o.Block || p == KVM && o.KVM }
@@ -202,7 +211,9 @@ func sizes(spec *ebpf.CollectionSpec, o *Options, cpus int) {
 		spec.Maps[bpf.TraceMapEvents].MaxEntries = uint32(os.Getpagesize())
 	}
 	if !o.Block {
-		spec.Maps[bpf.TraceMapBlockCells].MaxEntries, spec.Maps[bpf.TraceMapBlockStartsSpilled].MaxEntries = 1, 1
+		for _, name := range []string{bpf.TraceMapBlockCells, bpf.TraceMapBlockStarts, bpf.TraceMapBlockStartsSpilled} {
+			spec.Maps[name].MaxEntries = 1
+		}
 	}
 	if !o.KVM {
 		spec.Maps[bpf.TraceMapVmCells].MaxEntries, spec.Maps[bpf.TraceMapExitReasons].MaxEntries = 1, 1

@@ -250,7 +250,7 @@ func TestProbe(t *testing.T) {
 	if k.Refused != "" || k.Release == "" || len(k.Hooks) != len(places) || len(k.Commands) != len(commands) {
 		t.Fatalf("%+v", k)
 	}
-	tr, err := Open(t.Context(), Options{Block: true, KVM: true})
+	tr, err := Open(t.Context(), Options{Block: true, KVM: true, Driver: true, Events: true})
 	if err != nil {
 		t.Fatal(err)
 	}

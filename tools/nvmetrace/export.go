@@ -19,6 +19,7 @@ type exportCmd struct {
 	Device       []device `sep:"," placeholder:"nvmeN" help:"Only these devices. Give it several times for several, or nvme0,nvme1."`
 	controlFlags `embed:""`
 	VM           uint32 `name:"vm" placeholder:"PID" help:"Exits of the virtual machine that this process runs, too."`
+	Driver       bool   `help:"How often the driver moves SQ tails and takes interrupts, too. It costs twice what counting commands does."`
 	Block        bool   `help:"The block layer's disks too. They are exported in any case if there is no nvme driver to trace."`
 }
 
@@ -57,7 +58,7 @@ const (
 func (c *exportCmd) Run(ctx context.Context, out *cli.Output) error {
 	f := &filterFlags{Device: c.Device}
 	o := f.options()
-	o.Block, o.KVM, o.VM = c.Block, c.VM != 0, c.VM
+	o.Block, o.KVM, o.VM, o.Driver = c.Block, c.VM != 0, c.VM, c.Driver
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
 		return cli.Usagef("--listen: %w", err)

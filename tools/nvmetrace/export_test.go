@@ -33,6 +33,8 @@ func everything(t *testing.T) *collector {
 	f.add(s, e)
 	s, e = command(1, 2, 0x98, 8, 8, 0, time.Millisecond)
 	f.add(s, e)
+	q := f.c.queues[[2]uint16{0, 1}]
+	q.Publishes, q.Interrupts = 1, 1 // with --driver
 	lat := new(latency.Histogram)
 	lat.Record(time.Millisecond, 3)
 	f.block = []trace.BlockCell{{Disk: "vda", Op: 'R', Count: 3, Bytes: 12288, InDevice: lat, Queued: new(latency.Histogram)}}

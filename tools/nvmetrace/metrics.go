@@ -188,6 +188,9 @@ func collectKernel(out chan<- prometheus.Metric, s *trace.Snapshot) {
 		aers[dev] += q.AERs
 		emit(out, mDepth, float64(q.Depth), dev, queue)
 		for m, v := range map[*metric]uint64{mStarted: q.Started, mTail: q.Publishes, mIRQ: q.Interrupts, mTimeouts: q.Timeouts, mOrphans: q.Orphans} {
+			if v == 0 && (m == mTail || m == mIRQ) { // without --driver nobody counts them
+				continue
+			}
 			emit(out, m, float64(v), dev, queue)
 		}
 	}

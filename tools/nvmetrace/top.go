@@ -21,6 +21,7 @@ type topCmd struct {
 	controlFlags `embed:""`
 	runFlags     `embed:""`
 	Block        bool `help:"Show the block layer's disks too. They are shown in any case if there is no nvme driver to trace."`
+	Driver       bool `help:"Count how often the driver moves SQ tails and takes interrupts, too: in --json. It costs twice what counting commands does."`
 	Plain        bool `help:"Print a table for each interval, as it does where there is no terminal."`
 }
 
@@ -53,7 +54,7 @@ The fields of --json, an object for each interval
     errors, retries          with a status; tried before; like the next, of nvme's, and 0 of others
     timeouts, resets, async_events
     orphans                  commands that began before nvmetrace did, and are not counted
-    tail_moves, interrupts   times that the driver moved the SQ tail (a doorbell, unless shared doorbells spare it), and interrupts
+    tail_moves, interrupts   with --driver: times that the driver moved the SQ tail (a doorbell, unless shared doorbells spare it), and interrupts
                              that found completions
     mmio_per_io, state       of hostmed's queues
   lost            {ring,map,recursion} what was not counted, since the start; also shown in the table unless it is nothing
@@ -93,6 +94,7 @@ func (f frame) json(at *time.Time, total bool) topJSON {
 // Run shows the table until it is told to end.
 func (c *topCmd) Run(ctx context.Context, out *cli.Output) error {
 	o := c.options()
+	o.Driver = c.Driver
 	o.Block = c.Block
 	s, notes, err := open(ctx, o, &c.filterFlags, c.Control)
 	if err != nil {

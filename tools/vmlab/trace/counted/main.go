@@ -34,7 +34,7 @@ func main() {
 	file := flag.String("file", "/dev/null", "the record")
 	out := flag.String("out", "/dev/null", "the command's output")
 	flag.Parse()
-	o.Block = true
+	o.Block, o.Driver = true, true
 	if *qid > 0 {
 		o.Queues = []uint16{uint16(*qid)}
 	}
