@@ -54,26 +54,32 @@ func Setup(ctx context.Context, log io.Writer) (*Lab, error) {
 		return nil, err
 	}
 	l := &Lab{dir: filepath.Join(cache, recipeKey()), log: log}
-	if now := time.Now(); os.Chtimes(l.dir, now, now) == nil { // it is there, and in use
-		return l, nil
+	return l, inCache(ctx, l.dir, log, l.make)
+}
+
+// inCache has build make dir in the cache, under its lock, unless it is there.
+func inCache(ctx context.Context, dir string, log io.Writer, build func(context.Context) error) error {
+	if now := time.Now(); os.Chtimes(dir, now, now) == nil { // it is there, and in use
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupLimit)
 	defer cancel()
+	cache := filepath.Dir(dir)
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return nil, err
+		return err
 	}
 	unlock, err := lock(ctx, filepath.Join(cache, "lock"), log)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer unlock()
-	if _, err := os.Stat(l.dir); err == nil {
-		return l, nil // another process made it meanwhile
+	if _, err := os.Stat(dir); err == nil {
+		return nil // another process made it meanwhile
 	}
 	if err := removeOld(cache); err != nil {
-		return nil, err
+		return err
 	}
-	return l, l.make(ctx)
+	return build(ctx)
 }
 
 // unusedFor is after how long the cache of another recipe goes. Until then another checkout may want it.

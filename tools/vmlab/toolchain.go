@@ -35,23 +35,7 @@ func OpenToolchain(ctx context.Context, log io.Writer) (*Toolchain, error) {
 		return nil, err
 	}
 	t := &Toolchain{filepath.Join(cache, "clang-"+toolchainKey())}
-	if now := time.Now(); os.Chtimes(t.dir, now, now) == nil { // it is there, and in use
-		return t, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, setupLimit)
-	defer cancel()
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return nil, err
-	}
-	unlock, err := lock(ctx, filepath.Join(cache, "lock"), log)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	if _, err := os.Stat(t.dir); err == nil {
-		return t, nil // another process made it meanwhile
-	}
-	return t, t.make(ctx, log)
+	return t, inCache(ctx, t.dir, log, func(ctx context.Context) error { return t.make(ctx, log) })
 }
 
 func toolchainKey() string {
