@@ -37,13 +37,7 @@ var deviceFaults = map[string]deviceFault{
 	}, "it loaded tail ", true}, "sleep-anyway", "", ""},
 	"CQ armed at its tail": {fault{"R8", Device, 1, func(g *guest) func() {
 		g.enable(true)
-		p := g.pair(1, guestSize, 4)
-		p.flush(3)
-		g.must(p.tail.Publish(p.sq.Tail()))
-		p.reap(3)
-		p.flush(2)
-		g.must(p.tail.Publish(p.sq.Tail()))
-		g.blocked(1)
+		p := g.starved(1)
 		g.must(p.head.Publish(p.cq.Head()))
 		return nil
 	}, "asked to be rung for head 3, and that is the CQ's tail", true}, "cq-at-tail", "", ""},

@@ -45,13 +45,7 @@ var driverFaults = map[string]fault{
 	}, ": the driver stored its tail and did not ring although ", true},
 	"CQ head not rung": {"R1", Driver, 1, func(g *guest) func() {
 		g.enable(true)
-		p := g.pair(1, guestSize, 4)
-		p.flush(3)
-		g.must(p.tail.Publish(p.sq.Tail()))
-		p.reap(3)
-		p.flush(2)
-		g.must(p.tail.Publish(p.sq.Tail()))
-		g.blocked(1)
+		p := g.starved(1)
 		p.word[1].Store(p.cq.Head())
 		return nil
 	}, "did not ring although 0 is in [0,3)", true},
@@ -142,6 +136,19 @@ var driverFaults = map[string]fault{
 		g.must(g.ring(nvme.SQTailDoorbell(7, 0), 1))
 		return nil
 	}, "a doorbell of queue 7, which does not exist", false},
+}
+
+// starved makes queue qid with a CQ of 4 that the driver has taken three completions out of without saying so: two commands more, and the device sleeps.
+func (g *guest) starved(qid uint16) *pair {
+	g.Helper()
+	p := g.pair(qid, guestSize, 4)
+	p.flush(3)
+	g.must(p.tail.Publish(p.sq.Tail()))
+	p.reap(3)
+	p.flush(2)
+	g.must(p.tail.Publish(p.sq.Tail()))
+	g.blocked(qid)
+	return p
 }
 
 // blocked waits until the device sleeps because the CQ of queue qid is full.
