@@ -202,7 +202,7 @@ func (w *Worker) traceArm(g *group, armed bool) {
 	t := w.trace
 	t.stamp()
 	for _, s := range g.sqs {
-		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) {
+		if s.asks() {
 			t.armed(s.key(), s.tail, s.cons.Head(), armed, false)
 		}
 	}

@@ -278,7 +278,7 @@ func (w *Worker) arm(g *group) bool {
 	ok := true
 	for _, s := range g.sqs {
 		s.kicksWas = s.kicks.Load()
-		if s.state == Polling && !((g.blocked || s.full) && s.tail.Load() != s.cons.Head()) && !s.arm() {
+		if s.asks() && !s.arm() {
 			ok = false
 		}
 	}
@@ -311,6 +311,11 @@ func (w *Worker) arm(g *group) bool {
 	g.armedAt = w.now
 	w.leaveList(g)
 	return true
+}
+
+// asks says whether s, whose group is to sleep, asks for its doorbell: not for room in the CQ, nor for a limit, with commands in it.
+func (s *sq) asks() bool {
+	return s.state == Polling && !((s.g.blocked || s.full) && s.tail.Load() != s.cons.Head())
 }
 
 // arm is Arm of s.
