@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -91,10 +90,3 @@ func (t *Toolchain) Strip() string { return filepath.Join(t.dir, "llvm-strip") }
 
 // Include is where <bpf/bpf_helpers.h> is.
 func (t *Toolchain) Include() string { return filepath.Join(t.dir, "root/usr/include") }
-
-// Version is what the compiler says of itself.
-func (t *Toolchain) Version(ctx context.Context) (string, error) {
-	out, err := command(ctx, exec.Command(t.Clang(), "--version"))
-	version, _, _ := strings.Cut(out, "\n")
-	return version, err
-}
