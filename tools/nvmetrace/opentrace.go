@@ -22,6 +22,9 @@ var openTrace = func(ctx context.Context, o trace.Options, disksWillDo bool) (sr
 	if err != nil {
 		return nil, nil, cli.UsageError{Err: err}
 	}
+	if err := known(t, o.Devices); err != nil {
+		return nil, nil, errors.Join(cli.UsageError{Err: err}, t.Close())
+	}
 	if err := t.Missing(trace.KVM); o.KVM && err != nil {
 		return nil, nil, errors.Join(cli.UsageError{Err: err}, t.Close())
 	}
@@ -38,4 +41,17 @@ var openTrace = func(ctx context.Context, o trace.Options, disksWillDo bool) (sr
 		notes = append(notes, "privileges are kept: "+cli.OneLine(err))
 	}
 	return t, notes, nil
+}
+
+// known says of a device that is not there what is. Without a driver that is said anyway.
+func known(t *trace.Tracer, devices []uint16) error {
+	if t.Missing(trace.NVMe) != nil {
+		return nil
+	}
+	for _, d := range devices {
+		if _, err := trace.FindDevice(device(d).String()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
