@@ -141,22 +141,34 @@ var deviceFaults = map[string]deviceFault{
 	}, "3 completions were posted in CQ 1 up to entry 3, vector 0 is on", false}, "no-interrupt", "", ""},
 }
 
-// missed publishes, when the device polls, until it sleeps over that.
+// missed publishes one command after the other until the device, which polls after each for a while, sleeps over one.
 func (p *pair) missed() {
 	p.g.Helper()
 	for range 1000 {
-		p.do(1) // it is awake after this, for a while
 		p.flush(1)
 		p.g.must(p.tail.Publish(p.sq.Tail()))
-		for end := time.Now().Add(200 * time.Millisecond); !p.cq.Ready(); {
-			if time.Now().After(end) {
-				return
+		for look := time.Now().Add(200 * time.Millisecond); !p.cq.Ready(); {
+			if time.Now().After(look) {
+				if p.slept() {
+					return
+				}
+				look = time.Now().Add(200 * time.Millisecond)
 			}
 		}
 		p.reap(1)
 		p.g.must(p.head.Publish(p.cq.Head()))
 	}
 	p.g.Fatal("the device slept over nothing")
+}
+
+// slept says whether the device sleeps and has not taken all that was published.
+func (p *pair) slept() bool {
+	for _, q := range p.g.sample().Controllers[0].Queues {
+		if q.QID == p.qid {
+			return q.State == "armed" && q.SQ.Private != p.sq.Tail()
+		}
+	}
+	return false
 }
 
 // read pushes a read of 512 bytes.
